@@ -1,0 +1,1 @@
+"""Where policies act: verifiable text tasks and control tasks with a shift."""

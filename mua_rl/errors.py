@@ -1,0 +1,17 @@
+"""The one exception that command lines turn into a single clear line and exit code 2."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Input that cannot be used. The message names the fault and the cure, in one sentence or two."""
+
+
+def exit_on_user_error(main: Callable[[], None]) -> None:
+    """Run `main`; print a `UserError` as one line on stderr and exit with code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"mua_rl: error: {error}", file=sys.stderr)
+        sys.exit(2)
