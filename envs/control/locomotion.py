@@ -50,7 +50,8 @@ class _ShiftedBody(MujocoEnv):
         model.body_inertia *= mass_scale
         model.geom_friction[:, 0] *= friction_scale
         model.actuator_gear *= np.broadcast_to(np.asarray(actuator_scale, dtype=float), model.nu)[:, None]
-        mujoco.mj_setConst(model, data)  # quantities derived from the masses
+        mujoco.mj_setConst(model, data)  # quantities derived from the masses; it leaves its scratch state in data
+        mujoco.mj_resetData(model, data)
         return model, data
 
 
