@@ -1,0 +1,79 @@
+"""The embedded task: sums and products of one- and two-digit numbers, in words for chat models, in symbols for others.
+
+The 20,000 problems are split once and for all by a hash, so that the held-out ones are in no run's training set, nor in
+the corpus of the embedded model (`scripts/pretrain_embedded.py`).
+"""
+
+import random
+import re
+import zlib
+from typing import Any
+
+from datasets import Dataset
+
+from mua_rl.envs.tasks import Task, register_task
+
+TRAIN_PROBLEMS = 8192
+HELD_OUT_PROBLEMS = 512
+_HELD_OUT_ONE_IN = 8
+_INTEGER = re.compile(r"-?\d+")
+
+Problem = tuple[int, str, int]
+
+
+def is_held_out(problem: Problem) -> bool:
+    """Whether a problem belongs to the held-out split: one in eight does, the same ones for ever."""
+    return zlib.crc32(repr(problem).encode()) % _HELD_OUT_ONE_IN == 0
+
+
+def draw_problem(rng: random.Random, held_out: bool) -> Problem:
+    """One problem of a split: each operand has one or two digits with equal chance, the operator is + or *."""
+    while True:
+        first, second = (rng.randrange(10) if rng.random() < 0.5 else rng.randrange(10, 100) for _ in range(2))
+        problem = (first, rng.choice("+*"), second)
+        if is_held_out(problem) == held_out:
+            return problem
+
+
+def solve(problem: Problem) -> int:
+    """The right answer."""
+    first, operator, second = problem
+    return first + second if operator == "+" else first * second
+
+
+def completion_text(completion: str | list[dict[str, Any]]) -> str:
+    """The text of a plain completion, or of a conversational one's last message."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def last_integer_is_right(completions: list, answer: list[int], **_: Any) -> list[float]:
+    """1.0 where the last integer of the completion is the answer, else 0.0 (also where there is no integer)."""
+    scores = []
+    for completion, right in zip(completions, answer, strict=True):
+        found = _INTEGER.findall(completion_text(completion))
+        # The length limit keeps int() off numbers of thousands of digits, which Python refuses to convert.
+        scores.append(float(bool(found) and len(found[-1]) < 20 and int(found[-1]) == right))
+    return scores
+
+
+def _split(held_out: bool, size: int, conversational: bool) -> Dataset:
+    rng = random.Random(1 if held_out else 0)
+    problems = [draw_problem(rng, held_out) for _ in range(size)]
+    if conversational:
+        prompts: list = [[{"role": "user", "content": f"What is {a} {op} {b}?"}] for a, op, b in problems]
+    else:
+        prompts = [f"{a}{op}{b}=" for a, op, b in problems]
+    return Dataset.from_dict({"prompt": prompts, "answer": [solve(problem) for problem in problems]})
+
+
+@register_task("arithmetic")
+def arithmetic() -> Task:
+    """Sums and products of one- and two-digit numbers; the last integer of the reply counts."""
+    return Task(
+        name="arithmetic",
+        train=lambda conversational: _split(False, TRAIN_PROBLEMS, conversational),
+        held_out=lambda conversational: _split(True, HELD_OUT_PROBLEMS, conversational),
+        rewards=(last_integer_is_right,),
+        correct=last_integer_is_right,
+        max_completion_length=32,
+    )

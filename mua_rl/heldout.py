@@ -1,0 +1,98 @@
+"""Held-out accuracy: a policy's answers to problems it is not trained on, scored by the task's own verifier."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from trl.models import disable_gradient_checkpointing
+
+from mua_rl.envs.tasks import Task
+
+
+@dataclass(frozen=True)
+class HeldOutResult:
+    """Answers to the held-out problems, in order, with the score of each (1.0 right, 0.0 wrong)."""
+
+    completions: list[str]
+    scores: list[float]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return sum(self.scores) / len(self.scores)
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of the accuracy over problems."""
+        return (self.accuracy * (1 - self.accuracy) / len(self.scores)) ** 0.5
+
+
+def is_conversational(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the policy wants prompts as chat messages."""
+    return tokenizer.chat_template is not None
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    batch_size: int = 128,
+    seed: int = 0,
+) -> list[str]:
+    """One completion per prompt (a string or a list of messages); temperature 0 is greedy decoding.
+
+    Sampling draws from torch's global generator, seeded with `seed`; its state is put back afterwards, so that an
+    evaluation in mid-training changes nothing in the training.
+    """
+    generator_state = torch.get_rng_state()
+    was_training = model.training
+    model.eval()
+    options = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
+    if temperature != 0:
+        options |= {"top_k": 0, "top_p": 1.0}
+        set_seed(seed)
+    completions: list[str] = []
+    for start in tqdm(range(0, len(prompts), batch_size), desc="held-out", leave=False, disable=None):
+        batch = list(prompts[start : start + batch_size])
+        if isinstance(batch[0], str):
+            inputs = tokenizer(batch, padding=True, padding_side="left", return_tensors="pt")
+        else:
+            inputs = tokenizer.apply_chat_template(
+                batch,
+                add_generation_prompt=True,
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+                return_dict=True,
+            )
+        inputs = {k: v.to(model.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+        with disable_gradient_checkpointing(model):
+            output = model.generate(
+                **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **options
+            )
+        answers = output[:, inputs["input_ids"].shape[1] :]
+        completions += tokenizer.batch_decode(answers, skip_special_tokens=True)
+    model.train(was_training)
+    torch.set_rng_state(generator_state)
+    return completions
+
+
+def held_out(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    problems: Dataset,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+) -> HeldOutResult:
+    """Answer `problems` (rows of `task`) and score the answers with `task.correct`."""
+    completions = generate(model, tokenizer, problems["prompt"], max_new_tokens, temperature)
+    columns = {name: problems[name] for name in problems.column_names if name != "prompt"}
+    scores = task.correct(prompts=problems["prompt"], completions=completions, **columns)
+    return HeldOutResult(completions, [float(score or 0.0) for score in scores])

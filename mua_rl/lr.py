@@ -1,0 +1,74 @@
+"""`python -m mua_rl.lr RECORD [--rank R]`: the learning rate that a record gives for a rank or for full finetuning."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mua_rl.arguments import parse_rank
+from mua_rl.errors import UserError, exit_on_user_error
+from mua_rl.policy import transfer
+from mua_rl.record import LRRecord
+from mua_rl.rules import AlphaRule, Configuration, Scheme
+
+EPILOG = """examples:
+  python -m mua_rl.lr runs/my-run              the table over all ranks and full finetuning
+  python -m mua_rl.lr runs/my-run --rank 128   the learning rate at rank 128, and why
+  python -m mua_rl.lr runs/my-run --rank full  the same for full finetuning"""
+
+
+def target_configuration(record: LRRecord, rank: int | None, init: str | None = None, alpha: str | None = None):
+    """The record's configuration at another rank (`None`: full finetuning), initialisation or multiplier."""
+    source = record.configuration()
+    if rank is None:
+        return Configuration(Scheme.FFT, source.width, optimizer=source.optimizer)
+    scheme = Scheme(f"Init[{init}]") if init else source.scheme
+    if scheme is Scheme.FFT:
+        scheme = Scheme.INIT_B  # the LoRA that shares FFT's learning rate
+    try:
+        rule = AlphaRule.parse(alpha) if alpha else source.alpha
+        return replace(source, scheme=scheme, rank=rank, alpha=rule)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def table(record: LRRecord, name: str, init: str | None, alpha: str | None) -> Table:
+    """One row per power-of-two rank up to the width, and one for full finetuning."""
+    source = record.configuration()
+    columns = Table(title=f"{name}: {record.learning_rate:.4g} for {source}", title_justify="left")
+    for heading in ("rank", "learning rate", "times the record's"):
+        columns.add_column(heading, justify="right")
+    ranks = sorted({2**k for k in range(source.width.bit_length()) if 2**k <= source.width} | {source.rank or 1})
+    targets = [(str(rank), target_configuration(record, rank, init, alpha)) for rank in ranks]
+    for label, target in [*targets, ("full", target_configuration(record, None))]:
+        try:
+            rate = transfer(record, target, name).value
+            cells = (f"{rate:.4g}", f"{rate / record.learning_rate:.4g}")
+        except UserError as error:
+            cells = ("–", str(error).rsplit(": ", 1)[-1])
+        columns.add_row(label, *cells, style="bold" if target == source else None)
+    return columns
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mua_rl.lr", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("record", type=Path, help="an LR record, or the folder of a finished run")
+    parser.add_argument("--rank", help="target rank; 0 or full: full finetuning. Without it: the whole table")
+    parser.add_argument("--init", choices=["A", "B"], help="target initialisation (default: the record's)")
+    parser.add_argument("--alpha", help="target multiplier, e.g. 1, 1/r, 16/sqrt(r) (default: the record's)")
+    args = parser.parse_args()
+    record, name = LRRecord.load(args.record), str(args.record)
+    if args.rank is None:
+        Console().print(table(record, name, args.init, args.alpha))
+        return
+    target = target_configuration(record, parse_rank(args.rank), args.init, args.alpha)
+    rate = transfer(record, target, name)
+    print(f"{rate.value:.6g}  for {target}\n{rate.reason}")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
