@@ -1,0 +1,33 @@
+"""The text of a completion, whatever form the trainer or a user hands it in."""
+
+from typing import Any
+
+
+def completion_text(completion: Any) -> str:
+    """The policy's own words: a string, or the content of the last assistant message of a conversation.
+
+    Total: `None`, an empty list, messages without content and anything unknown give the empty string, which no
+    verifier rewards.
+
+    Args:
+        completion: A string, a message (`{"role": …, "content": …}`), or a list of messages. A content may itself be
+            a list of parts with a `text`.
+    """
+    if isinstance(completion, str):
+        return completion
+    if isinstance(completion, dict):
+        return _content_text(completion.get("content"))
+    if isinstance(completion, (list, tuple)):
+        for message in reversed(completion):
+            if isinstance(message, dict) and message.get("role", "assistant") == "assistant":
+                return _content_text(message.get("content"))
+    return ""
+
+
+def _content_text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, (list, tuple)):
+        parts = (part.get("text") for part in content if isinstance(part, dict))
+        return "".join(text for text in parts if isinstance(text, str))
+    return ""
