@@ -1,0 +1,138 @@
+"""Building vectorised environments for PPO, with the guard that stops on a non-finite observation or reward."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    SubprocVecEnv,
+    VecEnv,
+    VecEnvWrapper,
+    VecFrameStack,
+    VecNormalize,
+)
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+
+import mua_rl.envs.control  # noqa: F401  (registers the tasks)
+from mua_rl.errors import UserError
+
+
+class FiniteGuard(VecEnvWrapper):
+    """Raises a `UserError` that names environment and step when an observation or a reward is NaN or infinite.
+
+    It sits below `VecNormalize`, whose statistics a single NaN would spoil for good.
+    """
+
+    def __init__(self, venv: VecEnv):
+        super().__init__(venv)
+        self.steps = 0
+
+    def reset(self) -> VecEnvObs:
+        observations = self.venv.reset()
+        self._check("observation after a reset", observations)
+        return observations
+
+    def step_wait(self) -> VecEnvStepReturn:
+        observations, rewards, dones, infos = self.venv.step_wait()
+        self.steps += 1
+        self._check("reward", rewards)
+        self._check("observation", observations)
+        return observations, rewards, dones, infos
+
+    def _check(self, what: str, values: Any) -> None:
+        if isinstance(values, dict):
+            for key, value in values.items():
+                self._check(f"{what} {key!r}", value)
+            return
+        values = np.asarray(values)
+        if values.dtype.kind != "f" or np.isfinite(values).all():
+            return
+        env = int(np.nonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))[0][0])
+        raise UserError(
+            f"environment {env} gave a non-finite {what} at its step {self.steps} of this run ({values[env]}): "
+            "training has stopped, and the last checkpoint is kept."
+        )
+
+
+def check_env_id(env_id: str) -> None:
+    """Raises:
+    UserError: Gymnasium knows no such environment, or a package that it needs is missing.
+    """
+    try:
+        gymnasium.spec(env_id)
+    except (gymnasium.error.Error, ImportError) as error:
+        raise UserError(f"no environment {env_id!r}: {' '.join(str(error).split())}") from None
+
+
+def build_envs(
+    env_id: str,
+    n_envs: int,
+    seed: int,
+    env_kwargs: dict[str, Any] | None = None,
+    wrapper: str | None = None,
+    frame_stack: int = 1,
+    subprocesses: bool = False,
+) -> VecEnv:
+    """Monitored, seeded and guarded environments.
+
+    Args:
+        env_id: As `gymnasium.make` takes it.
+        n_envs: How many.
+        seed: Environment i is seeded with `seed + i`.
+        env_kwargs: Keywords of the environment.
+        wrapper: `module:Class` put around each environment.
+        frame_stack: How many observations are stacked (1 = none).
+        subprocesses: One process per environment instead of one for all.
+
+    Raises:
+        UserError: The environment or the wrapper does not exist or cannot be built.
+    """
+    check_env_id(env_id)
+    try:
+        envs = make_vec_env(
+            env_id,
+            n_envs=n_envs,
+            seed=seed,
+            env_kwargs=env_kwargs,
+            wrapper_class=import_from(wrapper) if wrapper else None,
+            vec_env_cls=SubprocVecEnv if subprocesses else DummyVecEnv,
+        )
+    except (gymnasium.error.Error, ImportError, TypeError) as error:
+        raise UserError(f"the environment {env_id!r} cannot be built: {' '.join(str(error).split())}") from None
+    envs = FiniteGuard(envs)
+    return VecFrameStack(envs, frame_stack) if frame_stack > 1 else envs
+
+
+def with_statistics(envs: VecEnv, path: Path, training: bool) -> VecNormalize:
+    """Environments whose observations (and, in training, rewards) are normalised with saved statistics.
+
+    Raises:
+        UserError: The file cannot be read, or belongs to other observations.
+    """
+    try:
+        normalized = VecNormalize.load(str(path), envs)
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"the observation statistics {path} do not fit {envs.observation_space}: {error}") from None
+    except Exception as error:  # a pickle can fail in any way
+        raise UserError(f"the observation statistics {path} cannot be read: {error}") from None
+    normalized.training = training
+    normalized.norm_reward = normalized.norm_reward and training
+    return normalized
+
+
+def import_from(name: str) -> Callable[..., Any]:
+    """The object that `module:attribute` names.
+
+    Raises:
+        UserError: There is none.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"cannot import {name!r} (written as module:attribute): {error}") from None

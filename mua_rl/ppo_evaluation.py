@@ -1,0 +1,52 @@
+"""Held-out return of a control policy: mean, standard deviation and interquartile mean over episodes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecEnv
+
+HELD_OUT_SEED = 1_000_000
+"""Evaluation environment i is seeded with this plus i; training takes seeds below it."""
+
+
+@dataclass(frozen=True)
+class Returns:
+    """Undiscounted, unnormalised returns of held-out episodes, in order."""
+
+    values: list[float]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.values))
+
+    @property
+    def std(self) -> float:
+        """Standard deviation over episodes."""
+        return float(np.std(self.values))
+
+    @property
+    def iqm(self) -> float:
+        """Interquartile mean: the mean without the lowest and the highest quarter of the episodes."""
+        cut = len(self.values) // 4
+        return float(np.mean(sorted(self.values)[cut : len(self.values) - cut]))
+
+    def as_dict(self) -> dict[str, float]:
+        return {"mean": self.mean, "std": self.std, "iqm": self.iqm, "episodes": len(self.values)}
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ± {self.std:.1f} (IQM {self.iqm:.1f}, {len(self.values)} episodes)"
+
+
+def evaluate(model: Any, envs: VecEnv, episodes: int) -> Returns:
+    """Returns of `episodes` episodes under deterministic actions, from the seeds of `HELD_OUT_SEED`.
+
+    Args:
+        model: Anything with SB3's `predict`.
+        envs: Monitored environments; with VecNormalize, `training` and `norm_reward` must be off.
+        episodes: How many, shared out over the environments.
+    """
+    envs.seed(HELD_OUT_SEED)
+    returns, _ = evaluate_policy(model, envs, n_eval_episodes=episodes, return_episode_rewards=True)
+    return Returns([float(value) for value in returns])  # type: ignore[union-attr]
