@@ -101,15 +101,23 @@ def _is_closing(rest: str) -> bool:
 
 
 _NUMBER_IN_PROSE = re.compile(
-    r"(?<![\w.^])-?\$?-?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+|/\d+(?![\d/]))?|\.\d+)(?!\w)%?", re.ASCII
+    r"(?<![\w.])-?\\?\$?-?(?:(?:\d{1,3}(?:(?:,|\{,\})\d{3})+|\d+)(?:\.\d+|/\d+(?![\d/]))?|\.\d+)"
+    r"(?:[eE][+-]?\d{1,3})?(?!\w)(?:\\?%)?",
+    re.ASCII,
 )
-_ALTERNATIVE = re.compile(r"\d\s*(?:,|/|\bor\b|\band\b|\bor\s+maybe\b)\s*(?:or|and)?\s*$", re.IGNORECASE)
+# A number that ends a list of guesses, bounds something, or is a piece of a formula is not the answer.
+_NOT_BEFORE = re.compile(
+    r"\d\s*(?:[,/+*×÷-]|\bor\b|\band\b)\s*(?:or|and)?\s*$"
+    r"|(?:[{}_^&<>≤≥≠|]|!=|\\(?:geq?|leq?|[lg]t|neq?|sqrt|pm|mp|cdot|times|div))\s*$",
+    re.IGNORECASE,
+)
+_NOT_AFTER = re.compile(r"\s*(?:[}^_/+&<>≤≥|]|!(?!\s|$)|\*(?!\*)|\\(?!text|mathrm|mbox|[%$)\],;:! \\]))")
 
 
 def _last_number(text: str) -> str | None:
     last = None
     for last in _NUMBER_IN_PROSE.finditer(text):  # noqa: B007  # the last match is what we want
         pass
-    if last is None or _ALTERNATIVE.search(text[max(0, last.start() - 40) : last.start()]):
+    if last is None or _NOT_AFTER.match(text, last.end()):
         return None
-    return last[0]
+    return None if _NOT_BEFORE.search(text[max(0, last.start() - 40) : last.start()]) else last[0]

@@ -36,6 +36,7 @@ def clean_latex(text: str) -> str | None:
     if any(unicodedata.category(char) in ("Nd", "Cs") and not char.isascii() for char in text):
         return None
     text = re.sub(r"\$|\\[()\[\]]|\\?%|\\displaystyle|\\boxed|\\fbox", " ", text.replace("−", "-"))
+    text = re.sub(r"\\mathrm\s*\{([A-Za-z])\}", r"\1", text)  # Math-Verify 0.9 loses the rest of the text after it
     text = " ".join(text.split()).rstrip(".,;: ")
     depth = 0
     for brace in re.findall(r"\\.|[{}]", text):

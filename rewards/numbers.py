@@ -113,7 +113,7 @@ _DEGREE = re.compile(r"(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|°|\\degree)\s*[CF]?\
 _TRAILING_CURRENCY = re.compile(_CURRENCY)
 _THIN_SPACE = re.compile(r"(?<=[0-9]),? ?\\,(?=[0-9]{3}(?![0-9]))")
 _NEGATIVE_SPACE = re.compile(r"\\!\s*")
-_TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|textrm|mbox|textnormal|rm)\s*\{([^{}]*)\}")
+_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|textrm|mbox|textnormal|rm)\s*\{([^{}]*)\}")
 _UNIT_WORD = re.compile(r"([A-Za-z]+)(\s*\^\s*(?:[23]|\{[23]\})|[²³])?")
 _UNIT_JOINT = re.compile(r"[\s/.·\-~]*")
 

@@ -1,0 +1,185 @@
+"""Hard limits on Math-Verify: they hold in any thread and process, and nothing is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from mua_rl.errors import UserError
+from mua_rl.rewards import math_pool
+from mua_rl.rewards.math_pool import GraderFault, MathPool
+
+HOSTILE = [
+    "9^{9^{9^{9}}}",
+    "2^{2^{2^{2^{2^{2}}}}}",
+    "10000000!",
+    "((((10!)!)!)!)!",
+    "\\binom{10^9}{5\\cdot 10^8}",
+    "\\sum_{n=1}^{10^{12}} \\frac{1}{n^2+n+1}",
+    "\\prod_{n=1}^{10^9} n",
+    "\\int_0^1 e^{e^{e^{x}}} \\sin(x^x) dx",
+    "(x+y+z+1)^{10000}",
+    "(" * 200 + "1" + ")" * 200,
+    "{" * 200 + "1" + "}" * 200,
+    "\\frac{1}{" * 60 + "2" + "}" * 60,
+    "\\sqrt{" * 29 + "x" + "}" * 29,
+    "-" * 490,
+    "x^" * 240 + "x",
+    "__import__('os').system('touch HACKED')",
+    "\\text{__import__('os')._exit(0)}",
+    "exit()",
+    "\\begin{pmatrix}" + "1&" * 200 + "1\\end{pmatrix}",
+]
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gone_within(pids, seconds):
+    deadline = time.monotonic() + seconds
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(alive, pids))
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = MathPool(workers=2, seconds=1.0)
+    yield pool
+    pool.close()
+
+
+def test_hostile_answers_are_not_right_and_end_in_time(pool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start = time.monotonic()
+    verdicts = pool.judge([("x^2 + 1", answer) for answer in HOSTILE])
+    assert "right" not in verdicts
+    assert time.monotonic() - start < 3.0 * len(HOSTILE)  # 1 s each, and a new worker after each kill
+    assert os.listdir(tmp_path) == []
+    assert pool.judge([("2x", "x+x")]) == ["right"]
+
+
+def test_a_timeout_is_told_from_a_wrong_answer(pool):
+    assert pool.judge([("x^2+1", "9^{9^{9^{9}}}"), ("x", "y")]) == ["timeout", "wrong"]
+
+
+def test_limits_hold_off_the_main_thread(pool):
+    verdicts = []
+    pairs = [("x^2+1", "9^{9^{9^{9}}}"), ("2x", "x+x")]
+    thread = threading.Thread(target=lambda: verdicts.extend(pool.judge(pairs)))
+    thread.start()
+    thread.join(30)
+    assert verdicts == ["timeout", "right"]
+
+
+def test_the_callers_alarm_is_left_alone(pool):
+    """Math-Verify's own timeouts cancel it."""
+    rang = []
+    previous = signal.signal(signal.SIGALRM, lambda *_: rang.append(True))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        pool.judge([("2x", "x+x")] * 3)
+        time.sleep(0.4)
+        assert rang
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def test_many_threads_share_one_pool(pool):
+    results = {}
+    threads = [
+        threading.Thread(target=lambda i=i: results.update({i: pool.judge([(f"{i}x", f"x\\cdot {i}"), ("x", "y")])}))
+        for i in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {i: ["right", "wrong"] for i in range(8)}
+
+
+def test_a_worker_killed_from_outside_costs_no_verdict(pool):
+    pool.judge([("2x", "x+x")])
+    for worker in pool._idle:
+        worker._process.send_signal(signal.SIGKILL)
+    assert pool.judge([("2x", "x+x"), ("x", "y")]) == ["right", "wrong"]
+
+
+def test_closing_leaves_no_process():
+    pool = MathPool(workers=1)
+    pool.judge([("2x", "x+x")])
+    pids = [worker._process.pid for worker in pool._idle]
+    assert pids and all(map(alive, pids))
+    pool.close()
+    assert gone_within(pids, 5)
+
+
+@pytest.mark.parametrize("answer", ["x+x", "9^{9^{9^{9}}}"])
+def test_a_trainer_killed_with_kill_9_leaves_no_orphan(answer):
+    """With the worker idle, and with it stuck in a computation."""
+    code = (
+        "import sys, threading, time\n"
+        "from mua_rl.rewards.math_pool import MathPool\n"
+        "pool = MathPool(workers=1, seconds=2.0)\n"
+        "pool.judge([('2x', 'x+x')])\n"
+        "print(pool._idle[0]._process.pid, flush=True)\n"
+        "pool.judge([('2x', sys.argv[1])])\n"
+        "time.sleep(60)\n"
+    )
+    trainer = subprocess.Popen([sys.executable, "-c", code, answer], stdout=subprocess.PIPE, text=True)
+    worker = int(trainer.stdout.readline())
+    time.sleep(0.3)
+    assert alive(worker)
+    trainer.kill()
+    trainer.wait()
+    assert gone_within([worker], 8)
+
+
+def test_a_forked_child_makes_its_own_workers():
+    shared = math_pool.shared_pool()
+    shared.judge([("2x", "x+x")])
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        verdicts = math_pool.shared_pool().judge([("2x", "x+x")])
+        os.write(writer, b"own" if math_pool.shared_pool() is not shared and verdicts == ["right"] else b"no")
+        math_pool.shared_pool().close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 3) == b"own"
+    assert shared.judge([("3x", "x+2x")]) == ["right"]
+
+
+def test_a_worker_that_cannot_start_is_a_fault_not_a_zero(monkeypatch, tmp_path):
+    broken = tmp_path / "worker.py"
+    broken.write_text("raise SystemExit('no Math-Verify here')")
+    monkeypatch.setattr(math_pool, "_WORKER_FILE", broken)
+    with pytest.raises(GraderFault, match="no Math-Verify here"):
+        MathPool(workers=1).judge([("x", "y")])
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "٢", ""])
+def test_a_bad_worker_count_is_refused(monkeypatch, value):
+    monkeypatch.setenv("MUA_RL_MATH_WORKERS", value)
+    with pytest.raises(UserError, match="MUA_RL_MATH_WORKERS"):
+        math_pool._workers_from_environment()
+
+
+def test_memory_is_bounded():
+    pool = MathPool(workers=1, seconds=20.0)
+    worker_limit = math_pool.WORKER_MEMORY_BYTES
+    pool.judge([("2x", "x+x")])
+    with open(f"/proc/{pool._idle[0]._process.pid}/limits") as limits:
+        line = next(line for line in limits if line.startswith("Max address space"))
+    assert line.split()[3] == str(worker_limit)
+    pool.close()
