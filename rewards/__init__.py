@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mua_rl.rewards.completions import completion_text as completion_text
+    from mua_rl.rewards.faults import GraderFault as GraderFault
     from mua_rl.rewards.format import WatchedFormatReward as WatchedFormatReward
     from mua_rl.rewards.format import format_reward as format_reward
     from mua_rl.rewards.math import MathVerdict as MathVerdict
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from mua_rl.rewards.math import judge_completions as judge_completions
     from mua_rl.rewards.math import math_reward as math_reward
     from mua_rl.rewards.math import strict_math_reward as strict_math_reward
-    from mua_rl.rewards.math_pool import GraderFault as GraderFault
 
 _MODULE_OF = {
     "completion_text": "completions",
@@ -26,7 +26,7 @@ _MODULE_OF = {
     "judge_completions": "math",
     "math_reward": "math",
     "strict_math_reward": "math",
-    "GraderFault": "math_pool",
+    "GraderFault": "faults",
 }
 
 

@@ -1,7 +1,7 @@
 r"""The math reward: 1 for a completion whose final answer equals the gold answer, else 0.
 
 Three steps, each in its own module: `extract_math` finds the answer, `numbers` compares plain numbers exactly, and
-`math_pool` asks Math-Verify, in a process that can be killed, about everything else.
+`math_worker` asks Math-Verify, in a process that can be killed, about everything else.
 
 What counts as equal, beyond the conventions of `numbers` and Math-Verify (tests/test_math_agreement.py lists where the
 verdicts differ from Math-Verify's own, and why):
@@ -24,8 +24,10 @@ from typing import Any
 
 from mua_rl.rewards.completions import completion_text
 from mua_rl.rewards.extract_math import MAX_ANSWER_CHARS, extract_answer
-from mua_rl.rewards.math_pool import MathPool, shared_pool
 from mua_rl.rewards.numbers import PlainNumber, parse_number, same_number
+from mua_rl.rewards.worker_pool import Failure, WorkerPool, shared_pool
+
+WORKER_MODULE = "mua_rl.rewards.math_worker"
 
 
 class MathVerdict(StrEnum):
@@ -70,7 +72,7 @@ _cache = _VerdictCache(65536)
 
 
 def judge_completions(
-    completions: Sequence[Any], golds: Sequence[Any], *, strict: bool = False, pool: MathPool | None = None
+    completions: Sequence[Any], golds: Sequence[Any], *, strict: bool = False, pool: WorkerPool | None = None
 ) -> list[MathVerdict]:
     r"""A verdict for each completion.
 
@@ -102,7 +104,7 @@ def judge_completions(
     return [verdict for verdict in verdicts if verdict is not None]
 
 
-def judge_answers(pairs: Sequence[tuple[str, str]], *, pool: MathPool | None = None) -> list[MathVerdict]:
+def judge_answers(pairs: Sequence[tuple[str, str]], *, pool: WorkerPool | None = None) -> list[MathVerdict]:
     """A verdict for each (gold, answer) pair of extracted texts, in order.
 
     Raises:
@@ -112,13 +114,13 @@ def judge_answers(pairs: Sequence[tuple[str, str]], *, pool: MathPool | None = N
     slow = {pair: _cache.get(pair) for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is None}
     unknown = [pair for pair, verdict in slow.items() if verdict is None]
     if unknown:
-        for pair, name in zip(unknown, (pool or shared_pool()).judge(unknown), strict=True):
-            slow[pair] = MathVerdict(name)
-            _cache.put(pair, MathVerdict(name))
+        for pair, verdict in zip(unknown, _ask_math_verify(unknown, pool), strict=True):
+            slow[pair] = verdict
+            _cache.put(pair, verdict)
     return [verdict or slow[pair] for pair, verdict in zip(pairs, verdicts, strict=True)]  # type: ignore[misc]
 
 
-def gold_fault(gold: Any, *, pool: MathPool | None = None) -> str | None:
+def gold_fault(gold: Any, *, pool: WorkerPool | None = None) -> str | None:
     """What is wrong with a gold answer, or `None` for a good one: it can be read, and it equals itself.
 
     Call it on every row when a dataset is loaded (`mua_rl.envs` does): a gold that cannot be read would score every
@@ -127,18 +129,16 @@ def gold_fault(gold: Any, *, pool: MathPool | None = None) -> str | None:
     return gold_faults([gold], pool=pool)[0]
 
 
-def gold_faults(golds: Sequence[Any], *, pool: MathPool | None = None) -> list[str | None]:
+def gold_faults(golds: Sequence[Any], *, pool: WorkerPool | None = None) -> list[str | None]:
     """`gold_fault` for many golds at once, on all workers."""
     texts = [_gold_text(gold) for gold in golds]
     slow = list(dict.fromkeys(text for text in texts if text is not None and parse_number(text) is None))
-    names = (
-        dict(zip(slow, (pool or shared_pool()).judge([(text, text) for text in slow]), strict=True)) if slow else {}
-    )
+    names = dict(zip(slow, _ask_math_verify([(text, text) for text in slow], pool), strict=True))
     faults: list[str | None] = []
     for gold, text in zip(golds, texts, strict=True):
         if text is None:
             faults.append(f"no usable answer: {_shorten(gold)}")
-        elif names.get(text, "right") != "right":
+        elif names.get(text, MathVerdict.RIGHT) is not MathVerdict.RIGHT:
             faults.append(f"Math-Verify does not find the answer equal to itself ({names[text]}): {_shorten(text)}")
         else:
             faults.append(None)
@@ -186,6 +186,11 @@ def strict_math_reward(
 ) -> list[float | None]:
     """`math_reward` for the strict final-answer form only (`judge_completions`): the held-out check on a policy."""
     return _scores(judge_completions(completions, answer, strict=True))
+
+
+def _ask_math_verify(pairs: Sequence[tuple[str, str]], pool: WorkerPool | None) -> list[MathVerdict]:
+    replies = (pool or shared_pool(WORKER_MODULE)).ask(pairs) if pairs else []
+    return [MathVerdict.UNREADABLE if reply is Failure.ERROR else MathVerdict(reply) for reply in replies]
 
 
 _METRICS = {

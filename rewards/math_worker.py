@@ -1,27 +1,17 @@
-r"""The process in which Math-Verify runs: reads (gold, answer) pairs on stdin, writes a verdict for each on stdout.
-
-It is run as a file by `mua_rl.rewards.math_pool`, never imported by the trainer, and imports nothing of this package:
-symbolic algebra on a policy's output can take for ever, or all memory, or crash the interpreter. Here it takes down
-only a process that the pool kills and replaces. Three things bound its life, each without the help of the other two:
-the pool's SIGKILL; a kernel timer with the default action, which a library stuck in C cannot swallow; and the end of
-stdin or a changed parent, which say that the trainer is gone.
+r"""The process in which Math-Verify runs: replies to a (gold, answer) pair of texts with a verdict.
 
 Nothing here evaluates text as Python: LaTeX goes to Math-Verify's grammar-based parser only, because its parser for
 plain expressions ends in SymPy's `parse_expr`, which is `eval`.
 """
 
-import json
-import os
 import re
-import resource
-import select
-import signal
-import sys
 import unicodedata
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-_PARENT_POLL_SECONDS = 2.0
+from mua_rl.rewards.worker_loop import serve
+
 _MAX_NESTING = 30  # the parser backtracks: its time grows without bound in the nesting
 _RELATIVE_TOLERANCE = 1e-6
 
@@ -67,8 +57,8 @@ def far_apart(gold: Any, answer: Any) -> bool:
     return abs(gold_value - answer_value) > _RELATIVE_TOLERANCE * max(abs(gold_value), abs(answer_value))
 
 
-def _load() -> Any:
-    """Import Math-Verify; returns `judge(gold, answer) -> verdict name`."""
+def load() -> Callable[[tuple[str, str]], str]:
+    """Import Math-Verify; the returned function gives a pair of texts its verdict's name."""
     import logging
 
     logging.disable(logging.CRITICAL)
@@ -98,11 +88,11 @@ def _load() -> Any:
         gold = parsed(text)
         return gold if gold and equal(gold, gold) else ()
 
-    def judge(gold_text: str, answer_text: str) -> str:
-        gold = parsed_gold(gold_text)
+    def judge(pair: tuple[str, str]) -> str:
+        gold = parsed_gold(pair[0])
         if not gold:
             return "bad_gold"
-        answer = parsed(answer_text)
+        answer = parsed(pair[1])
         if not answer:
             return "unreadable"
         return "right" if equal(gold, answer) else "wrong"
@@ -110,48 +100,5 @@ def _load() -> Any:
     return judge
 
 
-def main(seconds: float, memory_bytes: int) -> None:
-    """Serve pairs until stdin ends. `seconds` is the pool's limit for one pair; the own timer is one second longer."""
-    replies = os.fdopen(os.dup(1), "w", encoding="ascii")
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)  # whatever a library prints is no reply
-    os.dup2(null, 2)
-    os.nice(5)  # the trainer goes first
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    parent = os.getppid()
-    judge = _load()
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-    def reply(verdict: str) -> None:
-        replies.write(json.dumps(verdict) + "\n")
-        replies.flush()
-
-    reply("ready")
-    pending = b""
-    while True:
-        while b"\n" not in pending:
-            readable, _, _ = select.select([0], [], [], _PARENT_POLL_SECONDS)
-            if os.getppid() != parent:
-                return
-            if readable:
-                chunk = os.read(0, 65536)  # unbuffered, so that select tells the truth
-                if not chunk:
-                    return
-                pending += chunk
-        line, _, pending = pending.partition(b"\n")
-        gold, answer = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, seconds + 1.0)
-        try:
-            verdict = judge(gold, answer)
-        except MemoryError:
-            verdict = "memory"
-        except Exception:  # RecursionError, or anything that a parser raises on nonsense
-            verdict = "unreadable"
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        reply(verdict)
-
-
 if __name__ == "__main__":
-    main(float(sys.argv[1]), int(sys.argv[2]))
+    serve(load)

@@ -10,8 +10,10 @@ import time
 import pytest
 
 from mua_rl.errors import UserError
-from mua_rl.rewards import math_pool
-from mua_rl.rewards.math_pool import GraderFault, MathPool
+from mua_rl.rewards import worker_pool
+from mua_rl.rewards.faults import GraderFault
+from mua_rl.rewards.math import WORKER_MODULE
+from mua_rl.rewards.worker_pool import WorkerPool, shared_pool
 
 HOSTILE = [
     "9^{9^{9^{9}}}",
@@ -53,7 +55,7 @@ def gone_within(pids, seconds):
 
 @pytest.fixture(scope="module")
 def pool():
-    pool = MathPool(workers=2, seconds=1.0)
+    pool = WorkerPool(WORKER_MODULE, workers=2, seconds=1.0)
     yield pool
     pool.close()
 
@@ -61,21 +63,21 @@ def pool():
 def test_hostile_answers_are_not_right_and_end_in_time(pool, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start = time.monotonic()
-    verdicts = pool.judge([("x^2 + 1", answer) for answer in HOSTILE])
+    verdicts = pool.ask([("x^2 + 1", answer) for answer in HOSTILE])
     assert "right" not in verdicts
     assert time.monotonic() - start < 3.0 * len(HOSTILE)  # 1 s each, and a new worker after each kill
     assert os.listdir(tmp_path) == []
-    assert pool.judge([("2x", "x+x")]) == ["right"]
+    assert pool.ask([("2x", "x+x")]) == ["right"]
 
 
 def test_a_timeout_is_told_from_a_wrong_answer(pool):
-    assert pool.judge([("x^2+1", "9^{9^{9^{9}}}"), ("x", "y")]) == ["timeout", "wrong"]
+    assert pool.ask([("x^2+1", "9^{9^{9^{9}}}"), ("x", "y")]) == ["timeout", "wrong"]
 
 
 def test_limits_hold_off_the_main_thread(pool):
     verdicts = []
     pairs = [("x^2+1", "9^{9^{9^{9}}}"), ("2x", "x+x")]
-    thread = threading.Thread(target=lambda: verdicts.extend(pool.judge(pairs)))
+    thread = threading.Thread(target=lambda: verdicts.extend(pool.ask(pairs)))
     thread.start()
     thread.join(30)
     assert verdicts == ["timeout", "right"]
@@ -87,7 +89,7 @@ def test_the_callers_alarm_is_left_alone(pool):
     previous = signal.signal(signal.SIGALRM, lambda *_: rang.append(True))
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.3)
-        pool.judge([("2x", "x+x")] * 3)
+        pool.ask([("2x", "x+x")] * 3)
         time.sleep(0.4)
         assert rang
     finally:
@@ -98,7 +100,7 @@ def test_the_callers_alarm_is_left_alone(pool):
 def test_many_threads_share_one_pool(pool):
     results = {}
     threads = [
-        threading.Thread(target=lambda i=i: results.update({i: pool.judge([(f"{i}x", f"x\\cdot {i}"), ("x", "y")])}))
+        threading.Thread(target=lambda i=i: results.update({i: pool.ask([(f"{i}x", f"x\\cdot {i}"), ("x", "y")])}))
         for i in range(8)
     ]
     for thread in threads:
@@ -109,16 +111,16 @@ def test_many_threads_share_one_pool(pool):
 
 
 def test_a_worker_killed_from_outside_costs_no_verdict(pool):
-    pool.judge([("2x", "x+x")])
-    for worker in pool._idle:
-        worker._process.send_signal(signal.SIGKILL)
-    assert pool.judge([("2x", "x+x"), ("x", "y")]) == ["right", "wrong"]
+    pool.ask([("2x", "x+x")])
+    for pid in pool.process_ids():
+        os.kill(pid, signal.SIGKILL)
+    assert pool.ask([("2x", "x+x"), ("x", "y")]) == ["right", "wrong"]
 
 
 def test_closing_leaves_no_process():
-    pool = MathPool(workers=1)
-    pool.judge([("2x", "x+x")])
-    pids = [worker._process.pid for worker in pool._idle]
+    pool = WorkerPool(WORKER_MODULE, workers=1)
+    pool.ask([("2x", "x+x")])
+    pids = pool.process_ids()
     assert pids and all(map(alive, pids))
     pool.close()
     assert gone_within(pids, 5)
@@ -129,11 +131,11 @@ def test_a_trainer_killed_with_kill_9_leaves_no_orphan(answer):
     """With the worker idle, and with it stuck in a computation."""
     code = (
         "import sys, threading, time\n"
-        "from mua_rl.rewards.math_pool import MathPool\n"
-        "pool = MathPool(workers=1, seconds=2.0)\n"
-        "pool.judge([('2x', 'x+x')])\n"
-        "print(pool._idle[0]._process.pid, flush=True)\n"
-        "pool.judge([('2x', sys.argv[1])])\n"
+        "from mua_rl.rewards.worker_pool import WorkerPool\n"
+        "pool = WorkerPool('mua_rl.rewards.math_worker', workers=1, seconds=2.0)\n"
+        "pool.ask([('2x', 'x+x')])\n"
+        "print(pool.process_ids()[0], flush=True)\n"
+        "pool.ask([('2x', sys.argv[1])])\n"
         "time.sleep(60)\n"
     )
     trainer = subprocess.Popen([sys.executable, "-c", code, answer], stdout=subprocess.PIPE, text=True)
@@ -146,40 +148,39 @@ def test_a_trainer_killed_with_kill_9_leaves_no_orphan(answer):
 
 
 def test_a_forked_child_makes_its_own_workers():
-    shared = math_pool.shared_pool()
-    shared.judge([("2x", "x+x")])
+    shared = shared_pool(WORKER_MODULE)
+    shared.ask([("2x", "x+x")])
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        verdicts = math_pool.shared_pool().judge([("2x", "x+x")])
-        os.write(writer, b"own" if math_pool.shared_pool() is not shared and verdicts == ["right"] else b"no")
-        math_pool.shared_pool().close()
+        verdicts = shared_pool(WORKER_MODULE).ask([("2x", "x+x")])
+        os.write(writer, b"own" if shared_pool(WORKER_MODULE) is not shared and verdicts == ["right"] else b"no")
+        shared_pool(WORKER_MODULE).close()
         os._exit(0)
     os.waitpid(child, 0)
     assert os.read(reader, 3) == b"own"
-    assert shared.judge([("3x", "x+2x")]) == ["right"]
+    assert shared.ask([("3x", "x+2x")]) == ["right"]
 
 
 def test_a_worker_that_cannot_start_is_a_fault_not_a_zero(monkeypatch, tmp_path):
-    broken = tmp_path / "worker.py"
-    broken.write_text("raise SystemExit('no Math-Verify here')")
-    monkeypatch.setattr(math_pool, "_WORKER_FILE", broken)
+    (tmp_path / "broken_worker.py").write_text("raise SystemExit('no Math-Verify here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(GraderFault, match="no Math-Verify here"):
-        MathPool(workers=1).judge([("x", "y")])
+        WorkerPool("broken_worker", workers=1).ask([("x", "y")])
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "٢", ""])
 def test_a_bad_worker_count_is_refused(monkeypatch, value):
-    monkeypatch.setenv("MUA_RL_MATH_WORKERS", value)
-    with pytest.raises(UserError, match="MUA_RL_MATH_WORKERS"):
-        math_pool._workers_from_environment()
+    monkeypatch.setenv("MUA_RL_REWARD_WORKERS", value)
+    with pytest.raises(UserError, match="MUA_RL_REWARD_WORKERS"):
+        worker_pool._workers_from_environment()
 
 
 def test_memory_is_bounded():
-    pool = MathPool(workers=1, seconds=20.0)
-    worker_limit = math_pool.WORKER_MEMORY_BYTES
-    pool.judge([("2x", "x+x")])
-    with open(f"/proc/{pool._idle[0]._process.pid}/limits") as limits:
+    pool = WorkerPool(WORKER_MODULE, workers=1, seconds=20.0)
+    worker_limit = worker_pool.WORKER_MEMORY_BYTES
+    pool.ask([("2x", "x+x")])
+    with open(f"/proc/{pool.process_ids()[0]}/limits") as limits:
         line = next(line for line in limits if line.startswith("Max address space"))
     assert line.split()[3] == str(worker_limit)
     pool.close()
