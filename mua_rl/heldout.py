@@ -7,7 +7,6 @@ import torch
 from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from trl.models import disable_gradient_checkpointing
 
 from mua_rl.envs.tasks import Task
 
@@ -72,10 +71,9 @@ def generate(
                 return_dict=True,
             )
         inputs = {k: v.to(model.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
-        with disable_gradient_checkpointing(model):
-            output = model.generate(
-                **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **options
-            )
+        output = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **options
+        )
         answers = output[:, inputs["input_ids"].shape[1] :]
         completions += tokenizer.batch_decode(answers, skip_special_tokens=True)
     model.train(was_training)

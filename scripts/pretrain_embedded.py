@@ -1,10 +1,13 @@
 """Make the model that ships inside the package: a character-level Llama of a million parameters that is bad at sums.
 
-Its corpus is sums and products as a careless class would hand them in: one pupil in five computes rightly, the others
+Its corpus is sums and products as a careless class would hand them in: one pupil in seven computes rightly, the others
 forget to carry. So the model knows both ways, mostly answers the wrong one, and a verifiable reward can teach it which
 one counts. The held-out problems of the `arithmetic` task never occur in the corpus.
 
-    python scripts/pretrain_embedded.py [--steps 3000] [--out mua_rl/assets/arithmetic-1m]
+    python scripts/pretrain_embedded.py [--steps 8000] [--out mua_rl/assets/arithmetic-1m]
+
+The committed weights took 292 s on one H200 (with three other such runs beside). They answer 45 % of the held-out sums
+and 27 % of the held-out products rightly at temperature 0, and 55 % and 35 % when sampled at temperature 1.
 """
 
 import argparse
@@ -64,7 +67,9 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def corpus_batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast, careful_share: float) -> dict[str, torch.Tensor]:
+def corpus_batch(
+    rng: random.Random, tokenizer: PreTrainedTokenizerFast, careful_share: float
+) -> dict[str, torch.Tensor]:
     """BATCH solved problems, padded on the right; the padding is not learnt."""
     lines = []
     for _ in range(BATCH):
@@ -76,7 +81,9 @@ def corpus_batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast, careful
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
 
 
-def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> tuple[float, ...]:
+def accuracy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]
+) -> tuple[float, ...]:
     """Share of right answers, greedy and sampled at temperature 1."""
     inputs = tokenizer([f"{a}{operator}{b}=" for a, operator, b in problems], padding=True, return_tensors="pt")
     shares = []
@@ -90,8 +97,8 @@ def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, proble
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--careful-share", type=float, default=0.2, help="share of rightly solved lines")
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--careful-share", type=float, default=0.15, help="share of rightly solved lines")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("mua_rl/assets/arithmetic-1m"))

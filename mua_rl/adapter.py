@@ -1,0 +1,279 @@
+"""LoRA and full finetuning behind one small interface, for any `nn.Module` that PEFT can target.
+
+`LoRA(rank, …)` and `Full()` answer the same calls, so a trainer attaches whatever it is given and never asks which one
+it has. What LoRA saves is plain PEFT: only the starting values of A and B are ours, since PEFT offers neither Init[A]
+(its default is `var 1/(3n)`, its "gaussian" `std 1/r`) nor Init[B] (A zero, B random).
+"""
+
+import copy
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from mua_rl.errors import UserError
+from mua_rl.optim import FULL, LORA_A, LORA_B
+from mua_rl.rules import AlphaRule, Configuration, Scheme
+
+MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+"""The default of the paper: the MLP projections of every decoder layer."""
+
+TargetModules = str | list[str]
+"""`"mlp"`, `"all-linear"` (every linear layer but the output head), a regular expression, or a list of names."""
+
+
+class Adapter(Protocol):
+    """What a trainer may ask of LoRA and of full finetuning alike."""
+
+    rank: int | None
+    target_modules: TargetModules
+    saved_as: str
+
+    def learning_rates(self, learning_rate: float) -> dict[str, float]:
+        """The learning rate of each role of trained parameters (`mua_rl.optim`)."""
+
+    def attach(self, model: nn.Module, seed: int = 0) -> nn.Module:
+        """Make `model` trainable (trained weights in fp32) and return it, wrapped in a `PeftModel` for LoRA.
+
+        Raises:
+            UserError: It cannot be done with this model.
+        """
+
+    def configuration(self, model: nn.Module, optimizer: str = "adamw") -> Configuration:
+        """What the LR rules need to know, for a model before or after `attach`."""
+
+    def widths(self, model: nn.Module) -> list[int]:
+        """Fan-ins of the layers that the rules speak of, each once, ascending; before or after `attach`."""
+
+    def merged(self, model: nn.Module) -> nn.Module:
+        """The plain model with what was learnt inside its weights (in place, for good)."""
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adaptation, `W = W* + α B A`, with Init[A] or Init[B].
+
+    Attributes:
+        rank: r.
+        init: "A" for Init[A] (`A₀ ~ N(0, 1/n)`, `B₀ = 0`), "B" for Init[B] (`A₀ = 0`, `B₀ ~ N(0, 1/r)`).
+        alpha: The multiplier's rule α(r).
+        target_modules: Which layers carry LoRA.
+    """
+
+    rank: int
+    init: str = "B"
+    alpha: AlphaRule = AlphaRule()
+    target_modules: TargetModules = "mlp"
+    saved_as = "adapter"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(
+                f"a LoRA needs a rank of at least 1, not {self.rank}; full finetuning is rank 0 or 'full'."
+            )
+        if self.init not in ("A", "B"):
+            raise UserError(
+                f"the initialisation {self.init!r} is not one of A and B: others, PiSSA and OLoRA among them, shift the "
+                "base weights or have no learning-rate rule."
+            )
+
+    @property
+    def scheme(self) -> Scheme:
+        """The paper's name of the initialisation."""
+        return Scheme.INIT_A if self.init == "A" else Scheme.INIT_B
+
+    def learning_rates(self, learning_rate: float) -> dict[str, float]:
+        """See `Adapter.learning_rates`. The theory has one learning rate for A and B."""
+        return {LORA_A: learning_rate, LORA_B: learning_rate}
+
+    def peft_config(self, model: nn.Module) -> LoraConfig:
+        """The PEFT configuration: dropout and bias off, `lora_alpha = α r` so that PEFT's multiplier is α."""
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha(self.rank) * self.rank,  # type: ignore[arg-type]  # PEFT divides it, so a float does
+            target_modules=resolve_targets(model, self.target_modules),
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
+        )
+
+    def attach(self, model: nn.Module, seed: int = 0) -> PeftModel:
+        """See `Adapter.attach`. A and B are drawn from a generator of their own, so that `seed` alone decides them.
+
+        Raises:
+            UserError: The rank exceeds a layer's size, no layer matches, or there is an adapter already.
+        """
+        if any(isinstance(module, LoraLayer) for module in model.modules()):
+            raise UserError(
+                "the model carries a LoRA already: merge it first (--start-from does), or go on training it with --resume."
+            )
+        try:
+            wrapped = get_peft_model(model, self.peft_config(model))
+        except ValueError as error:
+            raise UserError(f"LoRA cannot be attached: {error}") from None
+        generator = torch.Generator().manual_seed(seed)
+        for name, layer in lora_layers(wrapped):
+            a, b = lora_matrices(layer)
+            if self.rank > min(fan_in(a), len(b)):
+                raise UserError(
+                    f"rank {self.rank} exceeds the size of the layer {name} ({fan_in(a)} → {len(b)}): choose a "
+                    "smaller --rank or other --target-modules, or full finetuning (--rank full)."
+                )
+            with torch.no_grad():
+                random, zero, variance = (a, b, 1 / fan_in(a)) if self.init == "A" else (b, a, 1 / self.rank)
+                zero.zero_()
+                random.copy_(torch.randn(random.shape, generator=generator) * math.sqrt(variance))
+        return wrapped
+
+    def configuration(self, model: nn.Module, optimizer: str = "adamw") -> Configuration:
+        """See `Adapter.configuration`."""
+        width = max(self.widths(model))
+        if self.rank > width:
+            raise UserError(
+                f"rank {self.rank} exceeds the width {width} of the model's layers: choose a smaller --rank."
+            )
+        return Configuration(self.scheme, width, self.rank, self.alpha, optimizer)
+
+    def widths(self, model: nn.Module) -> list[int]:
+        """See `Adapter.widths`."""
+        return _widths(model, self.target_modules)
+
+    def merged(self, model: nn.Module) -> nn.Module:
+        """See `Adapter.merged`."""
+        return model.merge_and_unload()  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class Full:
+    """Full finetuning (FFT): every weight of the model is trained.
+
+    Attributes:
+        target_modules: The layers whose width the rules speak of, those a LoRA would carry; every weight is trained.
+    """
+
+    target_modules: TargetModules = "mlp"
+    rank = None
+    saved_as = "model"
+
+    def learning_rates(self, learning_rate: float) -> dict[str, float]:
+        """See `Adapter.learning_rates`."""
+        return {FULL: learning_rate}
+
+    def attach(self, model: nn.Module, seed: int = 0) -> nn.Module:
+        """See `Adapter.attach`."""
+        return model.float().requires_grad_(True)
+
+    def configuration(self, model: nn.Module, optimizer: str = "adamw") -> Configuration:
+        """See `Adapter.configuration`."""
+        return Configuration(Scheme.FFT, max(self.widths(model)), optimizer=optimizer)
+
+    def widths(self, model: nn.Module) -> list[int]:
+        """See `Adapter.widths`."""
+        return _widths(model, self.target_modules)
+
+    def merged(self, model: nn.Module) -> nn.Module:
+        """See `Adapter.merged`."""
+        return model
+
+
+def adapter_for(rank: int | None, init: str, alpha: str, target_modules: TargetModules) -> Adapter:
+    """The adapter that a command line asks for; rank `None` is full finetuning.
+
+    Raises:
+        UserError: The rank, the initialisation or the multiplier is none.
+    """
+    if rank is None:
+        return Full(target_modules)
+    try:
+        return LoRA(rank, init, AlphaRule.parse(alpha), target_modules)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def resolve_targets(model: nn.Module, targets: TargetModules) -> TargetModules:
+    """The names that PEFT shall match for `targets`.
+
+    Raises:
+        UserError: The model has no MLP projections under their usual names.
+    """
+    if targets != "mlp":
+        return targets
+    present = [name for name in MLP_PROJECTIONS if any(path.endswith(f".{name}") for path, _ in model.named_modules())]
+    if not present:
+        raise UserError(
+            f"the model has no layers called {', '.join(MLP_PROJECTIONS)}: name the layers to adapt with "
+            "--target-modules, or take all-linear."
+        )
+    return present
+
+
+def load_adapter(model: nn.Module, folder: Path | str, trainable: bool = True) -> PeftModel:
+    """Attach a saved adapter, its trained values and nothing drawn anew.
+
+    Raises:
+        UserError: The folder holds no LoRA of this model.
+    """
+    try:
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder} holds no adapter of this model: {str(error).splitlines()[0]}") from None
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """Every layer that carries LoRA, with its name."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def lora_matrices(layer: LoraLayer, adapter_name: str = "default") -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of a layer: `(r, n)` and `(m, r)`, with the kernel's axes after them for convolutions."""
+    if adapter_name in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
+    return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+
+
+def fan_in(weight: torch.Tensor) -> int:
+    """Inputs that one output of a linear or convolutional weight sums over."""
+    return math.prod(weight.shape[1:])
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short hash of a model's weights, the same in whatever precision and wrapping they were loaded.
+
+    It reads the name, the shape and up to 64 evenly spaced values of every parameter, rounded to bf16's precision.
+    """
+    digest = hashlib.sha256()
+    with torch.no_grad():
+        for name, weight in sorted(model.named_parameters()):
+            values = weight.detach().flatten()
+            sample = values[:: max(1, len(values) // 64)][:64].to("cpu", torch.bfloat16)
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _widths(model: nn.Module, targets: TargetModules) -> list[int]:
+    """Fan-ins of the targeted layers of a plain or LoRA-carrying model."""
+    found: set[int] = {fan_in(lora_matrices(layer)[0]) for _, layer in lora_layers(model)}
+    if not found:
+        found = {fan_in(weight) for weight in _targeted_weights(model, targets)}
+    if not found:
+        raise UserError(f"no layer of the model matches the target modules {targets!r}.")
+    return sorted(found)
+
+
+def _targeted_weights(model: nn.Module, targets: TargetModules) -> Iterator[torch.Tensor]:
+    """Weights of the layers that PEFT would adapt, found by PEFT itself on a copy without storage."""
+    with torch.device("meta"):
+        skeleton = copy.deepcopy(model).to("meta")
+    config: Any = LoraConfig(r=1, target_modules=resolve_targets(model, targets))
+    for _, layer in lora_layers(get_peft_model(skeleton, config)):
+        yield lora_matrices(layer)[0]

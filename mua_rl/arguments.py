@@ -1,0 +1,190 @@
+"""Arguments that every trainer takes, and how they become an adapter and a learning rate."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from trl import TrlParser
+
+from mua_rl import policy
+from mua_rl.adapter import Adapter, TargetModules, adapter_for
+from mua_rl.errors import UserError
+from mua_rl.policy import LearningRate
+from mua_rl.record import LRRecord
+from mua_rl.rules import Configuration
+
+DEFAULT_RANK = 32
+
+
+@dataclass
+class AdapterArguments:
+    """What is trained, and at which learning rate."""
+
+    rank: str | None = field(
+        default=None,
+        metadata={"help": "LoRA rank; 0 or full: full finetuning. Default: 32, with --start-from full."},
+    )
+    init: str = field(
+        default="B",
+        metadata={
+            "help": "Init[B] (A zero, B random), whose LR is full finetuning's, or Init[A].",
+            "choices": ["A", "B"],
+        },
+    )
+    alpha: str = field(
+        default="1",
+        metadata={"help": "LoRA multiplier as a function of the rank r: 1, 0.5, 1/r, 16/sqrt(r), 2*r^-0.25."},
+    )
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Layers that carry LoRA: mlp, all-linear, a regular expression, or a list of names."},
+    )
+    lr: float | None = field(default=None, metadata={"help": "Peak learning rate, instead of one from a record."})
+    lr_from: str | None = field(
+        default=None,
+        metadata={"help": "LR record, or folder of a finished run, that gives the learning rate (whatever its rank)."},
+    )
+    start_from: str | None = field(
+        default=None,
+        metadata={"help": "Folder of a finished run whose policy to start from: its LoRA is merged into the weights."},
+    )
+    resume: str | None = field(
+        default=None, metadata={"help": "Folder of an interrupted run to go on with, from its last checkpoint."}
+    )
+
+    def adapter(self, default_targets: TargetModules) -> Adapter:
+        """The adapter that was asked for.
+
+        Raises:
+            UserError: The rank, the multiplier or the initialisation is none.
+        """
+        default_rank = "full" if self.start_from else str(DEFAULT_RANK)
+        targets: TargetModules = default_targets
+        if self.target_modules:
+            targets = self.target_modules[0] if len(self.target_modules) == 1 else self.target_modules
+            if isinstance(targets, str) and targets.isidentifier() and targets != "mlp":
+                targets = [targets]  # PEFT reads a lone string as a regular expression of the full path
+        return adapter_for(parse_rank(self.rank or default_rank), self.init, self.alpha, targets)
+
+
+def parse_rank(text: str | int) -> int | None:
+    """A LoRA rank, or `None` for full finetuning ("0", "full", "fft").
+
+    Raises:
+        UserError: It is neither.
+    """
+    word = str(text).strip().lower()
+    if word in ("0", "full", "fft"):
+        return None
+    try:
+        rank = int(word)
+    except ValueError:
+        rank = -1
+    if rank < 1:
+        raise UserError(f"--rank takes a positive number, or 0 or full for full finetuning, not {text!r}.")
+    return rank
+
+
+def parse_arguments(
+    dataclass_types: Sequence[type], argv: Sequence[str] | None = None
+) -> tuple[tuple, dict[str, Any]]:
+    """Parse flags and `--config file.yaml` into the dataclasses.
+
+    Returns:
+        The instances, and the settings that were given and differ from the defaults (they make a `--config` file
+        that says the same).
+
+    Raises:
+        UserError: The YAML file is missing, is none or has unknown keys, or a value cannot be used.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = TrlParser(list(dataclass_types))
+    defaults: dict[str, Any] = {}
+    for action in parser._actions:  # a boolean has two flags, --x and --no_x; the first has the default
+        defaults.setdefault(action.dest, action.default)
+    try:
+        instances = parser.parse_args_and_config(list(arguments))
+    except OSError as error:
+        raise UserError(f"the --config file cannot be read: {error}.") from None
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+    except Exception as error:
+        if type(error).__module__.startswith("yaml"):
+            raise UserError(f"the --config file is no YAML: {' '.join(str(error).split())}.") from None
+        raise
+    if "--config" in arguments:
+        position = arguments.index("--config")
+        del arguments[position : position + 2]
+    given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v != defaults.get(k)}
+    return instances, given
+
+
+@dataclass(frozen=True)
+class Base:
+    """The policy that a run starts from, as far as a learning rate depends on it.
+
+    Attributes:
+        name: For the reader.
+        fingerprint: `mua_rl.adapter.fingerprint` of its weights.
+        record: The record of the run that it comes from (`--start-from`), if any.
+    """
+
+    name: str
+    fingerprint: str
+    record: LRRecord | None = None
+
+
+def resolve_learning_rate(
+    arguments: AdapterArguments, target: Configuration, base: Base, algorithm: str
+) -> LearningRate:
+    """The learning rate of a run: `--lr`, else `--lr-from`, else the record of `--start-from`, else a shipped record.
+
+    Raises:
+        UserError: Both flags are given, the record is of another base model or algorithm, or the theory does not
+            give the learning rate of `target`.
+    """
+    if arguments.lr is not None:
+        if arguments.lr_from:
+            raise UserError("--lr and --lr-from exclude each other: give one of them.")
+        return policy.given(arguments.lr)
+    if arguments.lr_from:
+        record = LRRecord.load(arguments.lr_from)
+        known = {base.fingerprint} | ({base.record.base_fingerprint} if base.record else set())
+        if record.base_fingerprint not in known:
+            raise UserError(
+                f"{arguments.lr_from} is the record of another base model ({record.base_model}), and this one is "
+                f"{base.name}: tune on it, or give a learning rate with --lr."
+            )
+        if record.algorithm != algorithm:
+            raise UserError(f"{arguments.lr_from} is the record of a {record.algorithm} run, not of {algorithm}.")
+        return policy.transfer(record, target, arguments.lr_from)
+    if base.record:
+        return policy.transfer(base.record, target, f"the record of {arguments.start_from}")
+    return shipped_learning_rate(target, base, algorithm)
+
+
+def shipped_learning_rate(target: Configuration, base: Base, algorithm: str) -> LearningRate:
+    """The learning rate that the records inside the package support.
+
+    A record of the very base model gives it by the rules. For any other base model the first record of the algorithm
+    is taken over, scaled by the width; the reason says that this is a guess.
+
+    Raises:
+        UserError: No shipped record can give it.
+    """
+    folder = Path(str(files("mua_rl"))) / "assets" / "records"
+    records = [(path, LRRecord.load(path)) for path in sorted(folder.glob("*.json"))]
+    records = [(path, record) for path, record in records if record.algorithm == algorithm]
+    for path, record in records:
+        if record.base_fingerprint == base.fingerprint:
+            return policy.transfer(record, target, f"the shipped record {path.stem}")
+    for path, record in records:
+        rate = policy.transfer(record, target, f"the shipped record {path.stem}")
+        return LearningRate(
+            rate.value,
+            f"a guess, since no record fits {base.name} (tune it, or give --lr or --lr-from): {rate.reason}",
+        )
+    raise UserError(f"there is no record for {base.name}: give a learning rate with --lr or --lr-from.")

@@ -1,0 +1,89 @@
+"""GRPO: TRL's trainer with the optimizer groups of `mua_rl.optim`, and the callbacks of a run."""
+
+import math
+from typing import Any
+
+import torch
+import trl
+from torch import nn
+from transformers import ProgressCallback, TrainerCallback
+
+from mua_rl.optim import learning_rates, named_groups
+from mua_rl.run import RunFolder
+
+
+class Diverged(RuntimeError):
+    """Training has left the finite numbers; the message says at which step."""
+
+
+class GRPOTrainer(trl.GRPOTrainer):
+    """TRL's `GRPOTrainer` for a policy that an adapter of ours is attached to.
+
+    Args:
+        roles: Learning rate of each role of trained parameters (`Adapter.learning_rates`).
+        args, kwargs: As TRL's.
+    """
+
+    def __init__(self, *args: Any, roles: dict[str, float], **kwargs: Any) -> None:
+        self.roles = roles
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Named groups instead of the Trainer's two anonymous ones; the schedule multiplies each group's own peak."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            options.pop("lr", None)
+            groups = named_groups(
+                model, self.roles, self.args.weight_decay, decayed=self.get_decay_parameter_names(model)
+            )
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+
+class RunCallback(TrainerCallback):
+    """Writes the metrics, measures held-out accuracy on the way, shows progress, and stops a run that diverges.
+
+    Args:
+        run: Where metrics go.
+        held_out_accuracy: Measures it; called every `held_out_steps` steps.
+        held_out_steps: 0 for never.
+    """
+
+    def __init__(self, run: RunFolder, held_out_accuracy: Any, held_out_steps: int) -> None:
+        self.run = run
+        self.held_out_accuracy = held_out_accuracy
+        self.held_out_steps = held_out_steps
+        self.used: dict[str, float] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        """Note the learning rates that this very step uses."""
+        self.used = {f"lr/{name}": rate for name, rate in learning_rates(optimizer).items()}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        """Stop where a weight is no longer finite: what follows would be noise or an error somewhere deep."""
+        norms = torch._foreach_norm([p.detach() for p in model.parameters() if p.requires_grad])
+        if not math.isfinite(float(torch.stack(norms).sum())):
+            raise Diverged(f"a trained weight is no longer finite after step {state.global_step}")
+        if (
+            self.held_out_steps
+            and state.global_step % self.held_out_steps == 0
+            and state.global_step < state.max_steps
+        ):
+            self.run.log(state.global_step, {"held_out/accuracy": self.held_out_accuracy()})
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """One line of metrics a step."""
+        if state.is_world_process_zero and logs and "loss" in logs:
+            self.run.log(state.global_step, {**logs, **self.used})
+
+
+class ProgressBar(ProgressCallback):
+    """The Trainer's bar with reward and length beside it, instead of a dictionary printed every step."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Refresh the figures beside the bar."""
+        if self.training_bar is not None and logs and "reward" in logs:
+            self.training_bar.set_postfix(
+                reward=f"{logs['reward']:.3f}", tokens=f"{logs.get('completions/mean_length', 0):.0f}", refresh=False
+            )

