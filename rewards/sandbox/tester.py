@@ -1,0 +1,284 @@
+"""The side of the tests: run a row's own tests, unchanged, against proxies for what the program defines.
+
+This process never runs the program's code. It reports, in JSON lines on a pipe that only the trainer reads:
+`["total", n]`, then `["ok"]` or `["bad", reason, detail]` for each test, and `["end"]`; or `["fault", message]` when the
+row itself is at fault. A program that hangs up or talks nonsense ends the run at once.
+"""
+
+import ast
+import builtins
+import functools
+import json
+import os
+import types
+import unittest
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from . import wire
+from .proxy import HungUp, Remote, Unsupported
+
+_Test = Callable[[], None]
+
+
+class _RowFault(Exception):
+    """The row's own code is at fault."""
+
+
+def run(job: dict[str, Any], channel_fd: int, result_fd: int) -> None:
+    """Run the tests of `job` (keys as in `pool.Row`) and report; never returns."""
+    report = _Report(result_fd, stop_at_first=not job["fraction"])
+    try:
+        for counts, test in _prepare(job, wire.Channel(channel_fd), report):
+            report.outcome(test, counts)
+        report.end()
+    except _RowFault as error:
+        report.fault(str(error))
+    except BaseException as error:
+        report.fault(f"{type(error).__name__} in the grader's own code")
+    os._exit(0)
+
+
+class _Report:
+    """The only way to a verdict."""
+
+    def __init__(self, fd: int, stop_at_first: bool) -> None:
+        self._fd = fd
+        self._stop_at_first = stop_at_first
+        self._count = 0
+        self.remote: Remote | None = None
+
+    def total(self, count: int) -> None:
+        """Say how many tests there will be; an estimate, corrected by `end`."""
+        self._write(["total", count])
+
+    def outcome(self, test: _Test, counts: bool) -> None:
+        """Run one test, or statements between tests, which count only if they fail."""
+        try:
+            test()
+        except ImportError as error:
+            if not getattr(error, "from_program", False):
+                self.fault(f"the tests import {error.name}, which the sandbox does not have")
+            self.bad(*_reason(error))
+        except BaseException as error:
+            self.bad(*_reason(error))
+        else:
+            if counts:
+                self._count += 1
+                self._write(["ok"])
+
+    def bad(self, reason: str, detail: str) -> None:
+        self._count += 1
+        self._write(["bad", reason, detail])
+        if self._stop_at_first:
+            os._exit(0)
+
+    def end(self) -> None:
+        if not self._count:
+            self.fault("there are no tests in this row")
+        if self.remote is None or not self.remote.uses:
+            self.fault("the tests never use the program")
+        self._write(["end"])
+
+    def fault(self, message: str) -> None:
+        self._write(["fault", message[:500]])
+        os._exit(0)
+
+    def abort(self, error: BaseException) -> None:
+        """End the run, from within whatever the tests are doing."""
+        if isinstance(error, HungUp):
+            self._write(["bad", error.reason, error.detail])
+            os._exit(0)
+        self.fault(str(error))
+
+    def _write(self, line: list[Any]) -> None:
+        os.write(self._fd, json.dumps(line).encode() + b"\n")
+
+
+def _reason(error: BaseException) -> tuple[str, str]:
+    kind = type(error).__name__
+    if not getattr(error, "from_program", False):
+        return ("wrong" if isinstance(error, AssertionError) else "error"), f"{kind} in the tests"
+    return ("memory" if isinstance(error, MemoryError) else "error"), f"the program raised {kind}"
+
+
+def _prepare(job: dict[str, Any], channel: wire.Channel, report: _Report) -> Iterator[tuple[bool, _Test]]:
+    """Load the row's own code and the program; gives the steps to take, in order, and which of them are tests."""
+    namespace: dict[str, Any] = {"__name__": "tests", "__builtins__": builtins}
+    unittest.main = lambda *args, **kwargs: None  # type: ignore[assignment,misc]  # we run the test cases ourselves
+    if job["prelude"]:
+        _execute(_parse(job["prelude"], "prelude"), namespace, "prelude")
+    classes = {
+        name: value
+        for name, value in namespace.items()
+        if type(value) is type and value.__module__ == "tests" and not issubclass(value, BaseException)
+    }
+    root = (job["entry_point"] or "").split("(")[0].split(".")[0].strip()
+    classes.pop(root, None)
+    if job["setup"]:
+        _execute(_parse(job["setup"], "setup"), namespace, "setup")
+    remote = report.remote = Remote(channel, report.abort, classes)
+    trees = [_parse(text, "tests") for text in job["tests"]] if job["kind"] == "code" else []
+    alternatives = [root, "Solution"] if job["kind"] == "calls" else [root]
+    try:
+        remote.wait_until_loaded()
+        bound = remote.bind([name for name in alternatives if name] + _free_names(trees, namespace, root))
+    except BaseException as error:
+        report.bad(*_reason(error))
+        os._exit(0)
+    if root and not bound.keys() & set(alternatives):
+        report.bad("error", f"the program does not define {root}")
+        os._exit(0)
+    namespace.update(bound)
+    if job["kind"] == "calls":
+        report.total(len(job["tests"]))
+        entry_point = job["entry_point"] if root in bound else f"Solution().{job['entry_point']}"
+        return _call_tests(job["tests"], entry_point, namespace)
+    report.total(_estimate(trees))
+    return _code_tests(job, trees, namespace)
+
+
+def _parse(text: str, part: str) -> ast.Module:
+    try:
+        return ast.parse(text, f"<{part}>")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise _RowFault(f"the {part} do not compile: {type(error).__name__}: {error}") from error
+
+
+def _compile(nodes: list[ast.stmt]) -> types.CodeType:
+    return compile(ast.Module(nodes, []), "<tests>", "exec")
+
+
+def _execute(tree: ast.Module, namespace: dict[str, Any], part: str) -> None:
+    try:
+        exec(_compile(tree.body), namespace)
+    except BaseException as error:
+        raise _RowFault(f"the {part} fails before any program is involved: {type(error).__name__}: {error}") from error
+
+
+def _free_names(trees: list[ast.Module], namespace: dict[str, Any], root: str) -> list[str]:
+    """Names that the tests use and nothing on this side defines: decided by the row alone, never by the program.
+
+    Not in it are builtins: a program that defines its own `abs` or `AssertionError` does not reach the tests' ones.
+    """
+    used, defined = set(), {root, *namespace, *vars(builtins)}
+    for tree in trees:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name):
+                (used if isinstance(node.ctx, ast.Load) else defined).add(node.id)
+            elif isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
+                defined.add(node.name)
+            elif isinstance(node, ast.arg):
+                defined.add(node.arg)
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                if any(alias.name == "*" for alias in node.names):
+                    continue
+                defined.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
+    return sorted(used - defined)
+
+
+def _estimate(trees: list[ast.Module]) -> int:
+    """How many tests `_code_tests` will find, as far as the text shows; at least 1."""
+    if len(trees) > 1:
+        return len(trees)
+    names = [n.name for n in ast.walk(trees[0]) if isinstance(n, ast.FunctionDef)]
+    functions = sum(name.startswith("test") for name in names) + ("check" in names)
+    return max(1, functions + sum(_checks(node, set(names)) for node in trees[0].body))
+
+
+def _code_tests(
+    job: dict[str, Any], trees: list[ast.Module], namespace: dict[str, Any]
+) -> Iterator[tuple[bool, _Test]]:
+    """One test for each text if there are several, else for each top-level statement that checks something; then
+    `check(candidate)`, the methods of unittest classes, and functions called `test…`."""
+    if len(trees) > 1:
+        units = [(tree.body, True) for tree in trees]
+    else:
+        functions = {n.name for n in ast.walk(trees[0]) if isinstance(n, ast.FunctionDef)}
+        units = [([node], _checks(node, functions)) for node in trees[0].body]
+    for nodes, checks in units:
+        yield checks, _runner(nodes, namespace)
+    names = {n.name for tree in trees for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    calls_check = any(_calls(nodes, "check") for nodes, checks in units if checks)
+    if "check" in names and job["entry_point"] and not calls_check:
+        yield True, lambda: namespace["check"](eval(job["entry_point"], namespace))
+    for name in sorted(names):
+        value = namespace.get(name)
+        if isinstance(value, type) and issubclass(value, unittest.TestCase):
+            for case in unittest.TestLoader().loadTestsFromTestCase(value):
+                yield True, _unittest_runner(case)
+        elif name.startswith("test") and isinstance(value, types.FunctionType) and not value.__code__.co_argcount:
+            if not any(_calls(nodes, name) for nodes, checks in units if checks):
+                yield True, value
+
+
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+
+
+def _checks(node: ast.stmt, functions: set[str]) -> bool:
+    if isinstance(node, _DEFINITIONS):
+        return False
+    if any(isinstance(inner, (ast.Assert, ast.Raise)) for inner in ast.walk(node)):
+        return True
+    return isinstance(node, ast.Expr) and any(_calls([node], name) for name in functions)
+
+
+def _calls(nodes: list[ast.stmt], name: str) -> bool:
+    return any(
+        isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name) and inner.func.id == name
+        for node in nodes
+        for inner in ast.walk(node)
+    )
+
+
+def _runner(nodes: list[ast.stmt], namespace: dict[str, Any]) -> _Test:
+    code = _compile(nodes)
+    return lambda: exec(code, namespace)
+
+
+def _unittest_runner(case: unittest.TestCase) -> _Test:
+    def run_case() -> None:
+        result = _Result()
+        unittest.TestSuite([case]).run(result)
+        if result.error is not None:
+            raise result.error
+        if result.skipped or result.testsRun != 1 or not result.wasSuccessful():
+            raise AssertionError("not a success")
+
+    return run_case
+
+
+class _Result(unittest.TestResult):
+    """Keeps the first exception, without formatting any."""
+
+    error: BaseException | None = None
+
+    def addError(self, test: Any, err: Any) -> None:
+        self.error = self.error or err[1]
+
+    def addFailure(self, test: Any, err: Any) -> None:
+        self.error = self.error or err[1]
+
+    def addSubTest(self, test: Any, subtest: Any, err: Any) -> None:
+        if err is not None:
+            self.error = self.error or err[1]
+
+
+def _call_tests(
+    cases: list[Any], entry_point: str, namespace: dict[str, Any]
+) -> Iterator[tuple[bool, _Test]]:
+    """APPS and LiveCodeBench: arguments and expected results as JSON, which has no tuples."""
+
+    def test(args: list[Any], expected: Any) -> None:
+        assert _as_json(eval(entry_point, namespace)(*args)) == expected
+
+    for args, expected in cases:
+        yield True, functools.partial(test, args, expected)
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_as_json(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _as_json(item) for key, item in value.items()}
+    return value
