@@ -9,9 +9,9 @@ import copy
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -20,7 +20,7 @@ from torch import nn
 
 from mua_rl.errors import UserError
 from mua_rl.optim import FULL, LORA_A, LORA_B
-from mua_rl.rules import AlphaRule, Configuration, Scheme
+from mua_rl.rules import ALPHA_ONE, AlphaRule, Configuration, Scheme
 
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 """The default of the paper: the MLP projections of every decoder layer."""
@@ -32,9 +32,17 @@ TargetModules = str | list[str]
 class Adapter(Protocol):
     """What a trainer may ask of LoRA and of full finetuning alike."""
 
-    rank: int | None
-    target_modules: TargetModules
-    saved_as: str
+    @property
+    def rank(self) -> int | None:
+        """LoRA rank, or `None` for full finetuning."""
+
+    @property
+    def target_modules(self) -> TargetModules:
+        """The layers that the rules speak of."""
+
+    @property
+    def saved_as(self) -> str:
+        """Name of the folder, within a run's, for what was trained."""
 
     def learning_rates(self, learning_rate: float) -> dict[str, float]:
         """The learning rate of each role of trained parameters (`mua_rl.optim`)."""
@@ -69,19 +77,17 @@ class LoRA:
 
     rank: int
     init: str = "B"
-    alpha: AlphaRule = AlphaRule()
+    alpha: AlphaRule = ALPHA_ONE
     target_modules: TargetModules = "mlp"
-    saved_as = "adapter"
+    saved_as: ClassVar[str] = "adapter"
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise UserError(
-                f"a LoRA needs a rank of at least 1, not {self.rank}; full finetuning is rank 0 or 'full'."
-            )
+            raise UserError(f"a LoRA needs a rank of at least 1, not {self.rank}; full finetuning is rank 0 or 'full'.")
         if self.init not in ("A", "B"):
             raise UserError(
-                f"the initialisation {self.init!r} is not one of A and B: others, PiSSA and OLoRA among them, shift the "
-                "base weights or have no learning-rate rule."
+                f"the initialisation {self.init!r} is not one of A and B: others, PiSSA and OLoRA among them, shift "
+                "the base weights or have no learning-rate rule."
             )
 
     @property
@@ -112,7 +118,7 @@ class LoRA:
         """
         if any(isinstance(module, LoraLayer) for module in model.modules()):
             raise UserError(
-                "the model carries a LoRA already: merge it first (--start-from does), or go on training it with --resume."
+                "the model carries a LoRA already: merge it first (--start-from does), or go on with --resume."
             )
         try:
             wrapped = get_peft_model(model, self.peft_config(model))
@@ -159,8 +165,8 @@ class Full:
     """
 
     target_modules: TargetModules = "mlp"
-    rank = None
-    saved_as = "model"
+    rank: int | None = field(default=None, init=False)
+    saved_as: ClassVar[str] = "model"
 
     def learning_rates(self, learning_rate: float) -> dict[str, float]:
         """See `Adapter.learning_rates`."""
@@ -237,7 +243,8 @@ def lora_matrices(layer: LoraLayer, adapter_name: str = "default") -> tuple[torc
     """A and B of a layer: `(r, n)` and `(m, r)`, with the kernel's axes after them for convolutions."""
     if adapter_name in layer.lora_embedding_A:
         return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
-    return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    return cast(torch.Tensor, a), cast(torch.Tensor, b)
 
 
 def fan_in(weight: torch.Tensor) -> int:

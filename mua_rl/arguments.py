@@ -88,9 +88,7 @@ def parse_rank(text: str | int) -> int | None:
     return rank
 
 
-def parse_arguments(
-    dataclass_types: Sequence[type], argv: Sequence[str] | None = None
-) -> tuple[tuple, dict[str, Any]]:
+def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple[tuple, dict[str, Any]]:
     """Parse flags and `--config file.yaml` into the dataclasses.
 
     Returns:
@@ -101,7 +99,7 @@ def parse_arguments(
         UserError: The YAML file is missing, is none or has unknown keys, or a value cannot be used.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = TrlParser(list(dataclass_types))
+    parser = TrlParser(list(dataclass_types))  # type: ignore[arg-type]  # its annotation wants dataclass instances
     defaults: dict[str, Any] = {}
     for action in parser._actions:  # a boolean has two flags, --x and --no_x; the first has the default
         defaults.setdefault(action.dest, action.default)

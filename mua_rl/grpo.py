@@ -11,6 +11,7 @@ import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from rich.console import Console
@@ -70,7 +71,7 @@ class GRPOArguments(GRPOConfig):
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
     save_steps: float = field(default=50, metadata={"help": "Checkpoint every so many steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
-    report_to: None | str | list[str] = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036  # the order in which the parser takes a list
         default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, none, or several."}
     )
 
@@ -92,7 +93,7 @@ def load_base(arguments: GRPOArguments, start_from: str | None) -> tuple[PreTrai
         UserError: A model or a run that cannot be used.
     """
     if start_from is None:
-        model = models.load_model(arguments.model, arguments.dtype, **(arguments.model_init_kwargs or {}))
+        model = models.load_model(arguments.model, arguments.dtype, **(cast(dict, arguments.model_init_kwargs) or {}))
         return model, Base(arguments.model, fingerprint(model))
     run = RunFolder.open(start_from)
     record = LRRecord.load(run.path)
@@ -117,7 +118,7 @@ def lr_record(
     metric: dict,
 ) -> LRRecord:
     """The record of a run that has ended."""
-    assert arguments.generation_batch_size is not None and arguments.num_generations is not None
+    assert arguments.generation_batch_size and arguments.num_generations and arguments.steps_per_generation
     return LRRecord(
         learning_rate=rate.value,
         scheme=configuration.scheme.value,
@@ -312,9 +313,7 @@ def _report(
     rows = Table(show_header=False, title="result", title_justify="left")
     rows.add_row("held-out accuracy before", f"{before:.3f}")
     rows.add_row("held-out accuracy after", f"{after.accuracy:.3f} ± {after.standard_error:.3f}", style="bold")
-    rows.add_row(
-        "training reward, first tenth → last", f"{_mean(rewards[:tenth]):.3f} → {_mean(rewards[-tenth:]):.3f}"
-    )
+    rows.add_row("training reward, first tenth → last", f"{_mean(rewards[:tenth]):.3f} → {_mean(rewards[-tenth:]):.3f}")
     rows.add_row("learning rate", f"{rate.value:.4g}")
     rows.add_row("training time", f"{seconds:.0f} s, {seconds / max(1, len(rewards)):.2f} s a step")
     rows.add_row("run folder", str(run.path))

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import trl
-from torch import nn
 from transformers import ProgressCallback, TrainerCallback
 
 from mua_rl.optim import learning_rates, named_groups
@@ -28,7 +27,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         self.roles = roles
         super().__init__(*args, **kwargs)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Named groups instead of the Trainer's two anonymous ones; the schedule multiplies each group's own peak."""
         if self.optimizer is None:
             model = self.model if model is None else model
@@ -65,11 +64,7 @@ class RunCallback(TrainerCallback):
         norms = torch._foreach_norm([p.detach() for p in model.parameters() if p.requires_grad])
         if not math.isfinite(float(torch.stack(norms).sum())):
             raise Diverged(f"a trained weight is no longer finite after step {state.global_step}")
-        if (
-            self.held_out_steps
-            and state.global_step % self.held_out_steps == 0
-            and state.global_step < state.max_steps
-        ):
+        if self.held_out_steps and state.global_step % self.held_out_steps == 0 and state.global_step < state.max_steps:
             self.run.log(state.global_step, {"held_out/accuracy": self.held_out_accuracy()})
 
     def on_log(self, args, state, control, logs=None, **kwargs):

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from mua_rl.envs.tasks import Task
 
@@ -36,7 +37,7 @@ def is_conversational(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence,
     max_new_tokens: int,
@@ -71,9 +72,7 @@ def generate(
                 return_dict=True,
             )
         inputs = {k: v.to(model.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
-        output = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **options
-        )
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **options)
         answers = output[:, inputs["input_ids"].shape[1] :]
         completions += tokenizer.batch_decode(answers, skip_special_tokens=True)
     model.train(was_training)
@@ -82,7 +81,7 @@ def generate(
 
 
 def held_out(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     problems: Dataset,

@@ -126,7 +126,7 @@ def _convert_smollm2(gguf: Path, folder: Path) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # save_pretrained refuses a model that still says it is quantised
     config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
-    model = type(loaded)(config).to(torch.bfloat16)
+    model: PreTrainedModel = type(loaded)(config).to(torch.bfloat16)  # type: ignore[arg-type]
     model.load_state_dict(loaded.state_dict())
     assert model.generation_config is not None
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = tokenizer.eos_token_id

@@ -10,7 +10,7 @@ import math
 import os
 import platform
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -71,7 +71,7 @@ class LRRecord:
     other_learning_rates: dict[str, float] = field(default_factory=dict)
     lora_plus_ratio: float = 1.0
     note: str = ""
-    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def __post_init__(self) -> None:
         check_learning_rate(self.learning_rate)

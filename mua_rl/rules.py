@@ -17,14 +17,14 @@ change the weights by entries of the same size. Everything else is refused with 
 import math
 import re
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 
 class TransferError(ValueError):
     """The theory does not give the ratio that was asked for; the message says what to do instead."""
 
 
-class Scheme(str, Enum):
+class Scheme(StrEnum):
     """Which matrix of `B A` starts random (the other starts at zero), or no LoRA at all."""
 
     INIT_A = "Init[A]"
@@ -88,6 +88,9 @@ class AlphaRule:
         return cls(float(lora_alpha), 0.5 if use_rslora else 1.0)
 
 
+ALPHA_ONE = AlphaRule()
+
+
 @dataclass(frozen=True)
 class Configuration:
     """What the best learning rate depends on.
@@ -104,7 +107,7 @@ class Configuration:
     scheme: Scheme
     width: int
     rank: int | None = None
-    alpha: AlphaRule = AlphaRule()
+    alpha: AlphaRule = ALPHA_ONE
     optimizer: str = "adamw"
     lora_plus_ratio: float = 1.0
 
@@ -169,7 +172,7 @@ def lr_ratio(source: Configuration, target: Configuration) -> float:
                 "initialisation that you want to use."
             )
         lora = source if target.scheme is Scheme.FFT else target
-        if lora.alpha != AlphaRule():
+        if lora.alpha != ALPHA_ONE:
             raise TransferError(
                 f"Init[B] shares its learning rate with full finetuning (FFT) at α = 1 only, not at α = {lora.alpha}: "
                 "tune with α = 1."

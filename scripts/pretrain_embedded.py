@@ -81,9 +81,7 @@ def corpus_batch(
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
 
 
-def accuracy(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]
-) -> tuple[float, ...]:
+def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> tuple[float, ...]:
     """Share of right answers, greedy and sampled at temperature 1."""
     inputs = tokenizer([f"{a}{operator}{b}=" for a, operator, b in problems], padding=True, return_tensors="pt")
     shares = []

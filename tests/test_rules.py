@@ -5,6 +5,7 @@ import math
 import pytest
 
 from mua_rl.rules import (
+    ALPHA_ONE,
     AlphaRule,
     Configuration,
     Scheme,
@@ -18,7 +19,7 @@ N = 4096
 RULES = {"1": AlphaRule(), "1/sqrt(r)": AlphaRule(1, 0.5), "1/r": AlphaRule(1, 1)}
 
 
-def lora(scheme: Scheme, rank: int, alpha: AlphaRule = AlphaRule(), width: int = N) -> Configuration:
+def lora(scheme: Scheme, rank: int, alpha: AlphaRule = ALPHA_ONE, width: int = N) -> Configuration:
     return Configuration(scheme, width, rank, alpha)
 
 

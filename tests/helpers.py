@@ -1,0 +1,26 @@
+"""What several test files need."""
+
+from mua_rl.record import LRRecord
+
+
+def make_record(**changes) -> LRRecord:
+    """A complete record, with some entries changed."""
+    entries = {
+        "learning_rate": 2**-10,
+        "scheme": "Init[B]",
+        "rank": 8,
+        "alpha": "1",
+        "widths": [128, 512],
+        "target_modules": "mlp",
+        "algorithm": "grpo",
+        "task": "arithmetic",
+        "base_model": "embedded",
+        "base_fingerprint": "0" * 16,
+        "optimizer": {"name": "adamw_torch", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0},
+        "schedule": {"name": "cosine_with_min_lr", "warmup": 0.05, "steps": 100},
+        "batch": {"prompts": 32, "completions_per_prompt": 8},
+        "metric": {"name": "held-out accuracy", "before": 0.3, "after": 0.9},
+        "seeds": [0],
+        "versions": {"python": "3.11"},
+    }
+    return LRRecord(**{**entries, **changes})

@@ -1,0 +1,209 @@
+"""LoRA starts as the paper defines it, on any module, and what it saves is plain PEFT."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
+
+from mua_rl.adapter import Full, LoRA, adapter_for, fingerprint, load_adapter, lora_layers, lora_matrices
+from mua_rl.errors import UserError
+from mua_rl.rules import AlphaRule, Scheme
+
+
+class Zoo(nn.Module):
+    """One layer of each kind that PEFT can give a LoRA."""
+
+    def __init__(self, n=512):
+        super().__init__()
+        self.embed = nn.Embedding(n, 256)
+        self.linear = nn.Linear(n, 384)
+        self.conv = nn.Conv2d(n // 8, 192, kernel_size=3)
+
+
+def tiny_llama(**changes):
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **{**size, **changes}))
+
+
+@pytest.mark.parametrize("init", ["A", "B"])
+@pytest.mark.parametrize("rank", [8, 64])
+@pytest.mark.parametrize(("layer", "fan_in"), [("linear", 512), ("conv", 64 * 9), ("embed", 512)])
+def test_starting_values_have_the_papers_variance_and_the_product_is_zero(init, rank, layer, fan_in):
+    model = LoRA(rank, init, target_modules=[layer]).attach(Zoo(), seed=1)
+    ((_, lora_layer),) = lora_layers(model)
+    a, b = lora_matrices(lora_layer)
+    assert a.numel() // rank == fan_in
+    random, zero, variance = (a, b, 1 / fan_in) if init == "A" else (b, a, 1 / rank)
+    assert zero.abs().max() == 0
+    # A sample variance of k normals has relative standard deviation sqrt(2/k); five of them is never by chance.
+    tolerance = 5 * (2 / random.numel()) ** 0.5
+    assert random.var().item() == pytest.approx(variance, rel=tolerance)
+    assert abs(random.mean().item()) < 5 * (variance / random.numel()) ** 0.5
+
+
+@pytest.mark.parametrize("n", [64, 1024])
+def test_the_variance_of_a_follows_the_width(n):
+    model = LoRA(16, "A", target_modules=["linear"]).attach(Zoo(n))
+    ((_, layer),) = lora_layers(model)
+    assert lora_matrices(layer)[0].var().item() == pytest.approx(1 / n, rel=5 * (2 / (16 * n)) ** 0.5)
+
+
+def test_starting_values_depend_on_the_seed_alone():
+    def first_b(seed, noise):
+        torch.manual_seed(noise)
+        model = LoRA(4).attach(tiny_llama(), seed=seed)
+        return lora_matrices(next(lora_layers(model))[1])[1].detach().clone()
+
+    assert torch.equal(first_b(1, 10), first_b(1, 20))
+    assert not torch.equal(first_b(1, 10), first_b(2, 10))
+
+
+@pytest.mark.parametrize(("rule", "expected"), [("1", 1.0), ("1/r", 1 / 16), ("1/sqrt(r)", 1 / 4), ("32/r", 2.0)])
+def test_pefts_multiplier_is_the_rules(rule, expected):
+    model = LoRA(16, alpha=AlphaRule.parse(rule)).attach(tiny_llama())
+    assert [layer.scaling["default"] for _, layer in lora_layers(model)] == pytest.approx([expected] * 6)
+
+
+def test_the_default_targets_are_the_mlp_projections():
+    model = LoRA(4).attach(tiny_llama())
+    assert {name.rpartition(".")[2] for name, _ in lora_layers(model)} == {"gate_proj", "up_proj", "down_proj"}
+    assert LoRA(4).widths(tiny_llama()) == Full().widths(tiny_llama()) == LoRA(4).widths(model) == [64, 128]
+
+
+def test_all_linear_spares_the_head():
+    names = {
+        name.rpartition(".")[2] for name, _ in lora_layers(LoRA(4, target_modules="all-linear").attach(tiny_llama()))
+    }
+    assert "q_proj" in names
+    assert "lm_head" not in names
+
+
+@pytest.mark.parametrize("adapter", [LoRA(4), LoRA(4, "A"), Full()])
+def test_trained_weights_are_fp32_even_on_a_bf16_base(adapter):
+    model = adapter.attach(tiny_llama().bfloat16())
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("adapter", [LoRA(4, "A"), LoRA(4, "B"), Full()])
+def test_attaching_does_not_change_the_function(adapter):
+    tokens = torch.arange(12).reshape(2, 6)
+    before = tiny_llama()(tokens).logits
+    after = adapter.attach(tiny_llama())(tokens).logits
+    assert torch.equal(before, after)
+
+
+def trained_lora():
+    """A LoRA whose A and B are both far from zero."""
+    model = LoRA(4, "B").attach(tiny_llama(), seed=3)
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            lora_matrices(layer)[0].normal_(std=0.1)
+    return model
+
+
+def test_what_is_saved_is_plain_peft_and_merges_without_us(tmp_path):
+    tokens = torch.arange(12).reshape(2, 6)
+    model = trained_lora()
+    model.save_pretrained(tmp_path)
+    expected = model(tokens).logits
+    loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
+    assert torch.equal(loaded(tokens).logits, expected)
+    assert torch.allclose(loaded.merge_and_unload()(tokens).logits, expected, atol=1e-5)
+    assert "mua" not in json.dumps(json.loads((tmp_path / "adapter_config.json").read_text()))
+
+
+def test_continuing_from_disk_never_starts_anew(tmp_path):
+    model = trained_lora()
+    model.save_pretrained(tmp_path)
+    again = load_adapter(tiny_llama(), tmp_path)
+    for (_, old), (_, new) in zip(lora_layers(model), lora_layers(again), strict=True):
+        assert torch.equal(lora_matrices(old)[0], lora_matrices(new)[0])
+        assert torch.equal(lora_matrices(old)[1], lora_matrices(new)[1])
+    assert all(lora_matrices(layer)[0].requires_grad for _, layer in lora_layers(again))
+
+
+def test_merged_is_a_plain_model_for_lora_and_full_alike():
+    tokens = torch.arange(12).reshape(2, 6)
+    lora = trained_lora()
+    expected = lora(tokens).logits
+    merged = LoRA(4).merged(lora)
+    assert isinstance(merged, LlamaForCausalLM)
+    assert torch.allclose(merged(tokens).logits, expected, atol=1e-5)
+    full = Full().attach(tiny_llama())
+    assert Full().merged(full) is full
+
+
+def test_a_vision_transformer_carries_lora_too():
+    size = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
+    config = ViTConfig(image_size=32, num_labels=8, **size)
+    torch.manual_seed(0)
+    model = LoRA(4, target_modules="all-linear").attach(ViTForImageClassification(config))
+    assert len(list(lora_layers(model))) >= 12
+    model(torch.randn(1, 3, 32, 32)).logits.sum().backward()
+    assert all(lora_matrices(layer)[0].grad.abs().sum() > 0 for _, layer in lora_layers(model))  # B random: A moves
+
+
+@pytest.mark.parametrize(("layer", "limit"), [("linear", 384), ("conv", 192), ("embed", 256)])
+def test_a_rank_above_a_layers_size_is_refused_by_name(layer, limit):
+    LoRA(limit, target_modules=[layer]).attach(Zoo())
+    with pytest.raises(UserError, match=f"exceeds the size of the layer .*{layer}"):
+        LoRA(limit + 1, target_modules=[layer]).attach(Zoo())
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (lambda: LoRA(0), "at least 1"),
+        (lambda: LoRA(-3), "at least 1"),
+        (lambda: LoRA(4, "pissa"), "PiSSA"),
+        (lambda: adapter_for(4, "B", "nonsense", "mlp"), "multiplier"),
+        (lambda: LoRA(4).attach(Zoo()), "--target-modules"),
+        (lambda: LoRA(4, target_modules=["nowhere"]).attach(Zoo()), "nowhere"),
+        (lambda: LoRA(4).attach(LoRA(4).attach(tiny_llama())), "carries a LoRA already"),
+        (lambda: LoRA(500).configuration(tiny_llama()), "width"),
+        (lambda: load_adapter(tiny_llama(), "/nowhere"), "no adapter"),
+    ],
+)
+def test_what_cannot_be_attached_is_refused(adapter, message):
+    with pytest.raises(UserError, match=message):
+        adapter()
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path):
+    trained_lora().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no adapter of this model"):
+        load_adapter(tiny_llama(hidden_size=32), tmp_path)
+
+
+def test_the_configuration_is_what_the_rules_need():
+    assert str(LoRA(4, "A", AlphaRule(1, 1)).configuration(tiny_llama())) == "LoRA Init[A], α = 1/r, r = 4"
+    full = Full().configuration(tiny_llama(), "adamw_torch")
+    assert (full.scheme, full.width, full.rank, full.optimizer) == (Scheme.FFT, 128, None, "adamw_torch")
+
+
+def test_the_fingerprint_knows_weights_not_precision_or_wrapping():
+    model = tiny_llama()
+    plain = fingerprint(model)
+    assert fingerprint(tiny_llama().bfloat16()) == plain
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.05)
+    assert fingerprint(model) != plain
+    assert fingerprint(tiny_llama(num_hidden_layers=1)) != plain
+
+
+def test_pefts_own_inits_are_neither_scheme():
+    """The reason for drawing A and B ourselves; if this fails, PEFT has changed (see `mua_rl.adapter`)."""
+    variances = {}
+    for init in (True, "gaussian"):
+        torch.manual_seed(0)
+        model = get_peft_model(Zoo(), LoraConfig(r=64, target_modules=["linear"], init_lora_weights=init))
+        ((_, layer),) = lora_layers(model)
+        a, b = lora_matrices(layer)
+        assert b.abs().max() == 0
+        variances[init] = a.var().item()
+    assert variances[True] == pytest.approx(1 / (3 * 512), rel=0.1)
+    assert variances["gaussian"] == pytest.approx(1 / 64**2, rel=0.1)

@@ -1,0 +1,49 @@
+"""`python -m mua_rl.lr` says what a record gives, and why."""
+
+import sys
+
+import pytest
+from helpers import make_record
+
+from mua_rl import lr
+from mua_rl.errors import exit_on_user_error
+
+
+def run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["mua_rl.lr", *map(str, arguments)])
+    exit_on_user_error(lr.main)
+    return capsys.readouterr().out
+
+
+def test_one_rank_prints_the_rate_and_the_reason(tmp_path, monkeypatch, capsys):
+    make_record(scheme="Init[A]").save(tmp_path)
+    out = run(monkeypatch, capsys, tmp_path, "--rank", 128)
+    assert out.startswith("0.000244141 ")
+    assert "r 8 → 128" in out
+    assert len(out.splitlines()) == 2
+
+
+def test_the_table_has_every_rank_and_full_finetuning(tmp_path, monkeypatch, capsys):
+    make_record(rank=24).save(tmp_path)
+    out = run(monkeypatch, capsys, tmp_path)
+    for label in ("1", "24", "512", "full"):
+        assert any(line.split("│")[1].strip() == label for line in out.splitlines() if line.startswith("│"))
+
+
+def test_a_refused_transfer_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    make_record(scheme="Init[A]").save(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, capsys, tmp_path, "--rank", "full")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "tune with Init[B]" in error
+
+
+@pytest.mark.parametrize("rank", ["-1", "x", "1.5", "513"])
+def test_a_rank_that_cannot_be_is_refused(tmp_path, monkeypatch, capsys, rank):
+    make_record().save(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, capsys, tmp_path, f"--rank={rank}")
+    assert stop.value.code == 2
+    assert "rank" in capsys.readouterr().err

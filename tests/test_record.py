@@ -1,0 +1,121 @@
+"""The LR record survives the disk exactly, and a bad one is refused with a reason."""
+
+import json
+import math
+
+import pytest
+from helpers import make_record
+
+from mua_rl.errors import UserError
+from mua_rl.policy import given, transfer
+from mua_rl.record import FILE_NAME, LRRecord
+from mua_rl.rules import AlphaRule, Configuration, Scheme
+
+
+def test_a_record_comes_back_from_disk_as_it_was(tmp_path):
+    record = make_record(
+        learning_rate=0.1 + 0.2 - 0.29999, target_modules=["q_proj"], other_learning_rates={"head": 1e-3}
+    )
+    assert LRRecord.load(record.save(tmp_path)) == record
+    assert LRRecord.load(tmp_path) == record  # a run folder
+    assert LRRecord.load(record.save(tmp_path / "elsewhere.json")) == record
+
+
+def test_saving_leaves_no_scratch_file(tmp_path):
+    make_record().save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+
+
+def edited(tmp_path, **changes):
+    path = make_record().save(tmp_path)
+    data = json.loads(path.read_text())
+    for key, value in changes.items():
+        if value is None:
+            del data[key]
+        else:
+            data[key] = value
+    path.write_text(json.dumps(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "upgrade"),
+        ({"format_version": "1"}, "upgrade"),
+        ({"format": "something"}, "no LR record"),
+        ({"learning_rate": None, "task": None}, "lacks: learning_rate, task"),
+        ({"colour": "red"}, "unknown entries: colour"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast'"),
+        ({"learning_rate": 0}, "between 0 and 1"),
+        ({"learning_rate": math.nan}, "between 0 and 1"),
+        ({"learning_rate": True}, "learning_rate is True"),
+        ({"rank": 1024}, "contradicts"),
+        ({"rank": 2.5}, "rank is 2.5"),
+        ({"scheme": "FFT"}, "contradicts"),
+        ({"scheme": "PiSSA"}, "contradicts"),
+        ({"alpha": "two"}, "contradicts"),
+        ({"widths": []}, "contradicts"),
+        ({"optimizer": {"betas": []}}, "optimizer"),
+        ({"other_learning_rates": {"head": -1}}, "head"),
+        ({"other_learning_rates": {"head": "fast"}}, "head"),
+    ],
+)
+def test_a_bad_record_is_refused_with_its_fault(tmp_path, changes, message):
+    path = edited(tmp_path, **changes)
+    with pytest.raises(UserError, match=message):
+        LRRecord.load(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"format": "mua_rl LR record"', "\x00\x01"])
+def test_text_that_is_no_record_is_refused(tmp_path, text):
+    path = tmp_path / "r.json"
+    path.write_text(text)
+    with pytest.raises(UserError):
+        LRRecord.load(path)
+
+
+def test_a_missing_record_and_an_unfinished_run_are_told_apart(tmp_path):
+    with pytest.raises(UserError, match="no LR record at"):
+        LRRecord.load(tmp_path / "nothing.json")
+    with pytest.raises(UserError, match="--resume"):
+        LRRecord.load(tmp_path)
+
+
+@pytest.mark.parametrize("value", [0, -1e-3, 1, 10, math.nan, math.inf])
+def test_an_unusable_learning_rate_is_refused(value):
+    with pytest.raises(UserError, match="between 0 and 1"):
+        given(value)
+
+
+def test_at_the_records_own_configuration_the_policy_returns_its_rate_exactly():
+    for rate in (1e-3, 0.1 + 0.2 - 0.299, 3e-7):
+        record = make_record(learning_rate=rate, scheme="Init[A]", alpha="3*r^-0.3", rank=7)
+        assert transfer(record, record.configuration()).value == rate
+
+
+def test_rank_to_rank_and_lora_to_full_follow_the_rules():
+    record = make_record()
+    assert transfer(record, Configuration(Scheme.INIT_B, 512, 128, optimizer="adamw_torch")).value == 2**-10
+    assert transfer(record, Configuration(Scheme.FFT, 512, optimizer="adamw_torch")).value == 2**-10
+    init_a = make_record(scheme="Init[A]")
+    assert transfer(init_a, Configuration(Scheme.INIT_A, 512, 128, optimizer="adamw_torch")).value == 2**-12
+
+
+def test_what_the_theory_does_not_cover_is_a_user_error_with_a_cure():
+    fft = Configuration(Scheme.FFT, 512, optimizer="adamw_torch")
+    for record in (
+        make_record(scheme="Init[A]"),
+        make_record(alpha="1/r"),
+        make_record(optimizer={"name": "sgd"}),
+        make_record(lora_plus_ratio=16.0),
+        make_record(weight_precision="bfloat16"),
+    ):
+        with pytest.raises(UserError, match="tun"):
+            transfer(record, fft)
+
+
+def test_multiplier_rules_move_the_rate_with_the_rank():
+    record = make_record(scheme="Init[A]", alpha="1/sqrt(r)")
+    target = Configuration(Scheme.INIT_A, 512, 128, AlphaRule(1, 0.5), "adamw_torch")
+    assert transfer(record, target).value == pytest.approx(2**-10 * (128 / 8) ** -0.25)
