@@ -2,7 +2,8 @@
 
 This process never runs the program's code. It reports, in JSON lines on a pipe that only the trainer reads:
 `["total", n]`, then `["ok"]` or `["bad", reason, detail]` for each test, and `["end"]`; or `["fault", message]` when the
-row itself is at fault. A program that hangs up or talks nonsense ends the run at once.
+row itself is at fault; last, `["reuse"]` if the process can take another row. A program that hangs up or talks nonsense
+ends the run, and this process, at once.
 """
 
 import ast
@@ -10,6 +11,8 @@ import builtins
 import functools
 import json
 import os
+import random
+import socket
 import types
 import unittest
 from collections.abc import Callable, Iterator
@@ -21,22 +24,90 @@ from .proxy import HungUp, Remote, Unsupported
 _Test = Callable[[], None]
 
 
+MAX_ROWS_PER_PROCESS = 100
+"""A process that runs tests is used again, up to this often, as long as they leave no trace in it."""
+
+_STATELESS_MODULES = frozenset(
+    "__future__ bisect cmath collections copy datetime fractions functools heapq itertools math numbers operator random "
+    "re statistics string typing".split()
+)
+_REACHING_OUT = frozenset("setattr delattr globals vars exec eval compile open".split())
+
+
 class _RowFault(Exception):
     """The row's own code is at fault."""
 
 
-def run(job: dict[str, Any], channel_fd: int, result_fd: int) -> None:
-    """Run the tests of `job` (keys as in `pool.Row`) and report; never returns."""
+def serve(session_fd: int) -> None:
+    """Run jobs as they come over the session's socket, each with three file descriptors: the job, the program's
+    channel and the result pipe. Returns when the process should not be used for another row."""
+    with socket.socket(fileno=session_fd) as session:
+        for count in range(1, MAX_ROWS_PER_PROCESS + 1):
+            _, fds, _, _ = socket.recv_fds(session, 1, 3)
+            if len(fds) != 3:
+                return
+            with os.fdopen(fds[0], "rb") as file:
+                job = json.loads(file.read())
+            reusable = _run(job, channel_fd=fds[1], result_fd=fds[2], may_go_on=count < MAX_ROWS_PER_PROCESS)
+            os.close(fds[1])
+            os.close(fds[2])
+            if not reusable:
+                return
+            random.seed(0)
+
+
+def _run(job: dict[str, Any], channel_fd: int, result_fd: int, may_go_on: bool) -> bool:
+    """Run the tests of `job` (keys as in `row.Row`) and report; tells whether this process takes another row."""
     report = _Report(result_fd, stop_at_first=not job["fraction"])
+    texts = [job["prelude"], job["setup"], *(job["tests"] if job["kind"] == "code" else [])]
+    reusable = may_go_on and _leaves_no_trace(texts)
     try:
         for counts, test in _prepare(job, wire.Channel(channel_fd), report):
             report.outcome(test, counts)
         report.end()
+    except _Finished:
+        pass
     except _RowFault as error:
         report.fault(str(error))
     except BaseException as error:
         report.fault(f"{type(error).__name__} in the grader's own code")
-    os._exit(0)
+        return False
+    if reusable:
+        report.offer_reuse()
+    return reusable
+
+
+def _leaves_no_trace(texts: list[str]) -> bool:
+    """Whether these texts of the row can change nothing outside their own namespace: no attribute is assigned and only
+    modules without state are imported. Decided by the row's text alone; when in doubt, the process is not used again.
+    """
+    for text in texts:
+        try:
+            nodes = list(ast.walk(ast.parse(text)))
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return False
+        for node in nodes:
+            if isinstance(node, (ast.Attribute, ast.Subscript)) and not isinstance(node.ctx, ast.Load):
+                owner = node.value
+                if not isinstance(owner, ast.Name) or (isinstance(node, ast.Attribute) and owner.id != "self"):
+                    return False
+            if isinstance(node, ast.Attribute) and node.attr.startswith("__"):
+                return False
+            if isinstance(node, ast.Name) and (node.id in _REACHING_OUT or node.id.startswith("__")):
+                return False
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules = [node.module or ""]
+            else:
+                continue
+            if not set(modules) <= _STATELESS_MODULES:
+                return False
+    return True
+
+
+class _Finished(Exception):
+    """Nothing more is to be run for this row. Raised outside of any test's code only."""
 
 
 class _Report:
@@ -58,7 +129,7 @@ class _Report:
             test()
         except ImportError as error:
             if not getattr(error, "from_program", False):
-                self.fault(f"the tests import {error.name}, which the sandbox does not have")
+                raise _RowFault(f"the tests import {error.name}, which the sandbox does not have") from error
             self.bad(*_reason(error))
         except BaseException as error:
             self.bad(*_reason(error))
@@ -71,25 +142,28 @@ class _Report:
         self._count += 1
         self._write(["bad", reason, detail])
         if self._stop_at_first:
-            os._exit(0)
+            raise _Finished
+
+    def offer_reuse(self) -> None:
+        self._write(["reuse"])
 
     def end(self) -> None:
         if not self._count:
-            self.fault("there are no tests in this row")
+            raise _RowFault("there are no tests in this row")
         if self.remote is None or not self.remote.uses:
-            self.fault("the tests never use the program")
+            raise _RowFault("the tests never use the program")
         self._write(["end"])
 
     def fault(self, message: str) -> None:
         self._write(["fault", message[:500]])
-        os._exit(0)
 
     def abort(self, error: BaseException) -> None:
         """End the run, from within whatever the tests are doing."""
         if isinstance(error, HungUp):
             self._write(["bad", error.reason, error.detail])
-            os._exit(0)
-        self.fault(str(error))
+        else:
+            self.fault(str(error))
+        os._exit(0)
 
     def _write(self, line: list[Any]) -> None:
         os.write(self._fd, json.dumps(line).encode() + b"\n")
@@ -125,10 +199,10 @@ def _prepare(job: dict[str, Any], channel: wire.Channel, report: _Report) -> Ite
         bound = remote.bind([name for name in alternatives if name] + _free_names(trees, namespace, root))
     except BaseException as error:
         report.bad(*_reason(error))
-        os._exit(0)
+        raise _Finished from error
     if root and not bound.keys() & set(alternatives):
         report.bad("error", f"the program does not define {root}")
-        os._exit(0)
+        raise _Finished
     namespace.update(bound)
     if job["kind"] == "calls":
         report.total(len(job["tests"]))

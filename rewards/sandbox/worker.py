@@ -29,6 +29,7 @@ from mua_rl.rewards.sandbox.verdict import Reason, Verdict
 _START_SECONDS: Final = 60.0
 _REAP_SECONDS: Final = 20.0
 _TESTS_MEMORY_BYTES: Final = 1 << 30
+_TESTS_CPU_SECONDS: Final = 3600  # their process serves many rows; each has its wall-clock limit
 _FOLDER: Final = Path(__file__).parent
 
 # Loads the folder as a package of its own: mua_rl, and the trainer's libraries with it, stay out of the zygote.
@@ -56,7 +57,7 @@ class Died(Exception):
 class Zygote:
     """The trainer's end of one zygote process. Not thread-safe."""
 
-    def __init__(self, settings: Settings, memory_bytes: int) -> None:
+    def __init__(self, settings: Settings, memory_bytes: int, cpu_seconds: int) -> None:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         trainer = os.pidfd_open(os.getpid())
         packages = [path for path in sys.path if path and os.path.isdir(path)]
@@ -65,7 +66,7 @@ class Zygote:
             "trainer": trainer,
             "isolation": settings.isolation,
             "memory_bytes": memory_bytes,
-            "cpu_seconds": int(settings.seconds) + 2,
+            "cpu_seconds": cpu_seconds,
             "threads": settings.threads,
             "modules": settings.modules,
             "search_paths": packages if settings.modules else [],
@@ -156,14 +157,18 @@ class Worker:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.programs = Zygote(settings, settings.memory_mb << 20)
+        self._session: socket.socket | None = None  # to the process that runs tests, while it can take another row
+        self.programs = Zygote(settings, settings.memory_mb << 20, int(settings.seconds) + 2)
         try:
-            self.tests = Zygote(settings, _TESTS_MEMORY_BYTES)
+            self.tests = Zygote(settings, _TESTS_MEMORY_BYTES, _TESTS_CPU_SECONDS)
         except BaseException:
             self.programs.close()
             raise
 
     def close(self) -> None:
+        """Kill both zygotes and whatever they run."""
+        if self._session is not None:
+            self._session.close()
         self.programs.close()
         self.tests.close()
 
@@ -179,23 +184,39 @@ class Worker:
             return self._run_scripts(source, row, fraction, seconds)
         ours, result = os.pipe()
         program_end, tests_end = socket.socketpair()
-        job = {**vars(row), "fraction": fraction}
-        fds = [
-            _memory_file({"prelude": row.prelude, "source": source}), program_end.detach(),
-            _memory_file(job), tests_end.detach(), result,
-        ]  # fmt: skip
+        program_fds = [_memory_file({"prelude": row.prelude, "source": source}), program_end.detach()]
+        tests_fds = [_memory_file({**vars(row), "fraction": fraction}), tests_end.detach(), result]
         try:
             try:
-                self.programs.start(b"C", fds[:2])
-                self.tests.start(b"T", fds[2:])
+                self.programs.start(b"C", program_fds)
+                self._send_tests(tests_fds)
             finally:
-                for fd in fds:
+                for fd in program_fds + tests_fds:
                     os.close(fd)
             lines, timed_out = _read_report(ours, time.monotonic() + seconds)
-            program_status, tests_status = self.programs.finish(), self.tests.finish()
         finally:
             os.close(ours)
-        return _verdict(lines, timed_out, program_status, tests_status)
+        program_status = self.programs.finish()
+        reuse = bool(lines) and lines[-1] == ["reuse"]
+        tests_status = 0 if reuse else self._end_session()
+        return _verdict(lines[:-1] if reuse else lines, timed_out, program_status, tests_status)
+
+    def _send_tests(self, fds: list[int]) -> None:
+        """Hand a job to the process that runs tests; a new one is forked unless the last offered itself again."""
+        if self._session is None:
+            self._session, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                self.tests.start(b"T", [theirs.fileno()])
+        try:
+            socket.send_fds(self._session, [b"J"], fds)
+        except OSError as error:
+            raise Died("the tests' process has gone") from error
+
+    def _end_session(self) -> int:
+        assert self._session is not None
+        self._session.close()
+        self._session = None
+        return self.tests.finish()
 
     def _run_scripts(self, source: str, row: Row, fraction: bool, seconds: float) -> Verdict:
         passed, failure = 0, None

@@ -193,12 +193,13 @@ def _run_child(role: bytes, fds: list[int], confine: Callable[[], None]) -> None
         os.dup2(fd, _FIRST_FD + i)
     os.closerange(200, 200 + len(held))
     confine()
-    with os.fdopen(_FIRST_FD, "rb") as file:
-        file.seek(0)
-        job = json.loads(file.read())
     if role == b"T":
-        tester.run(job, channel_fd=_FIRST_FD + 1, result_fd=_FIRST_FD + 2)
-    elif role == b"S":
+        gc.enable()  # it may serve many rows
+        tester.serve(_FIRST_FD)
+        return
+    with os.fdopen(_FIRST_FD, "rb") as file:
+        job = json.loads(file.read())
+    if role == b"S":
         candidate.run_script(job, stdin_fd=_FIRST_FD + 1, stdout_fd=_FIRST_FD + 2)
     elif role == b"C":
         candidate.serve_calls(job, channel_fd=_FIRST_FD + 1)
