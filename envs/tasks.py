@@ -1,15 +1,36 @@
-"""The registry of verifiable text tasks: `--task NAME` looks a task up here.
+"""The registry of verifiable text tasks: `--task SPEC` looks a task up here.
 
-A task is prompts plus the verifier that scores completions. Adding one takes a function and a decorator, in any module:
+A spec is a name, and for some tasks a colon and an argument:
+
+| spec | task |
+|---|---|
+| `arithmetic` | sums and products; embedded |
+| `one-liners` | one-line Python functions with tests; embedded |
+| `gsm8k`, `math`, `mbpp`, `humaneval` | the published datasets from the hub |
+| `gsm8k:PATH`, `math:PATH`, … | the same from a local file or folder (JSONL, JSON, parquet), or from the hub id PATH |
+| `jsonl:PATH` | rows of `prompt` and `answer`, or of `prompt` and `tests`, of your own |
+| `reasoning-gym:NAME`, `reasoning-gym:NAME,key=value,…` | a generator of that library, scored by its own scorer |
+| `path/to/file.py:NAME` | a task of your own: what `@register_task("NAME")` decorates in that file |
+
+A task is prompts plus the verifier that scores completions. Adding one takes a function and a decorator:
 
     from mua_rl.envs.tasks import Task, register_task
 
     @register_task("my-task")
     def my_task() -> Task: ...
+
+Rows that cannot be scored (no tests, no readable answer, a missing column) are never scored silently: they are skipped
+with a report of file and line, or, with `bad_rows="refuse"`, end the program (`mua_rl.envs.rows`).
 """
 
+import importlib
+import importlib.util
+import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from datasets import Dataset
@@ -32,6 +53,8 @@ class Task:
         rewards: Rewards to train on, summed with `reward_weights`.
         correct: 1.0 for a right answer, else 0.0: the accuracy that is reported on both splits.
         max_completion_length: Tokens that a right answer fits in; the default of `--max_completion_length`.
+        strict: A stricter `correct` for held-out answers (`mua_rl.envs.watch`): what only `correct` accepts may be
+            reward hacking.
     """
 
     name: str
@@ -41,13 +64,29 @@ class Task:
     correct: RewardFunc
     reward_weights: tuple[float, ...] | None = None
     max_completion_length: int = 256
+    strict: RewardFunc | None = None
 
 
+# Modules that register the tasks of this package, imported when one of them is asked for.
+_BUILT_IN = {
+    "arithmetic": "mua_rl.envs.arithmetic",
+    "gsm8k": "mua_rl.envs.math_tasks",
+    "math": "mua_rl.envs.math_tasks",
+    "reasoning-gym": "mua_rl.envs.reasoning_tasks",
+    "humaneval": "mua_rl.envs.code_tasks",
+    "mbpp": "mua_rl.envs.code_tasks",
+    "one-liners": "mua_rl.envs.code_tasks",
+    "jsonl": "mua_rl.envs.jsonl_tasks",
+}
 _TASKS: dict[str, Callable[..., Task]] = {}
 
 
 def register_task(name: str) -> Callable[[Callable[..., Task]], Callable[..., Task]]:
-    """Decorator: `build()` makes the task `name`. A later registration of the same name replaces the earlier one."""
+    """Decorator: `build()` makes the task `name`. A later registration of the same name replaces the earlier one.
+
+    A builder that takes an `argument` gets what follows the colon in the spec, or `None`; one that takes `bad_rows`
+    gets that option of `get_task`.
+    """
 
     def register(build: Callable[..., Task]) -> Callable[..., Task]:
         _TASKS[name] = build
@@ -57,16 +96,64 @@ def register_task(name: str) -> Callable[[Callable[..., Task]], Callable[..., Ta
 
 
 def task_names() -> list[str]:
-    """Names of the registered tasks, sorted."""
-    return sorted(_TASKS)
+    """Names of the tasks, sorted."""
+    return sorted({*_TASKS, *_BUILT_IN})
 
 
-def get_task(name: str, **options: Any) -> Task:
-    """Build the task called `name`.
+def get_task(spec: str, bad_rows: str = "skip") -> Task:
+    """Build the task of a spec.
+
+    Args:
+        spec: `NAME`, `NAME:ARGUMENT` or `path/to/file.py:NAME`.
+        bad_rows: "skip" leaves out rows that cannot be scored, and reports them; "refuse" raises at the first.
 
     Raises:
-        UserError: No task has that name.
+        UserError: No task has that name, its argument is unusable, or (in `train` and `held_out`, which read the rows)
+            its data is.
     """
+    if bad_rows not in ("skip", "refuse"):
+        raise UserError(f"bad_rows is 'skip' or 'refuse', not {bad_rows!r}.")
+    name, argument = _split_spec(spec)
+    if name not in _TASKS and name in _BUILT_IN:
+        importlib.import_module(_BUILT_IN[name])
     if name not in _TASKS:
         raise UserError(f"there is no task {name!r}; the tasks are: {', '.join(task_names())}.")
-    return _TASKS[name](**options)
+    build = _TASKS[name]
+    options: dict[str, Any] = {"argument": argument, "bad_rows": bad_rows}
+    accepted = inspect.signature(build).parameters
+    if argument is not None and "argument" not in accepted:
+        raise UserError(f"the task {name!r} takes no argument, but {spec!r} gives one.")
+    return build(**{key: value for key, value in options.items() if key in accepted})
+
+
+def _split_spec(spec: str) -> tuple[str, str | None]:
+    file, found, name = spec.rpartition(".py:")
+    if found:
+        path = Path(f"{file}.py")
+        _import_file(path)
+        if name not in _TASKS:
+            raise UserError(f"{path} registers no task {name!r}; it needs a function under @register_task({name!r}).")
+        return name, None
+    name, found, argument = spec.partition(":")
+    if found and not argument:
+        raise UserError(f"the task spec {spec!r} ends with a colon: say what follows, or leave the colon out.")
+    return name, argument or None
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise UserError(f"there is no task file {path}.")
+    # Registered under its full path, so that rewards defined in it can be pickled by reference.
+    module_name = f"mua_rl_task_{path.resolve().as_posix().replace('/', '_').replace('.', '_')}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise UserError(f"the task file {path} cannot be imported: {type(error).__name__}: {error}") from error
+    return module

@@ -24,6 +24,14 @@ def completion_text(completion: Any) -> str:
     return ""
 
 
+def tagged_answer(text: str) -> str | None:
+    """The inside of the last `<answer>…</answer>` after the last `</think>`, stripped; `None` without one."""
+    scope = text.rpartition("</think>")[2]
+    _, opened, rest = scope.rpartition("<answer>")
+    inside, closed, _ = rest.partition("</answer>")
+    return inside.strip() if opened and closed else None
+
+
 def _content_text(content: Any) -> str:
     if isinstance(content, str):
         return content

@@ -1,0 +1,116 @@
+"""`jsonl:PATH`: your own rows of prompt and answer, or of prompt and tests.
+
+PATH is a JSONL, JSON or parquet file, of which one row in eight is held out (always the same ones, by a hash of the
+prompt), or a folder with `train.jsonl` and `test.jsonl` (or `held_out.jsonl`). Columns:
+
+- `prompt`: text, or a list of chat messages. For text, the policy's chat template is applied if it has one.
+- either `answer`: the gold answer, for the math reward;
+- or `tests`, and where the style needs it `entry_point` and `test_style`, for the code reward (`mua_rl.rewards.code`);
+  a `solution`, if there is one, must pass the tests.
+
+All rows have the same of the two.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from mua_rl.envs.rows import Row, RowFault, column, convert_rows, is_held_out, keep_good_rows, read_split
+from mua_rl.envs.tasks import Task, register_task
+from mua_rl.errors import UserError
+from mua_rl.rewards.math import gold_faults, math_reward, strict_math_reward
+
+
+@register_task("jsonl")
+def jsonl(argument: str | None = None, bad_rows: str = "skip") -> Task:
+    """Rows of the user's own."""
+    if argument is None:
+        raise UserError("the task jsonl needs a path: --task jsonl:/path/to/rows.jsonl")
+    if not Path(argument).expanduser().exists():
+        raise UserError(f"there is no file or folder {argument}.")
+    name = f"jsonl:{argument}"
+    if _has_tests(argument):
+        from mua_rl.envs.code_tasks import code_dataset, code_task
+
+        return code_task(
+            name,
+            lambda conversational: code_dataset(
+                convert_rows(_read(argument, False), _code_row), name, bad_rows, conversational
+            ),
+            lambda conversational: code_dataset(
+                convert_rows(_read(argument, True), _code_row), name, bad_rows, conversational
+            ),
+        )
+    return Task(
+        name=name,
+        train=lambda conversational: _math_split(argument, False, name, bad_rows, conversational),
+        held_out=lambda conversational: _math_split(argument, True, name, bad_rows, conversational),
+        rewards=(math_reward,),
+        correct=math_reward,
+        strict=strict_math_reward,
+        max_completion_length=512,
+    )
+
+
+def as_prompt(prompt: str | list[dict[str, str]], conversational: bool) -> str | list[dict[str, str]]:
+    """A row's prompt in the form that the policy takes.
+
+    Raises:
+        UserError: The row has messages, and the policy has no chat template.
+    """
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}] if conversational else prompt
+    if not conversational:
+        raise UserError("the rows' prompts are chat messages, but the model's tokenizer has no chat template.")
+    return prompt
+
+
+def _read(path: str, held_out: bool) -> list[Row]:
+    if Path(path).expanduser().is_dir():
+        return read_split(path, ("held_out", "test", "validation") if held_out else ("train",))
+    rows = read_split(path, ())
+    return [row for row in rows if is_held_out(_key(row)) == held_out]
+
+
+def _key(row: Row) -> str:
+    return json.dumps(row.columns.get("prompt"), sort_keys=True, default=str)
+
+
+def _has_tests(path: str) -> bool:
+    rows = _read(path, False) or _read(path, True)
+    kinds = {"tests" in row.columns for row in rows if "prompt" in row.columns}
+    if len(kinds) == 2:
+        raise UserError(f"{path} mixes rows with `tests` and rows without: make two tasks of them.")
+    return True in kinds
+
+
+def _prompt_column(row: Row) -> Any:
+    prompt = column(row, "prompt", (str, list))
+    if isinstance(prompt, list) and not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
+        raise RowFault("column 'prompt' is a list of something other than chat messages")
+    return prompt
+
+
+def _math_row(row: Row) -> dict[str, Any]:
+    return {"prompt": _prompt_column(row), "answer": column(row, "answer", (str, int, float))}
+
+
+def _code_row(row: Row) -> dict[str, Any]:
+    return {**row.columns, "prompt": _prompt_column(row), "tests": column(row, "tests", (str, list, dict))}
+
+
+def _math_split(path: str, held_out: bool, name: str, bad_rows: str, conversational: bool) -> Dataset:
+    rows = keep_good_rows(
+        convert_rows(_read(path, held_out), _math_row),
+        lambda candidates: gold_faults([row.columns["answer"] for row in candidates]),
+        name,
+        bad_rows,
+    )
+    return Dataset.from_dict(
+        {
+            "prompt": [as_prompt(row.columns["prompt"], conversational) for row in rows],
+            "answer": [str(row.columns["answer"]) for row in rows],
+        }
+    )

@@ -1,0 +1,67 @@
+"""Rewards for reasoning-gym's generators: each generator's own scorer, run in a process that can be killed."""
+
+import base64
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mua_rl.rewards.completions import completion_text, tagged_answer
+from mua_rl.rewards.worker_pool import Failure, shared_pool
+
+WORKER_MODULE = "mua_rl.rewards.reasoning_worker"
+MAX_ANSWER_CHARS = 20_000
+
+
+def packed(value: Any) -> str:
+    """A generator's entry or configuration as text, for a column of the dataset."""
+    return base64.b64encode(pickle.dumps(value)).decode("ascii")
+
+
+def reasoning_scores(
+    completions: Sequence[Any], generator: Sequence[str], config: Sequence[str], entry: Sequence[str]
+) -> list[float | Failure]:
+    """The generator's score in [0, 1] of each completion's `<answer>`, or why there is none; no `<answer>` scores 0."""
+    answers = [tagged_answer(completion_text(completion)) for completion in completions]
+    scores: list[float | Failure] = [0.0] * len(answers)
+    scored = [i for i, answer in enumerate(answers) if answer and len(answer) <= MAX_ANSWER_CHARS]
+    requests = list(dict.fromkeys((generator[i], config[i], entry[i], str(answers[i])) for i in scored))
+    replies = dict(zip(requests, shared_pool(WORKER_MODULE).ask(requests), strict=True)) if requests else {}
+    for i in scored:
+        scores[i] = replies[generator[i], config[i], entry[i], str(answers[i])]
+    return scores
+
+
+def reasoning_reward(
+    prompts: Sequence[Any] | None = None,
+    completions: Sequence[Any] = (),
+    generator: Sequence[str] = (),
+    config: Sequence[str] = (),
+    entry: Sequence[str] = (),
+    log_metric: Callable[[str, float], None] | None = None,
+    **columns: Any,
+) -> list[float | None]:
+    """The score that reasoning-gym gives the last `<answer>` of each completion, between 0 and 1.
+
+    A TRL reward function. It logs `reasoning/timeout`, `reasoning/error` and `reasoning/no_answer`, each a fraction of
+    the batch.
+
+    Raises:
+        GraderFault: reasoning-gym cannot be started.
+    """
+    scores = reasoning_scores(completions, generator, config, entry)
+    if log_metric is not None and scores:
+        without = sum(tagged_answer(completion_text(completion)) is None for completion in completions)
+        log_metric("reasoning/timeout", sum(score is Failure.TIMEOUT for score in scores) / len(scores))
+        log_metric("reasoning/no_answer", without / len(scores))
+        errors = sum(isinstance(score, Failure) and score is not Failure.TIMEOUT for score in scores)
+        log_metric("reasoning/error", errors / len(scores))
+    return [0.0 if isinstance(score, Failure) else score for score in scores]
+
+
+def reasoning_correct(
+    prompts: Sequence[Any] | None = None, completions: Sequence[Any] = (), **columns: Any
+) -> list[float | None]:
+    """1.0 for a full score of `reasoning_reward`, else 0.0: partial credit is no right answer."""
+    columns.pop("log_metric", None)
+    scores = reasoning_reward(prompts, completions, **columns)
+    return [float(score is not None and score >= 1.0 - 1e-9) for score in scores]
