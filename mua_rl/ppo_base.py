@@ -35,7 +35,8 @@ class BasePolicy:
         policy_class, policy_kwargs: What builds the network.
         observation_space, action_space: What it was trained on; None where the zip's pickle cannot be read here.
         state_dict: Its weights, on the CPU.
-        options: PPO options it was trained with, out of `INHERITED`.
+        options: PPO options it was trained with, out of `INHERITED`, and the clip range at the start.
+        n_envs: Environments it was trained in.
         vec_normalize: Observation statistics that belong to it, if any.
     """
 
@@ -46,6 +47,7 @@ class BasePolicy:
     action_space: spaces.Space | None
     state_dict: dict[str, torch.Tensor]
     options: dict[str, Any] = field(default_factory=dict)
+    n_envs: int = 8
     vec_normalize: Path | None = None
 
     def check_spaces(self, observation_space: spaces.Space, action_space: spaces.Space) -> None:
@@ -104,13 +106,18 @@ def read_base_policy(path: Path | str, vec_normalize: Path | str | None = None) 
     module = str(keys.get("policy_class", {}).get("__module__", ""))
     if "clip_range" not in keys or "n_epochs" not in keys or module.startswith("sb3_contrib"):
         raise UserError(f"{path} holds another algorithm than stable-baselines3's PPO (its policy is from {module}).")
-    wanted = {"policy_class", "policy_kwargs", "observation_space", "action_space", *INHERITED}
+    wanted = {"policy_class", "policy_kwargs", "observation_space", "action_space", "n_envs", *INHERITED}
+    if "stable_baselines3" in str(keys["clip_range"]):  # else a pickled function, which another Python cannot read
+        wanted.add("clip_range")
     data, params, _ = load_from_zip_file(
         path, device="cpu", custom_objects={key: None for key in keys if key not in wanted}
     )
     assert data is not None
     if "policy_class" not in data or "policy" not in params:
         raise UserError(f"the policy class of {path} ({module}) cannot be imported here.")
+    options = {key: data[key] for key in INHERITED if data.get(key) is not None}
+    if data.get("clip_range") is not None:
+        options["clip_range"] = float(data["clip_range"](1.0))
     return BasePolicy(
         path=path,
         policy_class=data["policy_class"],
@@ -118,7 +125,8 @@ def read_base_policy(path: Path | str, vec_normalize: Path | str | None = None) 
         observation_space=data.get("observation_space"),
         action_space=data.get("action_space"),
         state_dict=params["policy"],  # type: ignore[arg-type]
-        options={key: data[key] for key in INHERITED if data.get(key) is not None},
+        options=options,
+        n_envs=int(data.get("n_envs") or 8),
         vec_normalize=_find_vec_normalize(path) if vec_normalize is None else _existing(Path(vec_normalize)),
     )
 

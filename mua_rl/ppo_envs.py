@@ -15,6 +15,7 @@ from stable_baselines3.common.vec_env import (
     VecEnvWrapper,
     VecFrameStack,
     VecNormalize,
+    unwrap_vec_normalize,
 )
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
@@ -108,8 +109,8 @@ def build_envs(
     return VecFrameStack(envs, frame_stack) if frame_stack > 1 else envs
 
 
-def with_statistics(envs: VecEnv, path: Path, training: bool) -> VecNormalize:
-    """Environments whose observations (and, in training, rewards) are normalised with saved statistics.
+def with_statistics(envs: VecEnv, path: Path) -> VecNormalize:
+    """Training environments normalised with saved statistics, which go on being updated.
 
     Raises:
         UserError: The file cannot be read, or belongs to other observations.
@@ -120,9 +121,19 @@ def with_statistics(envs: VecEnv, path: Path, training: bool) -> VecNormalize:
         raise UserError(f"the observation statistics {path} do not fit {envs.observation_space}: {error}") from None
     except Exception as error:  # a pickle can fail in any way
         raise UserError(f"the observation statistics {path} cannot be read: {error}") from None
-    normalized.training = training
-    normalized.norm_reward = normalized.norm_reward and training
+    normalized.training = True
     return normalized
+
+
+def evaluation_envs(envs: VecEnv, training: VecEnv) -> VecEnv:
+    """`envs` as seen by a policy that is trained in `training`: with its statistics, which evaluation never changes."""
+    statistics = unwrap_vec_normalize(training)
+    if statistics is None:
+        return envs
+    frozen = VecNormalize(envs, training=False, norm_obs=statistics.norm_obs, norm_reward=False)
+    frozen.obs_rms = statistics.obs_rms  # the object itself, so that later evaluations see later statistics
+    frozen.clip_obs, frozen.epsilon = statistics.clip_obs, statistics.epsilon
+    return frozen
 
 
 def import_from(name: str) -> Callable[..., Any]:
