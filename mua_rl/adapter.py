@@ -120,10 +120,7 @@ class LoRA:
             raise UserError(
                 "the model carries a LoRA already: merge it first (--start-from does), or go on with --resume."
             )
-        try:
-            wrapped = get_peft_model(model, self.peft_config(model))
-        except ValueError as error:
-            raise UserError(f"LoRA cannot be attached: {error}") from None
+        wrapped = _inject(model, self.peft_config(model))
         generator = torch.Generator().manual_seed(seed)
         for name, layer in lora_layers(wrapped):
             a, b = lora_matrices(layer)
@@ -267,6 +264,13 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def _inject(model: nn.Module, config: LoraConfig) -> PeftModel:
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"LoRA cannot be attached: {' '.join(str(error).split())}") from None
+
+
 def _widths(model: nn.Module, targets: TargetModules) -> list[int]:
     """Fan-ins of the targeted layers of a plain or LoRA-carrying model."""
     found: set[int] = {fan_in(lora_matrices(layer)[0]) for _, layer in lora_layers(model)}
@@ -282,5 +286,5 @@ def _targeted_weights(model: nn.Module, targets: TargetModules) -> Iterator[torc
     with torch.device("meta"):
         skeleton = copy.deepcopy(model).to("meta")
     config: Any = LoraConfig(r=1, target_modules=resolve_targets(model, targets))
-    for _, layer in lora_layers(get_peft_model(skeleton, config)):
+    for _, layer in lora_layers(_inject(skeleton, config)):
         yield lora_matrices(layer)[0]

@@ -100,9 +100,7 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = TrlParser(list(dataclass_types))  # type: ignore[arg-type]  # its annotation wants dataclass instances
-    defaults: dict[str, Any] = {}
-    for action in parser._actions:  # a boolean has two flags, --x and --no_x; the first has the default
-        defaults.setdefault(action.dest, action.default)
+    defaults = vars(parser.parse_args([]))
     try:
         instances = parser.parse_args_and_config(list(arguments))
     except OSError as error:
@@ -116,7 +114,7 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     if "--config" in arguments:
         position = arguments.index("--config")
         del arguments[position : position + 2]
-    given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v != defaults.get(k)}
+    given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v != defaults[k]}
     return instances, given
 
 

@@ -5,10 +5,12 @@ on two CPU cores. The learning rate comes from an LR record; see `--lr-from`.
 """
 
 import os
+import re
 import socket
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -23,7 +25,6 @@ from trl import GRPOConfig
 from mua_rl import models, plots
 from mua_rl.adapter import Adapter, fingerprint, load_adapter
 from mua_rl.arguments import AdapterArguments, Base, parse_arguments, resolve_learning_rate
-from mua_rl.envs import arithmetic as _arithmetic  # noqa: F401
 from mua_rl.envs.tasks import Task, get_task
 from mua_rl.errors import UserError, exit_on_user_error
 from mua_rl.grpo_trainer import Diverged, GRPOTrainer, ProgressBar, RunCallback
@@ -45,6 +46,10 @@ class GRPOArguments(GRPOConfig):
 
     model: str = field(default=models.EMBEDDED, metadata={"help": "embedded, smollm2, a model folder, or a hub id."})
     task: str = field(default="arithmetic", metadata={"help": "A verifiable task; see mua_rl.envs.tasks."})
+    bad_rows: str = field(
+        default="skip",
+        metadata={"help": "Rows that cannot be scored: skip and report, or refuse.", "choices": ["skip", "refuse"]},
+    )
     dtype: str = field(
         default="float32",
         metadata={"help": "Precision of the weights that LoRA leaves frozen.", "choices": ["float32", "bfloat16"]},
@@ -54,7 +59,7 @@ class GRPOArguments(GRPOConfig):
     )
     output_dir: str | None = field(default=None, metadata={"help": "Run folder. Default: a new one under runs/."})
     learning_rate: float | None = field(default=None, metadata={"help": "The same as --lr."})  # type: ignore[assignment]
-    max_steps: int = field(default=100, metadata={"help": "Optimizer steps; -1: as many as num_train_epochs makes."})
+    max_steps: int = field(default=200, metadata={"help": "Optimizer steps; -1: as many as num_train_epochs makes."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Completions per forward pass."})
     gradient_accumulation_steps: int = field(default=4, metadata={"help": "Forward passes per optimizer step."})
     max_completion_length: int | None = field(default=None, metadata={"help": "In tokens. Default: the task's."})
@@ -189,7 +194,7 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
         Diverged: The run left the finite numbers; its folder says so and has no LR record.
     """
     check(arguments)
-    task: Task = get_task(arguments.task)
+    task: Task = get_task(arguments.task, arguments.bad_rows)
     adapter = adapter_arguments.adapter("mlp")
     tokenizer = models.load_tokenizer(arguments.model)
     model, base = load_base(arguments, adapter_arguments.start_from)
@@ -204,6 +209,8 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
         raise UserError(f"the task {task.name} has rows without the column 'prompt'.")
     if arguments.max_completion_length is None:
         arguments.max_completion_length = task.max_completion_length
+    if arguments.reward_weights is None and task.reward_weights is not None:
+        arguments.reward_weights = list(task.reward_weights)
 
     run, checkpoint = _open_run(arguments, adapter_arguments, adapter, given)
     arguments.output_dir = str(run.path)
@@ -226,7 +233,7 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
         args=arguments,
         train_dataset=train_rows,
         processing_class=tokenizer,
-        callbacks=[RunCallback(run, lambda: measure().accuracy, arguments.held_out_steps)],
+        callbacks=[RunCallback(run, lambda: measure().metrics(), arguments.held_out_steps)],
     )
     for callback in (ProgressCallback, PrinterCallback):  # either prints a long dictionary every step
         trainer.remove_callback(callback)
@@ -241,7 +248,7 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
     seconds = time.perf_counter() - start
     after = measure()
     trainer.save_model(str(run.path / adapter.saved_as))
-    run.log(trainer.state.global_step, {"held_out/accuracy": after.accuracy})
+    run.log(trainer.state.global_step, after.metrics())
     worse = after.accuracy + 2 * after.standard_error < before
     run.finish(
         {
@@ -277,7 +284,9 @@ def _open_run(
     """A new run folder, or the one to resume with its last checkpoint."""
     if adapter_arguments.resume is None:
         rank = adapter.rank or "full"
-        run = RunFolder.create(arguments.requested_output_dir, f"grpo-{arguments.task.replace('/', '-')}-r{rank}")
+        run = RunFolder.create(
+            arguments.requested_output_dir, re.sub(r"[^\w.-]+", "-", f"grpo-{arguments.task}-r{rank}")
+        )
         run.start({**given, "output_dir": str(run.path)})
         return run, None
     run = RunFolder.open(adapter_arguments.resume)
@@ -287,14 +296,14 @@ def _open_run(
     return run, checkpoint
 
 
-def _before(run: RunFolder, measure) -> float:
+def _before(run: RunFolder, measure: Callable[[], HeldOutResult]) -> float:
     """Held-out accuracy before the first step; measured once, also where a run is resumed."""
     known = [line["held_out/accuracy"] for line in run.metrics() if line["step"] == 0 and "held_out/accuracy" in line]
     if known:
         return known[0]
-    accuracy = measure().accuracy
-    run.log(0, {"held_out/accuracy": accuracy})
-    return accuracy
+    result = measure()
+    run.log(0, result.metrics())
+    return result.accuracy
 
 
 def _report(
@@ -346,11 +355,9 @@ def parse(argv: list[str] | None = None) -> tuple[GRPOArguments, AdapterArgument
     """
     (arguments, adapter_arguments), given = parse_arguments((GRPOArguments, AdapterArguments), argv)
     if adapter_arguments.resume:
-        if len(given) > 1:
-            raise UserError(
-                f"--resume takes the run's own settings: drop {', '.join(sorted(given.keys() - {'resume'}))}."
-            )
         run = RunFolder.open(adapter_arguments.resume)
+        if extra := sorted(given.keys() - {"resume"}):
+            raise UserError(f"--resume takes the run's own settings: drop {', '.join(extra)}.")
         if run.result() is not None:
             raise UserError(f"the run {run.path} has ended: go on from its policy with --start-from {run.path}.")
         resume = adapter_arguments.resume

@@ -1,6 +1,7 @@
 """GRPO: TRL's trainer with the optimizer groups of `mua_rl.optim`, and the callbacks of a run."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,13 +46,13 @@ class RunCallback(TrainerCallback):
 
     Args:
         run: Where metrics go.
-        held_out_accuracy: Measures it; called every `held_out_steps` steps.
+        held_out_metrics: Measures held-out accuracy; called every `held_out_steps` steps.
         held_out_steps: 0 for never.
     """
 
-    def __init__(self, run: RunFolder, held_out_accuracy: Any, held_out_steps: int) -> None:
+    def __init__(self, run: RunFolder, held_out_metrics: Callable[[], dict[str, float]], held_out_steps: int) -> None:
         self.run = run
-        self.held_out_accuracy = held_out_accuracy
+        self.held_out_metrics = held_out_metrics
         self.held_out_steps = held_out_steps
         self.used: dict[str, float] = {}
 
@@ -65,7 +66,7 @@ class RunCallback(TrainerCallback):
         if not math.isfinite(float(torch.stack(norms).sum())):
             raise Diverged(f"a trained weight is no longer finite after step {state.global_step}")
         if self.held_out_steps and state.global_step % self.held_out_steps == 0 and state.global_step < state.max_steps:
-            self.run.log(state.global_step, {"held_out/accuracy": self.held_out_accuracy()})
+            self.run.log(state.global_step, self.held_out_metrics())
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """One line of metrics a step."""

@@ -14,10 +14,15 @@ from mua_rl.envs.tasks import Task
 
 @dataclass(frozen=True)
 class HeldOutResult:
-    """Answers to the held-out problems, in order, with the score of each (1.0 right, 0.0 wrong)."""
+    """Answers to the held-out problems, in order, with the score of each (1.0 right, 0.0 wrong).
+
+    `strict_scores` are those of the task's stricter verifier, where it has one: what only the other accepts may be
+    reward hacking.
+    """
 
     completions: list[str]
     scores: list[float]
+    strict_scores: list[float] | None = None
 
     @property
     def accuracy(self) -> float:
@@ -28,6 +33,13 @@ class HeldOutResult:
     def standard_error(self) -> float:
         """Standard error of the accuracy over problems."""
         return (self.accuracy * (1 - self.accuracy) / len(self.scores)) ** 0.5
+
+    def metrics(self) -> dict[str, float]:
+        """What goes into a run's metrics."""
+        metrics = {"held_out/accuracy": self.accuracy}
+        if self.strict_scores:
+            metrics["held_out/strict_accuracy"] = sum(self.strict_scores) / len(self.strict_scores)
+        return metrics
 
 
 def is_conversational(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -91,5 +103,10 @@ def held_out(
     """Answer `problems` (rows of `task`) and score the answers with `task.correct`."""
     completions = generate(model, tokenizer, problems["prompt"], max_new_tokens, temperature)
     columns = {name: problems[name] for name in problems.column_names if name != "prompt"}
-    scores = task.correct(prompts=problems["prompt"], completions=completions, **columns)
-    return HeldOutResult(completions, [float(score or 0.0) for score in scores])
+    columns |= {"prompts": problems["prompt"], "completions": completions}
+    scores, strict = (
+        [float(score or 0.0) for score in verifier(**columns)] if verifier else None
+        for verifier in (task.correct, task.strict)
+    )
+    assert scores is not None
+    return HeldOutResult(completions, scores, strict)

@@ -1,0 +1,271 @@
+"""GRPO end to end on the embedded model, in runs of a few steps."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import trl
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from mua_rl import grpo, models
+from mua_rl.adapter import lora_layers
+from mua_rl.envs.tasks import get_task
+from mua_rl.errors import UserError
+from mua_rl.grpo_trainer import Diverged, GRPOTrainer
+from mua_rl.heldout import held_out
+from mua_rl.record import LRRecord
+from mua_rl.run import RunFolder
+
+SMALL = ["--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1", "--report_to", "none"]
+SMALL += ["--held_out_steps", "0"]
+
+
+def run(*flags):
+    return grpo.train(*grpo.parse([*SMALL, *map(str, flags)]))
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory):
+    """A finished LoRA run of eight steps that has learnt something."""
+    folder = tmp_path_factory.mktemp("lora") / "run"
+    return run("--rank", 8, "--lr", 2**-8, "--max_steps", 8, "--save_steps", 4, "--output_dir", folder)
+
+
+def greedy_answers(model):
+    task, tokenizer = get_task("arithmetic"), models.load_tokenizer("embedded")
+    return held_out(model, tokenizer, task, task.held_out(False), task.max_completion_length).completions
+
+
+def test_a_run_folder_holds_what_is_needed_to_judge_and_repeat_it(lora_run):
+    names = {path.name for path in lora_run.path.iterdir()}
+    assert {"config.yaml", "versions.json", "metrics.jsonl", "result.json", "lr_record.json", "curve.png"} <= names
+    assert lora_run.settings()["rank"] == "8"
+    versions = json.loads((lora_run.path / "versions.json").read_text())
+    assert versions["trl"] == trl.__version__
+    assert {"torch", "peft", "command", "host"} <= versions.keys()
+    result = lora_run.result()
+    assert result["steps"] == 8
+    assert not result["diverged"]
+    assert result["held_out/after"] != result["held_out/before"]
+
+
+def test_metrics_have_every_step_and_the_rate_that_the_optimizer_used(lora_run):
+    lines = [line for line in lora_run.metrics() if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    rates = [line["lr/lora_A"] for line in lines]
+    assert rates == [line["lr/lora_B"] for line in lines]
+    # 5 % of 8 steps is one step of warm-up from zero; then a cosine from the peak down to a tenth of it.
+    peak = 2**-8
+    cosine = [peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * k / 7))) for k in range(7)]
+    assert rates == pytest.approx([0.0, *cosine])
+
+
+def test_the_record_of_a_run_gives_its_rate_back(lora_run):
+    record = LRRecord.load(lora_run.path)
+    assert record.learning_rate == 2**-8
+    assert (record.scheme, record.rank, record.widths, record.target_modules) == ("Init[B]", 8, [128, 512], "mlp")
+    assert record.batch == {"prompts": 2, "completions_per_prompt": 8, "optimizer_steps_per_batch": 1}
+
+
+def test_the_saved_adapter_is_plain_peft_with_the_trained_policys_answers(lora_run):
+    base = models.load_model("embedded")
+    unmerged = PeftModel.from_pretrained(base, str(lora_run.path / "adapter"))
+    answers = greedy_answers(unmerged)
+    task = get_task("arithmetic")
+    scores = task.correct(completions=answers, answer=task.held_out(False)["answer"])
+    assert sum(scores) / len(scores) == lora_run.result()["held_out/after"]
+    assert greedy_answers(unmerged.merge_and_unload()) == answers
+
+
+def test_full_finetuning_takes_the_lora_tuned_rate_and_saves_all_weights(lora_run, tmp_path):
+    full = run("--rank", "full", "--lr-from", lora_run.path, "--max_steps", 2, "--output_dir", tmp_path / "full")
+    assert full.result()["learning_rate"] == 2**-8
+    assert LRRecord.load(full.path).scheme == "FFT"
+    weights = load_file(full.path / "model" / "model.safetensors")
+    base = models.load_model("embedded").state_dict()
+    assert all(not torch.equal(weights[name], base[name]) for name in weights)
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+def test_starting_from_a_lora_run_begins_at_its_accuracy_with_full_finetuning(lora_run, tmp_path):
+    run_ = run("--start-from", lora_run.path, "--max_steps", 1, "--output_dir", tmp_path / "on")
+    assert run_.result()["held_out/before"] == lora_run.result()["held_out/after"]
+    assert run_.result()["learning_rate"] == 2**-8
+    assert LRRecord.load(run_.path).rank is None
+    further = run("--start-from", run_.path, "--rank", 4, "--max_steps", 1, "--output_dir", tmp_path / "further")
+    assert further.result()["held_out/before"] == run_.result()["held_out/after"]
+
+
+def test_the_record_of_another_base_model_is_refused(lora_run, tmp_path):
+    on = run("--start-from", lora_run.path, "--max_steps", 1, "--output_dir", tmp_path / "on")
+    with pytest.raises(UserError, match="record of another base model"):
+        run("--lr-from", on.path, "--output_dir", tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_config_file_says_the_same_as_flags_and_flags_win(tmp_path, monkeypatch):
+    (tmp_path / "c.yaml").write_text(
+        "rank: 16\nlr: 1e-3\nmax_steps: 7\nnum_generations: 4\ntarget_modules: [up_proj]\n"
+    )
+    arguments, adapter_arguments, given = grpo.parse(["--config", str(tmp_path / "c.yaml"), "--max_steps", "3"])
+    assert (arguments.max_steps, arguments.num_generations) == (3, 4)
+    assert adapter_arguments.adapter("mlp").rank == 16
+    assert adapter_arguments.adapter("mlp").target_modules == ["up_proj"]
+    assert adapter_arguments.lr == 1e-3
+    assert given == {"rank": 16, "lr": 1e-3, "max_steps": 3, "num_generations": 4, "target_modules": ["up_proj"]}
+
+
+def test_every_grpo_config_field_is_a_flag():
+    from dataclasses import fields
+
+    ours = {f.name for f in fields(grpo.GRPOArguments)}
+    assert {f.name for f in fields(trl.GRPOConfig)} <= ours
+    assert ours - {f.name for f in fields(trl.GRPOConfig)} == {"model", "task", "dtype", "bad_rows", "held_out_steps"}
+
+
+def test_defaults_are_the_papers_recipe():
+    arguments, adapter_arguments, _ = grpo.parse([])
+    assert adapter_arguments.adapter("mlp").rank == 32
+    assert (arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon) == (0.9, 0.999, 1e-8)
+    assert (arguments.weight_decay, arguments.max_grad_norm, arguments.beta) == (0.0, 1.0, 0.0)
+    assert (arguments.loss_type, arguments.temperature, arguments.top_p) == ("dapo", 1.0, 1.0)
+    assert (arguments.num_generations, arguments.mask_truncated_completions) == (8, True)
+    assert (arguments.warmup_steps, arguments.lr_scheduler_kwargs) == (0.05, {"min_lr_rate": 0.1})
+    assert str(arguments.optim.value).startswith("adamw_torch")
+
+
+def test_without_a_rate_the_shipped_record_gives_it_and_the_run_says_so(tmp_path):
+    run_ = run("--rank", 4, "--max_steps", 1, "--output_dir", tmp_path / "r")
+    assert "shipped record" in run_.result()["reason"]
+
+
+def test_a_reference_policy_sees_the_adapter_we_attached(tmp_path):
+    """TRL copies a pre-attached adapter into "ref" where beta != 0; the copy starts as the policy, and stays."""
+    run_ = run("--rank", 4, "--lr", 1e-3, "--beta", 0.1, "--max_steps", 2, "--output_dir", tmp_path / "r")
+    kl = [line["kl"] for line in run_.metrics() if "kl" in line]
+    assert kl[0] == pytest.approx(0, abs=1e-6)
+    config = PeftModel.from_pretrained(models.load_model("embedded"), str(run_.path / "adapter"))
+    assert list(config.peft_config) == ["default"]
+
+
+def test_a_diverged_run_says_so_and_leaves_no_record(tmp_path, monkeypatch):
+    step = GRPOTrainer.training_step
+
+    def poisoned(self, model, *args):
+        loss = step(self, model, *args)
+        next(p for p in model.parameters() if p.requires_grad).grad[0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(GRPOTrainer, "training_step", poisoned)
+    with pytest.raises(Diverged, match="after step 1"):
+        run("--rank", 4, "--lr", 1e-3, "--max_steps", 3, "--output_dir", tmp_path / "r")
+    assert RunFolder(tmp_path / "r").result()["diverged"]
+    with pytest.raises(UserError):
+        LRRecord.load(tmp_path / "r")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rank", "129"], "rank 129 exceeds the size of the layer"),
+        (["--rank", "-4"], "--rank takes"),
+        (["--rank", "some"], "--rank takes"),
+        (["--task", "cooking"], "no task 'cooking'"),
+        (["--model", "./nowhere"], "no model folder ./nowhere"),
+        (["--model", "/tmp"], "no config.json"),
+        (["--model", "nobody/nothing"], "cannot be loaded"),
+        (["--lr", "0"], "between 0 and 1"),
+        (["--lr", "nan"], "between 0 and 1"),
+        (["--lr", "10"], "between 0 and 1"),
+        (["--lr", "1e-3", "--learning_rate", "1e-4"], "same thing"),
+        (["--lr", "1e-3", "--lr-from", "x"], "exclude each other"),
+        (["--lr-from", "nowhere.json"], "no LR record"),
+        (["--start-from", "nowhere"], "no run folder"),
+        (["--resume", "nowhere"], "no run folder"),
+        (["--alpha", "two"], "multiplier"),
+        (["--init", "A", "--rank", "4"], "Init"),
+        (["--target-modules", "nothing"], "nothing"),
+        (["--config", "nowhere.yaml"], "--config"),
+        (["--num_generations", "7"], "divisible"),
+        (["--use_vllm"], "vLLM"),
+        (["--optim", "sgd"], "AdamW"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_writes_nothing(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # as where vLLM is not installed
+    monkeypatch.setattr(sys, "argv", ["mua_rl.grpo", *SMALL, *flags])
+    from mua_rl.errors import exit_on_user_error
+
+    with pytest.raises(SystemExit) as stop:
+        exit_on_user_error(grpo.main)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_something_in_it_is_never_written_over(tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(UserError, match="not empty"):
+        run("--output_dir", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_two_runs_started_together_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len({RunFolder.create(None, "grpo").path for _ in range(3)}) == 3
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_bitwise_the_same_policy(tmp_path):
+    flags = [*SMALL, "--rank", "8", "--lr", "0.002", "--max_steps", "12", "--save_steps", "3", "--held_out_steps", "5"]
+    command = [sys.executable, "-m", "mua_rl.grpo"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run([*command, *flags, "--output_dir", str(whole)], check=True, **options)
+    process = subprocess.Popen([*command, *flags, "--output_dir", str(broken)], **options)
+    deadline = time.monotonic() + 120
+    while not (broken / "checkpoint-6" / "trainer_state.json").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert RunFolder(broken).result() is None
+    subprocess.run([*command, "--resume", str(broken)], check=True, **options)
+    one, two = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, broken))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    results = [RunFolder(folder).result() for folder in (whole, broken)]
+    assert results[0]["held_out/after"] == results[1]["held_out/after"]
+    steps = [line["step"] for line in RunFolder(broken).metrics() if "loss" in line]
+    assert steps == list(range(1, 13))
+    with pytest.raises(UserError, match="has ended"):
+        grpo.parse(["--resume", str(broken)])
+
+
+def test_the_trainer_uses_trls_documented_seams():
+    """What `GRPOTrainer` relies on in TRL and transformers; a failure here means that an upgrade moved a seam."""
+    import inspect
+
+    from transformers import Trainer
+
+    assert "model" in inspect.signature(Trainer.create_optimizer).parameters
+    assert {"args", "model"} <= inspect.signature(Trainer.get_optimizer_cls_and_kwargs).parameters.keys()
+    assert trl.GRPOTrainer.create_optimizer is Trainer.create_optimizer
+    source = inspect.getsource(Trainer)
+    assert "on_pre_optimizer_step" in source
+
+
+def test_lora_layers_of_the_trained_policy_carry_the_asked_rank(lora_run):
+    model = PeftModel.from_pretrained(models.load_model("embedded"), str(lora_run.path / "adapter"))
+    assert {layer.r["default"] for _, layer in lora_layers(model)} == {8}
