@@ -5,8 +5,8 @@ prompt), or a folder with `train.jsonl` and `test.jsonl` (or `held_out.jsonl`). 
 
 - `prompt`: text, or a list of chat messages. For text, the policy's chat template is applied if it has one.
 - either `answer`: the gold answer, for the math reward;
-- or `tests`, and where the style needs it `entry_point` and `test_style`, for the code reward (`mua_rl.rewards.code`);
-  a `solution`, if there is one, must pass the tests.
+- or `tests`, and where they need it `entry_point`, `prelude` and `setup`, for the code reward (forms:
+  `mua_rl.rewards.sandbox.row.parse_row`); a `solution`, if there is one, must pass the tests.
 
 All rows have the same of the two.
 """
@@ -24,7 +24,7 @@ from mua_rl.rewards.math import gold_faults, math_reward, strict_math_reward
 
 
 @register_task("jsonl")
-def jsonl(argument: str | None = None, bad_rows: str = "skip") -> Task:
+def jsonl(argument: str | None = None, bad_rows: str = "skip", isolation: str = "strong") -> Task:
     """Rows of the user's own."""
     if argument is None:
         raise UserError("the task jsonl needs a path: --task jsonl:/path/to/rows.jsonl")
@@ -32,16 +32,18 @@ def jsonl(argument: str | None = None, bad_rows: str = "skip") -> Task:
         raise UserError(f"there is no file or folder {argument}.")
     name = f"jsonl:{argument}"
     if _has_tests(argument):
+        # Imported here: answers alone need no sandbox.
         from mua_rl.envs.code_tasks import code_dataset, code_task
+
+        def code_split(held_out: bool, conversational: bool) -> Dataset:
+            rows = convert_rows(_read(argument, held_out), lambda row: _code_row(row, conversational))
+            return code_dataset(rows, name, bad_rows, isolation)
 
         return code_task(
             name,
-            lambda conversational: code_dataset(
-                convert_rows(_read(argument, False), _code_row), name, bad_rows, conversational
-            ),
-            lambda conversational: code_dataset(
-                convert_rows(_read(argument, True), _code_row), name, bad_rows, conversational
-            ),
+            lambda conversational: code_split(False, conversational),
+            lambda conversational: code_split(True, conversational),
+            isolation,
         )
     return Task(
         name=name,
@@ -97,8 +99,9 @@ def _math_row(row: Row) -> dict[str, Any]:
     return {"prompt": _prompt_column(row), "answer": column(row, "answer", (str, int, float))}
 
 
-def _code_row(row: Row) -> dict[str, Any]:
-    return {**row.columns, "prompt": _prompt_column(row), "tests": column(row, "tests", (str, list, dict))}
+def _code_row(row: Row, conversational: bool) -> dict[str, Any]:
+    prompt = as_prompt(_prompt_column(row), conversational)
+    return {**row.columns, "prompt": prompt, "tests": column(row, "tests", (str, list, dict))}
 
 
 def _math_split(path: str, held_out: bool, name: str, bad_rows: str, conversational: bool) -> Dataset:

@@ -84,8 +84,8 @@ _TASKS: dict[str, Callable[..., Task]] = {}
 def register_task(name: str) -> Callable[[Callable[..., Task]], Callable[..., Task]]:
     """Decorator: `build()` makes the task `name`. A later registration of the same name replaces the earlier one.
 
-    A builder that takes an `argument` gets what follows the colon in the spec, or `None`; one that takes `bad_rows`
-    gets that option of `get_task`.
+    A builder that takes an `argument` gets what follows the colon in the spec, or `None`; one that takes `bad_rows` or
+    `isolation` gets that option of `get_task`.
     """
 
     def register(build: Callable[..., Task]) -> Callable[..., Task]:
@@ -100,12 +100,14 @@ def task_names() -> list[str]:
     return sorted({*_TASKS, *_BUILT_IN})
 
 
-def get_task(spec: str, bad_rows: str = "skip") -> Task:
+def get_task(spec: str, bad_rows: str = "skip", isolation: str = "strong") -> Task:
     """Build the task of a spec.
 
     Args:
         spec: `NAME`, `NAME:ARGUMENT` or `path/to/file.py:NAME`.
         bad_rows: "skip" leaves out rows that cannot be scored, and reports them; "refuse" raises at the first.
+        isolation: How programs are kept apart from the machine in code tasks (`mua_rl.rewards.code`): "strong", or the
+            weaker "process".
 
     Raises:
         UserError: No task has that name, its argument is unusable, or (in `train` and `held_out`, which read the rows)
@@ -119,7 +121,7 @@ def get_task(spec: str, bad_rows: str = "skip") -> Task:
     if name not in _TASKS:
         raise UserError(f"there is no task {name!r}; the tasks are: {', '.join(task_names())}.")
     build = _TASKS[name]
-    options: dict[str, Any] = {"argument": argument, "bad_rows": bad_rows}
+    options: dict[str, Any] = {"argument": argument, "bad_rows": bad_rows, "isolation": isolation}
     accepted = inspect.signature(build).parameters
     if argument is not None and "argument" not in accepted:
         raise UserError(f"the task {name!r} takes no argument, but {spec!r} gives one.")
