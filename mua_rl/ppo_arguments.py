@@ -112,11 +112,7 @@ class PPOArguments:
         options = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.rollout_buffer_class:
             options["rollout_buffer_class"] = import_from(self.rollout_buffer_class)
-        return {**options, "target_kl": self.target_kl or None, "device": self.chosen_device()}
-
-    def chosen_device(self) -> str:
-        """SB3 itself recommends the CPU for an MlpPolicy."""
-        return "cpu" if self.device == "auto" and self.policy == "MlpPolicy" else self.device
+        return {**options, "target_kl": self.target_kl or None}
 
     def schedule(self, peak: float) -> float | LinearSchedule:
         """What SB3 takes as `learning_rate`."""

@@ -6,6 +6,7 @@ episodes under way are cut (their tails are bootstrapped by the critic, as at th
 resumed run equals the unbroken one bit by bit on the CPU, provided that the environments depend on their seed alone.
 """
 
+import json
 import os
 import random
 import shutil
@@ -22,7 +23,7 @@ from mua_rl.errors import UserError
 from mua_rl.ppo_evaluation import HELD_OUT_SEED
 from mua_rl.ppo_trainer import PPO
 
-PREFIX = "step-"
+PREFIX = "checkpoint-"  # as `RunFolder.last_checkpoint` looks for them
 
 
 class Checkpoints(BaseCallback):
@@ -69,10 +70,12 @@ def save_checkpoint(model: PPO, folder: Path) -> None:
             "n_updates": model._n_updates,
             "progress_remaining": model._current_progress_remaining,
             "episodes": [{key: float(episode[key]) for key in "rlt"} for episode in model.ep_info_buffer or ()],
+            "logged": dict(model.logger.name_to_value),
             "random_states": _random_states(),
         },
         scratch / "training_state.pt",
     )
+    (scratch / "trainer_state.json").write_text(json.dumps({"global_step": model.num_timesteps}) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(scratch, folder)
 
@@ -95,6 +98,7 @@ def load_checkpoint(model: PPO, folder: Path) -> None:
     model.num_timesteps = state["num_timesteps"]
     model._n_updates = state["n_updates"]
     model._current_progress_remaining = state["progress_remaining"]
+    model.logger.name_to_value.update(state["logged"])
     model.ep_info_buffer = deque(state["episodes"], maxlen=model._stats_window_size)
     model.ep_success_buffer = deque(maxlen=model._stats_window_size)
     if isinstance(statistics := model.get_vec_normalize_env(), VecNormalize):

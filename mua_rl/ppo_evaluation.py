@@ -27,6 +27,11 @@ class Returns:
         return float(np.std(self.values))
 
     @property
+    def standard_error(self) -> float:
+        """Standard error of the mean over episodes."""
+        return self.std / len(self.values) ** 0.5
+
+    @property
     def iqm(self) -> float:
         """Interquartile mean: the mean without the lowest and the highest quarter of the episodes."""
         cut = len(self.values) // 4

@@ -22,6 +22,7 @@ import torch
 from peft import PeftModel
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor
+from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
@@ -34,6 +35,10 @@ HEAD = "head"
 HEADS = ("action_net", "value_net", "log_std")
 OWN_STATE = ("adapter", "attached", "wrapped", "learner", "target_layers", "head_learning_rate")
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Diverged(RuntimeError):
+    """Training has left the finite numbers; the message says where."""
 
 
 class PPO(stable_baselines3.PPO):
@@ -82,12 +87,24 @@ class PPO(stable_baselines3.PPO):
         super()._setup_model()
         self.attach()
 
-    def attach(self) -> None:
+    def attach(
+        self,
+        adapter: Adapter | None = None,
+        learning_rate: float | Schedule | None = None,
+        head_learning_rate: float | None = None,
+    ) -> None:
         """(Re)build the learner from the weights of `policy`: a new adapter, a new optimiser, no memory of the old.
+
+        Arguments as in the constructor; None keeps what was given before.
 
         Raises:
             UserError: The adapter does not fit the network, or the schedule starts at 0.
         """
+        self.adapter = adapter or self.adapter
+        self.head_learning_rate = head_learning_rate or self.head_learning_rate
+        if learning_rate is not None:
+            self.learning_rate = learning_rate
+            self._setup_lr_schedule()
         peak = self.lr_schedule(1.0)
         if not peak > 0:
             raise UserError(
@@ -98,14 +115,14 @@ class PPO(stable_baselines3.PPO):
                 with torch.no_grad():  # the noise that SB3 drew with a graph cannot be copied
                     self.policy.reset_noise()
             self.learner: ActorCriticPolicy = copy.deepcopy(self.policy)
-            adapter: Any = self.adapter or Full("hidden")
-            self.target_layers = resolve_layers(self.policy, adapter.target_modules)
-            self.attached = replace(adapter, target_modules=exactly(self.target_layers))
+            chosen: Any = self.adapter or Full("hidden")
+            self.target_layers = resolve_layers(self.policy, chosen.target_modules)
+            self.attached = replace(chosen, target_modules=exactly(self.target_layers))
             self.wrapped = self.attached.attach(self.learner, seed=self.seed or 0)
         for name, parameter in self.learner.named_parameters():
             if head_role_of(name) == HEAD:
                 parameter.requires_grad_(True)
-        rates = {**adapter.learning_rates(peak), HEAD: self.head_learning_rate or peak}
+        rates = {**self.attached.learning_rates(peak), HEAD: self.head_learning_rate or peak}
         groups = named_groups(self.learner, rates, role_of=head_role_of)
         self.learner.optimizer = self.policy.optimizer_class(groups, **self.policy.optimizer_kwargs)
         self.merge()
@@ -123,18 +140,25 @@ class PPO(stable_baselines3.PPO):
             value.copy_(learnt[name])
 
     def train(self) -> None:
-        """SB3's update, on the learner."""
+        """SB3's update, on the learner.
+
+        Raises:
+            Diverged: A trained weight is no longer finite.
+        """
         policy, self.policy = self.policy, self.learner
         try:
             super().train()
+        except ValueError:  # torch's distributions refuse NaN
+            self._check_finite()
+            raise
         finally:
             self.policy = policy
+        self._check_finite()
         self.merge()
-        if not all(torch.isfinite(parameter).all() for parameter in self.policy.parameters()):
-            raise UserError(
-                f"the weights became non-finite in the update after environment step {self.num_timesteps}: lower the "
-                "learning rate; the last checkpoint is kept."
-            )
+
+    def _check_finite(self) -> None:
+        if not all(torch.isfinite(parameter).all() for parameter in self.learner.parameters()):
+            raise Diverged(f"a weight is no longer finite in the update after environment step {self.num_timesteps}")
 
     def _update_learning_rate(self, optimizers: list[torch.optim.Optimizer] | torch.optim.Optimizer) -> None:
         """Scale every group's own LR by the schedule, where SB3 sets one LR for all."""
@@ -142,7 +166,7 @@ class PPO(stable_baselines3.PPO):
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
             scale_learning_rates(optimizer, factor)
             for role, rate in learning_rates(optimizer).items():
-                self.logger.record(f"train/learning_rate/{role}", rate)
+                self.logger.record(f"lr/{role}", rate)
 
     def set_parameters(self, *args: Any, **kwargs: Any) -> None:
         """As in SB3, on the acting policy; then training starts over from these weights, with a new adapter."""

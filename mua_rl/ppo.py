@@ -1,0 +1,354 @@
+"""`python -m mua_rl.ppo --rank 8`: adapt a pretrained control policy by PPO, with LoRA at any rank or fully.
+
+Without flags it adapts the shipped CartPole policy to a pole three times as long, which takes seconds. The learning
+rate comes from an LR record; see `--lr_from`.
+"""
+
+import re
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, MultiInputActorCriticPolicy
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+from mua_rl import plots
+from mua_rl.adapter import Adapter, fingerprint
+from mua_rl.arguments import AdapterArguments, Base, parse_arguments, resolve_learning_rate
+from mua_rl.errors import UserError, exit_on_user_error
+from mua_rl.policy import LearningRate
+from mua_rl.ppo_arguments import DEFAULT_RANK, PPOArguments, limit_threads
+from mua_rl.ppo_base import SHIPPED, BasePolicy, read_base_policy, shipped_policy
+from mua_rl.ppo_checkpoint import Checkpoints, load_checkpoint
+from mua_rl.ppo_envs import build_envs, evaluation_envs, with_statistics
+from mua_rl.ppo_evaluation import Returns, evaluate
+from mua_rl.ppo_logging import RETURN, make_logger
+from mua_rl.ppo_trainer import PPO, Diverged
+from mua_rl.record import LRRecord, check_learning_rate, package_versions
+from mua_rl.rules import Configuration
+from mua_rl.run import ADAPTER_FOLDER, CONFIG, CURVE, RunFolder
+
+POLICY, STATISTICS = "policy.zip", "vecnormalize.pkl"
+HELD_OUT = "held_out/return"
+
+
+@dataclass
+class Setup:
+    """A model that is ready to train, with what it starts from and how it is trained."""
+
+    model: PPO
+    base: Base
+    configuration: Configuration
+    rate: LearningRate
+
+
+def find_base(arguments: PPOArguments, start_from: str | None) -> tuple[BasePolicy | None, str, LRRecord | None]:
+    """The policy to start from (None: random weights), its name for the reader, and the record that belongs to it.
+
+    Raises:
+        UserError: A policy or a run that cannot be used.
+    """
+    statistics = None if arguments.vec_normalize in ("auto", "new", "none") else arguments.vec_normalize
+    if start_from is not None:
+        run = RunFolder.open(start_from)
+        record = LRRecord.load(run.path)
+        return read_base_policy(run.path / POLICY, statistics), f"{record.base_model} after {start_from}", record
+    path = shipped_policy(arguments.env_id) if arguments.base == "auto" else Path(arguments.base)
+    if path is None or arguments.base == "none":
+        return None, f"a new {arguments.policy}", None
+    shipped = path.is_relative_to(SHIPPED)
+    return read_base_policy(path, statistics), f"the shipped {path.parent.name} policy" if shipped else str(path), None
+
+
+def set_up(arguments: PPOArguments, adapter_arguments: AdapterArguments) -> Setup:
+    """Build environments and policy, attach the adapter, find the learning rate.
+
+    Raises:
+        UserError: Something that was given cannot be used.
+    """
+    if adapter_arguments.rank is None and adapter_arguments.start_from is None:
+        adapter_arguments.rank = DEFAULT_RANK
+    adapter: Adapter = adapter_arguments.adapter("hidden")
+    pretrained, name, record = find_base(arguments, adapter_arguments.start_from)
+    envs = training_envs(arguments, pretrained)
+    options = {**arguments.sb3_options(), "adapter": adapter}
+    try:
+        if pretrained is None:
+            device = "cpu" if (arguments.device, arguments.policy) == ("auto", "MlpPolicy") else arguments.device
+            model = PPO(arguments.policy, envs, policy_kwargs=arguments.policy_kwargs, device=device, **options)
+        else:
+            if arguments.policy_kwargs is not None or arguments.use_sde is not None:
+                raise UserError("--policy_kwargs and --use_sde shape a new network: drop them, or give --base none.")
+            images = issubclass(pretrained.policy_class, (ActorCriticCnnPolicy, MultiInputActorCriticPolicy))
+            device = "cpu" if arguments.device == "auto" and not images else arguments.device
+            model = PPO.from_base(pretrained, envs, device=device, **options)
+    except UserError:
+        raise
+    except (AssertionError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"PPO cannot be built: {' '.join(str(error).split()) or type(error).__name__}") from None
+    base = Base(name, fingerprint(model.policy), record)
+    optimizer = model.policy.optimizer_class.__name__.lower()
+    configuration = model.attached.configuration(model.learner, optimizer)
+    rate = resolve_learning_rate(adapter_arguments, configuration, base, "ppo")
+    head_rate = arguments.head_lr
+    if head_rate is None and adapter_arguments.lr is None:
+        source = LRRecord.load(adapter_arguments.lr_from) if adapter_arguments.lr_from else record
+        head_rate = source.other_learning_rates.get("head") if source else None
+    if head_rate is not None:
+        check_learning_rate(head_rate, "--head_lr")
+    model.attach(learning_rate=arguments.schedule(rate.value), head_learning_rate=head_rate)
+    return Setup(model, base, configuration, rate)
+
+
+def training_envs(arguments: PPOArguments, pretrained: BasePolicy | None) -> VecEnv:
+    """Environments to train in, normalised where the base policy or the arguments say so."""
+    n_envs = arguments.n_envs or (pretrained.n_envs if pretrained else 8)
+    envs = _bare_envs(arguments, n_envs, arguments.seed)
+    if arguments.vec_normalize == "new":
+        return VecNormalize(envs, gamma=arguments.gamma or (pretrained.options["gamma"] if pretrained else 0.99))
+    if pretrained is None or pretrained.vec_normalize is None or arguments.vec_normalize == "none":
+        return envs
+    return with_statistics(envs, pretrained.vec_normalize)
+
+
+def _bare_envs(arguments: PPOArguments, n_envs: int, seed: int) -> VecEnv:
+    return build_envs(
+        arguments.env_id,
+        n_envs,
+        seed,
+        arguments.env_kwargs,  # type: ignore[arg-type]  # a mapping since __post_init__
+        arguments.wrapper,
+        arguments.frame_stack,
+        arguments.subprocesses,
+    )
+
+
+def train(arguments: PPOArguments, adapter_arguments: AdapterArguments, given: dict) -> RunFolder:
+    """One run from arguments to result: build, attach, train, evaluate, record.
+
+    Raises:
+        UserError: Something that was given cannot be used (nothing has been written then), or an environment gave a
+            non-finite observation or reward.
+        Diverged: A weight left the finite numbers; the run folder says so and has no LR record.
+    """
+    if arguments.wandb and find_spec("wandb") is None:
+        raise UserError("--wandb needs Weights & Biases, which is not installed: pip install wandb, or drop the flag.")
+    setup = set_up(arguments, adapter_arguments)
+    model = setup.model
+    run, checkpoint = _open_run(arguments, adapter_arguments, given)
+    console = Console()
+    trained = sum(p.numel() for p in model.learner.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.policy.parameters())
+    console.print(
+        f"[bold]{arguments.env_id}[/] from {setup.base.name} ({total:,} weights), {setup.configuration}, {trained:,} "
+        f"trained: {', '.join(model.target_layers) if model.attached.rank else 'everything'}, and the heads\n"
+        f"learning rate [bold]{setup.rate.value:.4g}[/]: {setup.rate.reason}\nrun folder {run.path}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    training = model.get_env()
+    assert training is not None
+    held_out = evaluation_envs(_bare_envs(arguments, min(8, arguments.eval_episodes), 0), training)
+    before = _before(run, model, held_out, arguments.eval_episodes)
+    model.set_logger(make_logger(run, _tensorboard(arguments, run), arguments.verbose))
+    if arguments.wandb:
+        import wandb
+
+        wandb.init(project="mua_rl", name=run.path.name, dir=str(run.path), config=given, sync_tensorboard=True)
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
+    start = time.perf_counter()
+    first_step = model.num_timesteps
+    try:
+        model.learn(
+            arguments.total_timesteps - model.num_timesteps,
+            callback=Checkpoints(run.path, arguments.checkpoint_steps or max(1, arguments.total_timesteps // 5)),
+            reset_num_timesteps=checkpoint is None,
+            progress_bar=arguments.progress_bar and console.is_terminal,
+        )
+    except Diverged as error:
+        run.finish({"diverged": True, "reason": str(error), "before": before, "learning_rate": setup.rate.value})
+        raise
+    seconds = time.perf_counter() - start
+    after = evaluate(model, held_out, arguments.eval_episodes)
+    worse = after.mean + 2 * after.standard_error < before["mean"]
+    _save(run, model)
+    run.log(model.num_timesteps, {HELD_OUT: after.mean, "held_out/iqm": after.iqm})
+    run.finish(
+        {
+            "diverged": worse,
+            "held_out/before": before,
+            "held_out/after": after.as_dict(),
+            "learning_rate": setup.rate.value,
+            "reason": setup.rate.reason,
+            "seconds": seconds,
+            "env_steps": model.num_timesteps,
+            "env_steps_per_second": (model.num_timesteps - first_step) / seconds,
+        }
+    )
+    plots.learning_curve(
+        run.metrics(),
+        run.path / CURVE,
+        f"{arguments.env_id}, {setup.configuration}, lr {setup.rate.value:.3g}",
+        {RETURN: "training return", HELD_OUT: "held-out return"},
+        "environment step",
+    )
+    if not worse:
+        metric = {"name": "held-out return", "before": before["mean"], "after": after.mean}
+        lr_record(arguments, setup, metric).save(run.path)
+    _report(console, run, before, after, setup, seconds, worse)
+    return run
+
+
+def lr_record(arguments: PPOArguments, setup: Setup, metric: dict) -> LRRecord:
+    """The record of a run that has ended."""
+    model, configuration = setup.model, setup.configuration
+    group = model.learner.optimizer.param_groups[0]
+    return LRRecord(
+        learning_rate=setup.rate.value,
+        scheme=configuration.scheme.value,
+        rank=configuration.rank,
+        alpha=str(configuration.alpha),
+        widths=model.attached.widths(model.learner),
+        target_modules=model.target_layers,
+        algorithm="ppo",
+        task=arguments.env_id,
+        base_model=setup.base.name,
+        base_fingerprint=setup.base.fingerprint,
+        optimizer={
+            "name": configuration.optimizer,
+            **{key: group[key] for key in ("betas", "eps", "weight_decay") if key in group},
+            "max_grad_norm": model.max_grad_norm,
+        },
+        schedule={"name": arguments.lr_schedule, "final_fraction": 0.1, "env_steps": arguments.total_timesteps},
+        batch={
+            "environments": model.n_envs,
+            "steps_per_rollout": model.n_steps,
+            "minibatch": model.batch_size,
+            "epochs": model.n_epochs,
+            "target_kl": model.target_kl,
+        },
+        metric=metric,
+        seeds=[arguments.seed],
+        versions=package_versions(),
+        other_learning_rates={"head": model.head_learning_rate or setup.rate.value},
+        note=setup.rate.reason,
+    )
+
+
+def _open_run(
+    arguments: PPOArguments, adapter_arguments: AdapterArguments, given: dict
+) -> tuple[RunFolder, Path | None]:
+    """A new run folder, or the one to resume with its last checkpoint."""
+    if adapter_arguments.resume is None:
+        task = re.sub(r"[^\w.-]+", "-", arguments.env_id.rpartition(":")[2])  # ids hold slashes
+        run = RunFolder.create(arguments.output_dir, f"ppo-{task}-r{adapter_arguments.rank or 'full'}")
+        run.start({**given, "output_dir": str(run.path)})
+        return run, None
+    run = RunFolder.open(adapter_arguments.resume)
+    checkpoint = run.last_checkpoint()
+    run.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+    print(f"resuming {run.path} from {checkpoint.name if checkpoint else 'the start: it has no checkpoint yet'}")
+    return run, checkpoint
+
+
+def _tensorboard(arguments: PPOArguments, run: RunFolder) -> Path | None:
+    if arguments.tensorboard_log == "none":
+        return None
+    return Path(arguments.tensorboard_log) if arguments.tensorboard_log else run.path / "tensorboard"
+
+
+def _before(run: RunFolder, model: PPO, envs: VecEnv, episodes: int) -> dict[str, float]:
+    """Held-out return before the first step; measured once, also where a run is resumed."""
+    for line in run.metrics():
+        if line["step"] == 0 and HELD_OUT in line:
+            return line["before"]
+    before = evaluate(model, envs, episodes)
+    run.log(0, {HELD_OUT: before.mean, "before": before.as_dict()})
+    return before.as_dict()
+
+
+def _save(run: RunFolder, model: PPO) -> None:
+    """The merged policy for plain SB3, the statistics that belong to it, and the adapter for plain PEFT."""
+    model.save(run.path / POLICY)
+    if (statistics := model.get_vec_normalize_env()) is not None:
+        statistics.save(str(run.path / STATISTICS))
+    model.save_adapter(run.path / ADAPTER_FOLDER)
+
+
+def _report(
+    console: Console, run: RunFolder, before: dict, after: Returns, setup: Setup, seconds: float, worse: bool
+) -> None:
+    """The closing table and what to do next."""
+    steps = setup.model.num_timesteps
+    rows = Table(show_header=False, title="result", title_justify="left")
+    rows.add_row("held-out return before", f"{before['mean']:.1f} ± {before['std']:.1f} (IQM {before['iqm']:.1f})")
+    rows.add_row("held-out return after", f"{after.mean:.1f} ± {after.std:.1f} (IQM {after.iqm:.1f})", style="bold")
+    rows.add_row("mean ± standard deviation over", f"{len(after.values)} episodes on seeds not trained on")
+    rows.add_row("learning rate", f"{setup.rate.value:.4g}")
+    rows.add_row("training time", f"{seconds:.0f} s, {steps:,} environment steps")
+    rows.add_row("run folder", str(run.path))
+    console.print(rows)
+    if worse:
+        console.print(
+            "[bold red]The policy got worse[/]: this learning rate is too large, and no LR record was written. "
+            "Try a quarter of it with --lr."
+        )
+        return
+    console.print(
+        f"learning curve: {run.path / CURVE}\n"
+        f"the policy for stable_baselines3.PPO.load: {run.path / POLICY}\n"
+        f"the learning rate at other ranks: python -m mua_rl.lr {run.path}\n"
+        f"full finetuning at this rate: python -m mua_rl.ppo --rank full --lr_from {run.path}\n"
+        f"… from this policy: python -m mua_rl.ppo --start_from {run.path}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def parse(argv: list[str] | None = None) -> tuple[PPOArguments, AdapterArguments, dict]:
+    """Command line to arguments; `--resume RUN` brings back the settings of that run.
+
+    Raises:
+        UserError: As `parse_arguments`; or a run that cannot be resumed.
+    """
+    (arguments, adapter_arguments), given = parse_arguments((PPOArguments, AdapterArguments), argv)
+    if adapter_arguments.resume:
+        if len(given) > 1:
+            raise UserError(
+                f"--resume takes the run's own settings: drop {', '.join(sorted(given.keys() - {'resume'}))}."
+            )
+        run = RunFolder.open(adapter_arguments.resume)
+        if run.result() is not None:
+            raise UserError(f"the run {run.path} has ended: go on from its policy with --start_from {run.path}.")
+        resume = adapter_arguments.resume
+        (arguments, adapter_arguments), given = parse_arguments(
+            (PPOArguments, AdapterArguments), ["--config", str(run.path / CONFIG)]
+        )
+        adapter_arguments.resume = resume
+    if arguments.learning_rate is not None:
+        if adapter_arguments.lr not in (None, arguments.learning_rate):
+            raise UserError("--lr and --learning_rate differ: they are the same thing, give one of them.")
+        adapter_arguments.lr = arguments.learning_rate
+    return arguments, adapter_arguments, given
+
+
+def main() -> None:
+    """The command line."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    limit_threads()
+    arguments, adapter_arguments, given = parse()
+    try:
+        train(arguments, adapter_arguments, given)
+    except Diverged as error:
+        print(f"mua_rl: the run diverged: {error}; try a quarter of the learning rate with --lr.", file=sys.stderr)
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
