@@ -9,6 +9,7 @@ import ast
 from typing import Any
 
 from datasets import Dataset
+from tqdm import tqdm
 
 from mua_rl.envs.rows import Row, keep_good_rows
 from mua_rl.envs.tasks import Task, register_task
@@ -43,7 +44,8 @@ def reasoning(argument: str | None = None, bad_rows: str = "skip") -> Task:
     def problems(seed: int, size: int) -> list[dict[str, Any]]:
         try:
             generator = reasoning_gym.create_dataset(name, seed=seed, size=size, **options)
-            return [generator[index] for index in range(size)]
+            # Some generators take seconds for one problem.
+            return [generator[index] for index in tqdm(range(size), desc=name, leave=False, disable=None)]
         except Exception as error:  # each generator checks its options in its own way
             raise UserError(f"reasoning-gym:{argument}: {type(error).__name__}: {error}") from error
 

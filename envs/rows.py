@@ -1,5 +1,6 @@
 """Rows of a dataset, each with the place it came from, and what becomes of the bad ones."""
 
+import gzip
 import json
 import logging
 import zlib
@@ -15,7 +16,7 @@ logger = logging.getLogger(__name__)
 FAULT_COLUMN = "_fault"
 """Holds, instead of any other column, why a row cannot be read."""
 
-_SUFFIXES = (".jsonl", ".json", ".parquet")
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 _SHOWN_FAULTS = 10
 _HELD_OUT_ONE_IN = 8
 
@@ -57,7 +58,7 @@ def read_split(source: str, split_names: Sequence[str], config: str | None = Non
             f"{path} has no file of the split {' or '.join(split_names)}: "
             f"expected for example {split_names[0]}.jsonl or {split_names[0]}-00000-of-00001.parquet."
         )
-    if source.count("/") != 1 or source.startswith((".", "/", "~")) or path.suffix in _SUFFIXES:
+    if source.count("/") != 1 or source.startswith((".", "/", "~")) or path.name.endswith(_SUFFIXES):
         raise UserError(f"there is no file or folder {source}.")
     return _read_hub(source, split_names, config)
 
@@ -131,9 +132,7 @@ def convert_rows(rows: Sequence[Row], convert: Callable[[Row], dict[str, Any]]) 
 def _split_files(folder: Path, name: str) -> list[Path]:
     for parent in (folder, folder / "data"):
         files = sorted(
-            file
-            for file in parent.glob(f"{name}*")
-            if file.suffix in _SUFFIXES and (file.stem == name or file.name[len(name)] in "-_.")
+            file for file in parent.glob(f"{name}*") if file.name.endswith(_SUFFIXES) and file.name[len(name)] in "-_."
         )
         if files:
             return files
@@ -147,7 +146,8 @@ def _read_file(path: Path) -> Iterable[Row]:
 
             table = pyarrow.parquet.read_table(path).to_pylist()
             return [Row(columns, f"{path}:{number}") for number, columns in enumerate(table, 1)]
-        text = path.read_text(encoding="utf-8")
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = data.decode("utf-8")
     except Exception as error:  # pyarrow has its own families of errors
         raise UserError(f"{path} cannot be read: {error}") from error
     if path.suffix == ".json":

@@ -1,0 +1,227 @@
+"""The task registry, and what becomes of bad rows."""
+
+import json
+import pickle
+
+import pytest
+
+from mua_rl.envs import tasks
+from mua_rl.envs.rows import read_split
+from mua_rl.envs.tasks import get_task, register_task, task_names
+from mua_rl.envs.watch import strict_metrics
+from mua_rl.errors import UserError
+
+GSM8K_ROWS = [
+    {"question": "What is 2+3?", "answer": "It is 2+3=<<2+3=5>>5.\n#### 5"},
+    {"question": "What is 600+700?", "answer": "#### 1,300"},
+]
+MATH_ROWS = [
+    {"problem": "Half?", "level": "Level 1", "type": "Algebra", "solution": "So $\\boxed{\\frac{1}{2}}$."},
+    {"problem": "Roots?", "level": "Level 5", "type": "Algebra", "solution": "\\boxed{1 \\pm \\sqrt{19}}"},
+]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def score(task, split, completions):
+    columns = {name: split[name] for name in split.column_names if name != "prompt"}
+    return task.correct(prompts=split["prompt"], completions=completions, **columns)
+
+
+def test_every_built_in_task_is_listed_and_unknown_ones_are_refused():
+    names = {"arithmetic", "gsm8k", "math", "reasoning-gym", "humaneval", "mbpp", "one-liners", "jsonl"}
+    assert names <= set(task_names())
+    with pytest.raises(UserError, match="there is no task 'nope'; the tasks are: arithmetic"):
+        get_task("nope")
+
+
+def test_arithmetic_still_builds():
+    task = get_task("arithmetic")
+    assert {"prompt", "answer"} <= set(task.held_out(False).column_names)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("arithmetic:5", "takes no argument"),
+        ("gsm8k:", "ends with a colon"),
+        ("jsonl", "needs a path"),
+        ("jsonl:/no/such/file.jsonl", "no file or folder"),
+        ("no_such_file.py:x", "no task file"),
+        ("reasoning-gym", "say which generator"),
+        ("reasoning-gym:nope", "no generator 'nope'"),
+        ("reasoning-gym:chain_sum,max_terms", "key=value"),
+        ("reasoning-gym:chain_sum,size=0", "size is 0"),
+    ],
+)
+def test_a_bad_spec_is_one_clear_error(spec, message):
+    with pytest.raises(UserError, match=message):
+        get_task(spec)
+
+
+def test_bad_rows_option_is_checked():
+    with pytest.raises(UserError, match="'skip' or 'refuse'"):
+        get_task("gsm8k", bad_rows="ignore")
+
+
+def test_a_task_from_a_file_needs_no_change_here(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from datasets import Dataset\n"
+        "from mua_rl.envs.tasks import Task, register_task\n"
+        "def reward(completions, **columns):\n"
+        "    return [float(c == 'yes') for c in completions]\n"
+        "@register_task('say-yes')\n"
+        "def say_yes():\n"
+        "    rows = lambda conversational: Dataset.from_dict({'prompt': ['Say yes.']})\n"
+        "    return Task('say-yes', rows, rows, (reward,), reward)\n"
+    )
+    task = get_task(f"{file}:say-yes")
+    assert score(task, task.held_out(False), ["yes"]) == [1.0]
+    assert pickle.loads(pickle.dumps(task.correct)) is task.correct
+    with pytest.raises(UserError, match="registers no task 'other'"):
+        get_task(f"{file}:other")
+
+
+def test_a_broken_task_file_says_why(tmp_path):
+    file = tmp_path / "broken.py"
+    file.write_text("import no_such_module\n")
+    with pytest.raises(UserError, match="no_such_module"):
+        get_task(f"{file}:x")
+
+
+def test_a_later_registration_replaces_the_earlier(monkeypatch):
+    monkeypatch.setattr(tasks, "_TASKS", {})
+    register_task("a")(lambda: "first")
+    register_task("a")(lambda: "second")
+    assert get_task("a") == "second"
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "hub parquet", "main folder"])
+def test_gsm8k_reads_the_published_layouts(tmp_path, layout):
+    if layout == "jsonl":
+        for name in ("train", "test"):
+            write_jsonl(tmp_path / f"{name}.jsonl", GSM8K_ROWS)
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        folder = tmp_path / ("main" if layout == "main folder" else "data")
+        folder.mkdir()
+        for name in ("train", "test"):
+            table = pyarrow.Table.from_pylist(GSM8K_ROWS)
+            pyarrow.parquet.write_table(table, folder / f"{name}-00000-of-00001.parquet")
+    task = get_task(f"gsm8k:{tmp_path}")
+    split = task.held_out(True)
+    assert split["answer"] == ["5", "1,300"]
+    assert split["prompt"][0][0]["role"] == "user" and "What is 2+3?" in split["prompt"][0][0]["content"]
+    assert "<answer>" in task.train(False)["prompt"][0]
+    assert score(task, split, ["<think>x</think> <answer>5</answer>", "#### 1300"]) == [1.0, 1.0]
+
+
+def test_the_papers_recipe_is_one_for_right_and_a_tenth_for_format(tmp_path):
+    task = get_task(f"gsm8k:{write_jsonl(tmp_path / 'test.jsonl', GSM8K_ROWS)}")
+    split = task.held_out(False)
+    completions = ["<think>x</think> <answer>5</answer>", "<think>x</think> <answer>6</answer>"]
+    scores = [reward(completions=completions, answer=split["answer"]) for reward in task.rewards]
+    totals = [sum(w * s for w, s in zip(task.reward_weights, row, strict=True)) for row in zip(*scores, strict=True)]
+    assert totals == [1.1, 0.1]
+
+
+def test_math_reads_solutions_answers_and_the_original_folders(tmp_path):
+    original = tmp_path / "MATH"
+    for number, row in enumerate(MATH_ROWS):
+        folder = original / "test" / "algebra"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.json").write_text(json.dumps(row))
+    assert get_task(f"math:{original}").held_out(False)["answer"] == ["\\frac{1}{2}", "1 \\pm \\sqrt{19}"]
+    five_hundred = write_jsonl(tmp_path / "test.jsonl", [{"problem": "?", "answer": "2\\sqrt{3}", "solution": "none"}])
+    task = get_task(f"math:{five_hundred}")
+    assert score(task, task.held_out(False), ["\\boxed{\\sqrt{12}}"]) == [1.0]
+
+
+BAD_GSM8K = [
+    GSM8K_ROWS[0],
+    {"question": "No mark", "answer": "5"},
+    {"question": "Nothing after it", "answer": "####"},
+    {"question": "Absurd", "answer": "#### \\frac{1}{"},
+    {"answer": "#### 5"},
+    {"question": 7, "answer": "#### 5"},
+    "{not json",
+    "[1, 2]",
+    GSM8K_ROWS[1],
+]
+
+
+def test_bad_rows_are_skipped_and_reported_with_file_and_line(tmp_path, caplog):
+    path = write_jsonl(tmp_path / "test.jsonl", BAD_GSM8K)
+    split = get_task(f"gsm8k:{path}").held_out(False)
+    assert split["answer"] == ["5", "1,300"]
+    report = caplog.text
+    assert "skipped 7 of 9 rows" in report
+    for line, reason in [
+        (2, "no '####'"), (3, "no usable answer"), (4, "not find the answer equal to itself"),
+        (5, "no column 'question'"), (6, "wrong type"), (7, "not JSON"), (8, "not a JSON object"),
+    ]:  # fmt: skip
+        assert any(f"{path}:{line}:" in shown and reason in shown for shown in report.splitlines()), (line, reason)
+
+
+def test_bad_rows_can_be_refused(tmp_path):
+    path = write_jsonl(tmp_path / "test.jsonl", BAD_GSM8K)
+    with pytest.raises(UserError, match=rf"7 of 9 rows cannot be scored; the first: {path}:2: "):
+        get_task(f"gsm8k:{path}", bad_rows="refuse").held_out(False)
+
+
+def test_a_split_without_a_good_row_is_an_error(tmp_path):
+    path = write_jsonl(tmp_path / "test.jsonl", BAD_GSM8K[1:3])
+    with pytest.raises(UserError, match="no row can be scored"):
+        get_task(f"gsm8k:{path}").held_out(False)
+    empty = write_jsonl(tmp_path / "empty.jsonl", [])
+    with pytest.raises(UserError, match="there are none"):
+        get_task(f"gsm8k:{empty}").held_out(False)
+
+
+def test_what_cannot_be_read_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="no file of the split train"):
+        get_task(f"gsm8k:{tmp_path}").train(False)
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(UserError, match="cannot be read"):
+        get_task(f"gsm8k:{tmp_path}").train(False)
+    with pytest.raises(UserError, match="no file or folder"):
+        get_task(f"gsm8k:{tmp_path}/missing.jsonl").train(False)
+
+
+def test_split_names_do_not_match_longer_words(tmp_path):
+    write_jsonl(tmp_path / "training_notes.jsonl", [{"a": 1}])
+    write_jsonl(tmp_path / "train-1.jsonl", [{"a": 2}])
+    assert [row.columns for row in read_split(str(tmp_path), ("train",))] == [{"a": 2}]
+
+
+def test_jsonl_holds_out_the_same_rows_always_and_no_prompt_twice(tmp_path):
+    rows = [{"prompt": f"What is {i} + {i}?", "answer": 2 * i} for i in range(400)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    task = get_task(f"jsonl:{path}")
+    train, held_out = task.train(False), task.held_out(False)
+    assert not set(train["prompt"]) & set(held_out["prompt"])
+    assert len(train) + len(held_out) == 400 and 25 <= len(held_out) <= 80
+    assert get_task(f"jsonl:{path}").held_out(False)["prompt"] == held_out["prompt"]
+    assert task.train(True)["prompt"][0] == [{"role": "user", "content": train["prompt"][0]}]
+
+
+def test_jsonl_messages_need_a_chat_template(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": f"{i}?"}], "answer": i} for i in range(40)]
+    task = get_task(f"jsonl:{write_jsonl(tmp_path / 'rows.jsonl', rows)}")
+    assert task.train(True)["prompt"][0][0]["role"] == "user"
+    with pytest.raises(UserError, match="no chat template"):
+        task.train(False)
+
+
+def test_strict_metrics_tell_what_only_the_ordinary_verifier_accepts(tmp_path):
+    task = get_task(f"gsm8k:{write_jsonl(tmp_path / 'test.jsonl', GSM8K_ROWS * 2)}")
+    split = task.held_out(False)
+    completions = ["#### 5", "so 1,300", "no", "\\boxed{1} \\boxed{1300}"]
+    assert strict_metrics(task, split, completions) == {"strict_accuracy": 0.25, "strict_gap": 0.5}
+    assert strict_metrics(get_task("arithmetic"), split, completions) == {}

@@ -1,0 +1,113 @@
+"""reasoning-gym's generators as tasks, and its scorers kept from evaluating a policy's text."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("reasoning_gym")
+
+import reasoning_gym
+from reasoning_gym.factory import DATASETS
+
+from mua_rl.envs import reasoning_tasks
+from mua_rl.envs.reasoning_tasks import parse_options
+from mua_rl.envs.tasks import get_task
+from mua_rl.rewards.reasoning_worker import EVALUATE_PYTHON, EVALUATE_SYMPY, is_harmless
+
+
+def score(reward, split, completions, **extra):
+    columns = {name: split[name] for name in split.column_names if name != "prompt"}
+    return reward(prompts=split["prompt"], completions=completions, **columns, **extra)
+
+
+@pytest.fixture(autouse=True)
+def few_problems(monkeypatch):
+    monkeypatch.setattr(reasoning_tasks, "HELD_OUT_PROBLEMS", 4)
+
+
+def test_answers_are_scored_by_the_generators_own_scorer():
+    task = get_task("reasoning-gym:chain_sum,size=8,max_terms=3")
+    split = task.held_out(False)
+    entry = reasoning_gym.create_dataset("chain_sum", seed=10**9, size=4, max_terms=3)[0]
+    assert entry["question"] in split["prompt"][0]
+    row = split.select([0] * 4)
+    completions = [f"<answer>{entry['answer']}</answer>", "<answer>x</answer>", entry["answer"], None]
+    assert score(task.correct, row, completions) == [1.0, 0.0, 0.0, 0.0]
+    logged = {}
+    score(task.rewards[0], row, completions, log_metric=logged.__setitem__)
+    assert logged == {"reasoning/timeout": 0.0, "reasoning/error": 0.0, "reasoning/no_answer": 0.5}
+
+
+def test_splits_are_disjoint():
+    """The generators draw problem i from seed + i, so that neighbouring seeds overlap."""
+    task = get_task("reasoning-gym:chain_sum,size=64")
+    assert not set(task.train(False)["prompt"]) & set(task.held_out(False)["prompt"])
+
+
+def test_options_are_literals_or_text():
+    assert parse_options("a,n=3,x=0.5,flag=True,word=abc") == ("a", {"n": 3, "x": 0.5, "flag": True, "word": "abc"})
+
+
+@pytest.mark.parametrize("name", sorted(set(DATASETS) - {"composite"}))
+def test_every_generator_is_a_task(name):
+    """`composite` mixes other generators and needs to be told which."""
+    if name in ("knight_swap", "futoshiki", "zebra_puzzles"):
+        pytest.skip("takes seconds to make a problem; tried by hand")
+    split = get_task(f"reasoning-gym:{name},size=4").held_out(True)
+    assert len(split) >= 3
+    assert score(get_task(f"reasoning-gym:{name}").correct, split.select([0]), ["<answer></answer>"]) == [0.0]
+
+
+def test_the_lists_of_evaluating_scorers_are_complete():
+    """Fails when a new version of the library evaluates answers in another generator."""
+    root = Path(reasoning_gym.__file__).parent
+    evaluating = {
+        file.stem
+        for file in root.rglob("*.py")
+        if re.search(r"\b(?:eval|exec|parse_expr|sympify)\(\s*(?:\w*answer|ans|user_\w+|response)\b", file.read_text())
+    }
+    assert evaluating == EVALUATE_PYTHON | EVALUATE_SYMPY
+
+
+HOSTILE = [
+    "__import__('os').system('touch HACKED')",
+    "().__class__.__base__.__subclasses__()",
+    "open('HACKED', 'w')",
+    "exit()",
+    "x.func.__globals__",
+    "eval('1')",
+    "print(1)",
+    "lambda: 1",
+    "[x for x in [1]]",
+    "9**9**9**9",
+    "9^(9^(9^9))",
+    "2**100000000",
+    "100000!",
+    "Integral(x**2, x)",  # the question, handed back as its own answer
+    "1" * 2000,
+    "x;y",
+    "x=1",
+    "(x:=1)",
+    "f'{x}'",
+    "x\x00",
+]
+
+
+@pytest.mark.parametrize("answer", HOSTILE)
+@pytest.mark.parametrize("name", sorted(EVALUATE_SYMPY))
+def test_no_hostile_text_reaches_sympys_evaluation(name, answer):
+    assert not is_harmless(name, answer)
+
+
+@pytest.mark.parametrize("answer", [a for a in HOSTILE if "(" in a or "__" in a or "**" in a or "for" in a or ";" in a])
+@pytest.mark.parametrize("name", sorted(EVALUATE_PYTHON))
+def test_no_call_reaches_pythons_eval(name, answer):
+    assert not is_harmless(name, answer)
+
+
+@pytest.mark.parametrize("name", sorted(EVALUATE_PYTHON | EVALUATE_SYMPY))
+def test_the_generators_own_answers_are_harmless(name):
+    problems = reasoning_gym.create_dataset(name, seed=0, size=20)
+    answers = [answer for answer in (problems[i]["answer"] for i in range(20)) if answer and "Integral" not in answer]
+    assert answers and all(is_harmless(name, answer) for answer in answers)
