@@ -216,6 +216,9 @@ def _copy_changes(old: Any, new: Any) -> None:
                 _copy_changes(before, after)
             elif isinstance(old, list):
                 old[i] = after
+    elif type(old).__module__ == "numpy":
+        if getattr(old, "shape", None) == new.shape:
+            old[...] = new
     elif isinstance(old, (list, bytearray)):
         old[:] = new
     elif isinstance(old, (dict, set)):

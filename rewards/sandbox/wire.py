@@ -8,6 +8,7 @@ Nothing is unpickled, evaluated or formatted.
 import builtins
 import json
 import os
+import sys
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from decimal import Decimal
@@ -22,6 +23,7 @@ MAX_DEPTH = 100
 
 _SCALARS = frozenset({int, float, str, bool, type(None)})
 _ATOMS = frozenset({float, str, bool, type(None)})  # JSON carries every value of these types
+_ARRAY_KINDS = frozenset("biufc")  # of numpy's arrays and numbers, those that are plain numbers
 _INT64 = 1 << 63
 
 # Types that both sides may name; as values they are harmless.
@@ -63,6 +65,10 @@ def encode(value: Any, other: Callable[[Any], dict[str, Any]], depth: int = 0) -
         return encoder(value, other, depth)
     if kind is type and value in _TYPE_NAMES:
         return {"y": _TYPE_NAMES[value]}
+    if kind.__module__ == "numpy" and getattr(getattr(value, "dtype", None), "kind", "O") in _ARRAY_KINDS:
+        if kind.__name__ == "ndarray":
+            return {"N": [value.dtype.str, list(value.shape), value.tobytes().hex()]}
+        return encode(value.item(), other)
     return other(value)
 
 
@@ -138,6 +144,14 @@ def _decimal(text: Any) -> Decimal:
     return Decimal(text)
 
 
+def _array(content: Any) -> Any:
+    dtype, shape, data = content
+    numpy = sys.modules.get("numpy")  # there if the pool was given it
+    if numpy is None or type(dtype) is not str or dtype[1:2] not in _ARRAY_KINDS or not dtype[2:].isdigit():
+        raise WireError("not an array")
+    return numpy.frombuffer(bytearray.fromhex(data), dtype=dtype).reshape(shape)
+
+
 _DECODERS: dict[str, Callable[[Any, Any, int], Any]] = {
     "i": lambda c, other, depth: int(c, 16),
     "d": _decode_pairs,
@@ -153,6 +167,7 @@ _DECODERS: dict[str, Callable[[Any, Any, int], Any]] = {
     "r": lambda c, other, depth: range(*_decode_items([decode(n, other) for n in c], other, depth)),
     "F": lambda c, other, depth: Fraction(int(c[0], 16), int(c[1], 16)),
     "D": lambda c, other, depth: _decimal(c),
+    "N": lambda c, other, depth: _array(c),
     "e": lambda c, other, depth: ...,
     "y": lambda c, other, depth: TYPES[c],
 }

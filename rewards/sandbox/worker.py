@@ -138,11 +138,13 @@ class Zygote:
         return message
 
     def close(self) -> None:
-        """Kill the zygote and, through it, whatever it runs."""
-        self.control.close()
-        self._process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        """End the zygote and whatever it runs; returns when all of it is gone."""
+        self.control.close()  # the zygote, which runs nothing untrusted itself, sees that, kills its child and ends
+        try:
             self._process.wait(_REAP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 def _wait(fds: list[int], seconds: float) -> set[int]:

@@ -45,6 +45,7 @@ def main() -> None:
     except (isolation.Unavailable, ImportError, OSError) as error:
         control.send(json.dumps({"error": str(error)}).encode())
         os._exit(1)
+    os.dup2(1, 2)  # up to here the trainer has read what went to stderr; from now on it is /dev/null, like stdout
     control.send(json.dumps({"ready": os.getpid()}).encode())
     gc.collect()
     gc.freeze()  # children then write to fewer shared pages
@@ -64,7 +65,7 @@ def _preload(config: dict[str, Any]) -> None:
 
 def _readable_folders(config: dict[str, Any]) -> list[str]:
     """The standard library and the packages asked for: all that a sandbox may read."""
-    folders = [os.path.dirname(os.__file__), os.path.dirname(array.__file__ or os.__file__)]
+    folders = [os.path.dirname(os.__file__), os.path.dirname(getattr(array, "__file__", os.__file__))]
     for name in config["modules"]:
         module = sys.modules[name.split(".")[0]]
         if getattr(module, "__path__", None):

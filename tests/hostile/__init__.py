@@ -1,0 +1,1 @@
+"""Programs that try to pass without solving anything, or to harm the machine."""

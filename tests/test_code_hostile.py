@@ -1,0 +1,164 @@
+"""Hostile programs (tests/hostile) get no reward, leave nothing behind, and the pool goes on serving."""
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mua_rl.rewards.sandbox.pool import Pool
+from mua_rl.rewards.sandbox.row import Row, parse_row
+from mua_rl.rewards.sandbox.settings import Settings
+from tests.hostile.breaches import BREACHES, TAIL
+from tests.hostile.cheats import CHEATS, ROWS, SCRIPTS, STDIO_ROW
+
+HONEST = {
+    "f": "def f(x): return 2 * x + 1",
+    "near": "def f(x): return x + 4.5",
+    "member": "def f(x): return [7]",
+    "items": "def f(x): return sorted(x)",
+    "unittest": "def f(x): return 2 * x + 1",
+    "class": (
+        "class Stack:\n    def __init__(self): self.xs = []\n    def push(self, x): self.xs.append(x)\n"
+        "    def pop(self): return self.xs.pop()\n    def size(self): return len(self.xs)"
+    ),
+    "truth": "def f(x): return x == 1",
+    "callback": "def f(g): return 4 + g(1) + g(2)",
+    "mutated": "def f(xs): xs.sort()",
+}
+FIRST_SANDBOX_ID = 1_879_048_192
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    with Pool(Settings(seconds=1.0, memory_mb=256, workers=2)) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A port, an abstract socket and a readable file of this machine, for the breaches to reach; none may be touched."""
+    secret = tmp_path_factory.mktemp("secret") / "tests.py"
+    secret.write_text(ROWS["f"])
+    os.environ["MUA_SECRET"] = "x"
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as local:
+        abstract = f"mua-hostile-{os.getpid()}"
+        local.bind("\0" + abstract)
+        local.setblocking(False)
+        server.setblocking(False)
+        yield {"{port}": str(server.getsockname()[1]), "{abstract}": abstract, "{secret_file!r}": repr(str(secret))}
+        for listener in (lambda: server.accept(), lambda: local.recv(1)):
+            with pytest.raises(BlockingIOError):
+                listener()
+    del os.environ["MUA_SECRET"]
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def assert_unharmed(pool: Pool) -> None:
+    """Nothing runs under the pool but its zygotes and idle testers, no file has appeared, and it serves."""
+    for worker in pool._workers:
+        for zygote in (worker.programs, worker.tests):
+            (inner,) = children(zygote.pid)
+            running = children(inner)
+            assert len(running) <= (worker._session is not None and zygote is worker.tests)
+    for path in ("/x", "/big", "/jail", "/dev/shm/mua_x", "x", "jail", Path(os.__file__).with_name("mua_x.py")):
+        assert not os.path.exists(path)
+    assert all(pool.run(HONEST["f"], parse_row(ROWS["f"], "f")).ok for _ in range(4))
+
+
+def rewarded(pool: Pool, jobs: dict[str, tuple[str, Row]]) -> list[str]:
+    verdicts = pool.grade(list(jobs.values()))
+    assert not [name for name, v in zip(jobs, verdicts, strict=True) if isinstance(v, Exception)]
+    return [name for name, v in zip(jobs, verdicts, strict=True) if v.ok]
+
+
+@pytest.mark.parametrize("clause", BREACHES)
+def test_no_breach_gets_through(pool: Pool, targets: dict[str, str], clause: str) -> None:
+    jobs = {}
+    mounts = Path("/proc/self/mounts").read_text()
+    for name, source in BREACHES[clause].items():
+        for placeholder, value in targets.items():
+            source = source.replace(placeholder, value)
+        jobs[name] = (source + TAIL, parse_row(ROWS["f"], "f"))
+    assert rewarded(pool, jobs) == []
+    assert_unharmed(pool)
+    assert Path("/proc/self/mounts").read_text() == mounts
+
+
+@pytest.mark.parametrize("clause", CHEATS)
+@pytest.mark.parametrize("entry_point", [True, False], ids=["entry point given", "names from the tests"])
+def test_no_cheat_is_rewarded(pool: Pool, clause: str, entry_point: bool) -> None:
+    if clause == "time" and not entry_point:
+        pytest.skip("the same wait again")
+    jobs = {}
+    for name, (row, source) in CHEATS[clause].items():
+        given = ("Stack" if row == "class" else "f") if entry_point or row == "check" else None
+        jobs[name] = (source, parse_row(ROWS[row], given))
+    assert rewarded(pool, jobs) == []
+    assert_unharmed(pool)
+
+
+def test_no_script_is_rewarded_for_more_than_its_output(pool: Pool) -> None:
+    jobs = {name: (source, parse_row(STDIO_ROW)) for name, source in SCRIPTS.items()}
+    assert rewarded(pool, jobs) == []
+    assert pool.run("print(2 * int(input()) + 1)", parse_row(STDIO_ROW)).ok
+    assert_unharmed(pool)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_honest_programs_pass_the_rows_that_the_cheats_face(pool: Pool, row: str) -> None:
+    entry_point = "Stack" if row == "class" else "f"
+    for given in (entry_point, None if row != "check" else entry_point):
+        assert pool.run(HONEST.get(row, HONEST["f"]), parse_row(ROWS[row], given)).ok
+
+
+def test_one_execution_leaves_nothing_for_the_next(pool: Pool) -> None:
+    leave = "import builtins, math, sys\nbuiltins.mark = math.mark = 1\nsys.modules['mark'] = math\ndef f(x): return x"
+    find = (
+        "import builtins, math, sys\n"
+        "found = hasattr(builtins, 'mark') or hasattr(math, 'mark') or 'mark' in sys.modules\n"
+        "def f(x): return 2 * x + 1 if found else None"
+    )
+    row = parse_row(ROWS["f"], "f")
+    for _ in range(6):
+        pool.run(leave, row)
+        assert not pool.run(find, row).ok
+
+
+def test_at_least_sixty_hostile_programs() -> None:
+    breaches = [source for group in BREACHES.values() for source in group.values()]
+    cheats = [source for group in CHEATS.values() for _, source in group.values()]
+    assert len({*breaches, *cheats, *SCRIPTS.values()}) >= 60
+
+
+def test_no_process_outlives_its_pool() -> None:
+    def sandboxed() -> set[int]:
+        found = set()
+        for status in Path("/proc").glob("[0-9]*/status"):
+            try:
+                text = status.read_text()
+            except OSError:
+                continue
+            if int(text.split("Uid:")[1].split()[0]) >= FIRST_SANDBOX_ID:
+                found.add(int(status.parent.name))
+        return found
+
+    before = sandboxed()
+    pool = Pool(Settings(seconds=30.0, workers=1))
+    thread = threading.Thread(target=lambda: _ignore(pool), daemon=True)
+    thread.start()
+    pool.close()
+    thread.join(20)
+    assert sandboxed() - before == set()
+
+
+def _ignore(pool: Pool) -> None:
+    try:
+        pool.run("import time\ntime.sleep(20)", parse_row(ROWS["f"], "f"))
+    except Exception:
+        pass
