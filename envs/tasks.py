@@ -53,8 +53,7 @@ class Task:
         rewards: Rewards to train on, summed with `reward_weights`.
         correct: 1.0 for a right answer, else 0.0: the accuracy that is reported on both splits.
         max_completion_length: Tokens that a right answer fits in; the default of `--max_completion_length`.
-        strict: A stricter `correct` for held-out answers (`mua_rl.envs.watch`): what only `correct` accepts may be
-            reward hacking.
+        strict: A stricter `correct` for held-out answers: what only `correct` accepts may be reward hacking.
     """
 
     name: str

@@ -8,7 +8,6 @@ import pytest
 from mua_rl.envs import tasks
 from mua_rl.envs.rows import read_split
 from mua_rl.envs.tasks import get_task, register_task, task_names
-from mua_rl.envs.watch import strict_metrics
 from mua_rl.errors import UserError
 
 GSM8K_ROWS = [
@@ -219,9 +218,9 @@ def test_jsonl_messages_need_a_chat_template(tmp_path):
         task.train(False)
 
 
-def test_strict_metrics_tell_what_only_the_ordinary_verifier_accepts(tmp_path):
+def test_the_stricter_verifier_accepts_the_exact_form_only(tmp_path):
     task = get_task(f"gsm8k:{write_jsonl(tmp_path / 'test.jsonl', GSM8K_ROWS * 2)}")
-    split = task.held_out(False)
+    answers = task.held_out(False)["answer"]
     completions = ["#### 5", "so 1,300", "no", "\\boxed{1} \\boxed{1300}"]
-    assert strict_metrics(task, split, completions) == {"strict_accuracy": 0.25, "strict_gap": 0.5}
-    assert strict_metrics(get_task("arithmetic"), split, completions) == {}
+    assert task.correct(completions=completions, answer=answers) == [1.0, 1.0, 0.0, 1.0]
+    assert task.strict(completions=completions, answer=answers) == [1.0, 0.0, 0.0, 0.0]
