@@ -134,7 +134,7 @@ def test_bad_code_rows_are_reported_with_their_line(tmp_path, caplog):
     for line, reason in [
         (2, "own solution does not pass (wrong"),
         (3, "'test_list' is empty"),
-        (4, "pass a program that does nothing"),
+        (4, "tests never use the program"),
         (5, "cannot be run"),
         (6, "own solution does not pass (timeout"),
     ]:
@@ -152,6 +152,13 @@ def test_jsonl_rows_with_tests_are_code(tmp_path):
     row = train.select([0])
     number = int(row["prompt"][0][0]["content"].split()[1].rstrip("."))
     assert score(task, row, [f"```python\ndef f(x):\n    return x + {number}\n```"]) == [1.0]
+
+
+def test_tests_that_an_empty_program_passes_are_refused(tmp_path):
+    row = {"prompt": "Print nothing.", "tests": [{"input": "1\n", "output": ""}]}
+    task = get_task(f"jsonl:{write_jsonl(tmp_path / 'rows.jsonl', [row])}")
+    with pytest.raises(UserError, match=r"rows.jsonl:1: its tests pass a program that does nothing"):
+        task.train(True)
 
 
 def test_jsonl_does_not_mix_answers_and_tests(tmp_path):
