@@ -92,8 +92,7 @@ def set_up(arguments: PPOArguments, adapter_arguments: AdapterArguments) -> Setu
     except (AssertionError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"PPO cannot be built: {' '.join(str(error).split()) or type(error).__name__}") from None
     base = Base(name, fingerprint(model.policy), record)
-    optimizer = model.policy.optimizer_class.__name__.lower()
-    configuration = model.attached.configuration(model.learner, optimizer)
+    configuration = model.configuration()
     rate = resolve_learning_rate(adapter_arguments, configuration, base, "ppo")
     head_rate = arguments.head_lr
     if head_rate is None and adapter_arguments.lr is None:
@@ -144,9 +143,10 @@ def train(arguments: PPOArguments, adapter_arguments: AdapterArguments, given: d
     console = Console()
     trained = sum(p.numel() for p in model.learner.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.policy.parameters())
+    layers = ", ".join(model.target_layers)
     console.print(
         f"[bold]{arguments.env_id}[/] from {setup.base.name} ({total:,} weights), {setup.configuration}, {trained:,} "
-        f"trained: {', '.join(model.target_layers) if model.attached.rank else 'everything'}, and the heads\n"
+        f"trained{f': LoRA on {layers}, and the heads' if model.attached.rank else ''}\n"
         f"learning rate [bold]{setup.rate.value:.4g}[/]: {setup.rate.reason}\nrun folder {run.path}",
         highlight=False,
         soft_wrap=True,
@@ -214,7 +214,7 @@ def lr_record(arguments: PPOArguments, setup: Setup, metric: dict) -> LRRecord:
         scheme=configuration.scheme.value,
         rank=configuration.rank,
         alpha=str(configuration.alpha),
-        widths=model.attached.widths(model.learner),
+        widths=model.widths,
         target_modules=model.target_layers,
         algorithm="ppo",
         task=arguments.env_id,

@@ -70,7 +70,7 @@ def save_checkpoint(model: PPO, folder: Path) -> None:
             "n_updates": model._n_updates,
             "progress_remaining": model._current_progress_remaining,
             "episodes": [{key: float(episode[key]) for key in "rlt"} for episode in model.ep_info_buffer or ()],
-            "logged": dict(model.logger.name_to_value),
+            "logged": (dict(model.logger.name_to_value), dict(model.logger.name_to_excluded)),
             "random_states": _random_states(),
         },
         scratch / "training_state.pt",
@@ -98,7 +98,9 @@ def load_checkpoint(model: PPO, folder: Path) -> None:
     model.num_timesteps = state["num_timesteps"]
     model._n_updates = state["n_updates"]
     model._current_progress_remaining = state["progress_remaining"]
-    model.logger.name_to_value.update(state["logged"])
+    values, excluded = state["logged"]
+    model.logger.name_to_value.update(values)
+    model.logger.name_to_excluded.update(excluded)
     model.ep_info_buffer = deque(state["episodes"], maxlen=model._stats_window_size)
     model.ep_success_buffer = deque(maxlen=model._stats_window_size)
     if isinstance(statistics := model.get_vec_normalize_env(), VecNormalize):

@@ -10,7 +10,6 @@ are too small for a rank and which the LR rules do not cover: their learning rat
 layers that read the observation, and all biases but the heads', stay frozen under LoRA.
 """
 
-import copy
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,14 +25,15 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from mua_rl.adapter import Adapter, Full, TargetModules, lora_layers
+from mua_rl.adapter import Adapter, Full, TargetModules, fan_in, lora_layers
 from mua_rl.errors import UserError
 from mua_rl.optim import FULL, learning_rates, named_groups, role_of, scale_learning_rates
 from mua_rl.ppo_base import BasePolicy
+from mua_rl.rules import Configuration
 
 HEAD = "head"
 HEADS = ("action_net", "value_net", "log_std")
-OWN_STATE = ("adapter", "attached", "wrapped", "learner", "target_layers", "head_learning_rate")
+OWN_STATE = ("adapter", "attached", "wrapped", "learner", "target_layers", "widths", "head_learning_rate")
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -55,6 +55,7 @@ class PPO(stable_baselines3.PPO):
     Attributes:
         policy: The merged policy that acts.
         learner: What is trained; `learner.optimizer` has the parameter groups.
+        target_layers, widths: Names of the layers that the adapter's LR rules speak of, and their fan-ins.
     """
 
     def __init__(
@@ -111,13 +112,14 @@ class PPO(stable_baselines3.PPO):
                 f"the learning rate must start above 0, not at {peak}: its schedule is a factor on its start."
             )
         with torch.random.fork_rng():  # attaching draws nothing from the run's own random numbers
-            if self.use_sde:
-                with torch.no_grad():  # the noise that SB3 drew with a graph cannot be copied
-                    self.policy.reset_noise()
-            self.learner: ActorCriticPolicy = copy.deepcopy(self.policy)
+            self.learner: ActorCriticPolicy = self.policy_class(  # type: ignore[assignment]
+                self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **self.policy_kwargs
+            ).to(self.device)
+            self.learner.load_state_dict(self.policy.state_dict())
             chosen: Any = self.adapter or Full("hidden")
             self.target_layers = resolve_layers(self.policy, chosen.target_modules)
             self.attached = replace(chosen, target_modules=exactly(self.target_layers))
+            self.widths = sorted({fan_in(self.policy.get_submodule(name).weight) for name in self.target_layers})  # type: ignore[arg-type]
             self.wrapped = self.attached.attach(self.learner, seed=self.seed or 0)
         for name, parameter in self.learner.named_parameters():
             if head_role_of(name) == HEAD:
@@ -172,6 +174,12 @@ class PPO(stable_baselines3.PPO):
         """As in SB3, on the acting policy; then training starts over from these weights, with a new adapter."""
         super().set_parameters(*args, **kwargs)
         self.attach()
+
+    def configuration(self) -> Configuration:
+        """What the LR rules need to know."""
+        layers = nn.ModuleList([self.policy.get_submodule(name) for name in self.target_layers])
+        adapter: Any = replace(self.attached, target_modules=r"\d+")
+        return adapter.configuration(layers, self.policy.optimizer_class.__name__.lower())
 
     def save_adapter(self, folder: Path | str) -> None:
         """Write the adapter in PEFT's format, with the policy it belongs to as `base_policy.zip`.
