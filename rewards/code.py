@@ -89,9 +89,7 @@ class CodeReward:
         GraderFault: The sandbox failed.
     """
 
-    def __init__(
-        self, settings: Settings | None = None, *, fraction: bool = False, on_bad_row: str = "skip"
-    ) -> None:
+    def __init__(self, settings: Settings | None = None, *, fraction: bool = False, on_bad_row: str = "skip") -> None:
         self.settings = settings
         self.fraction = fraction
         self.on_bad_row = on_bad_row

@@ -40,7 +40,9 @@ def extract_code(completion: Any, prelude: str = "", entry_point: str = "") -> s
     if not code.strip():
         return None
     name = entry_point.split("(")[0].split(".")[0].strip()
-    defines = bool(name) and re.search(rf"^(async\s+def|def|class)\s+{re.escape(name)}\b|^{re.escape(name)}\s*=", code, re.M)
+    defines = bool(name) and re.search(
+        rf"^(async\s+def|def|class)\s+{re.escape(name)}\b|^{re.escape(name)}\s*=", code, re.M
+    )
     if prelude and _starts_indented(code) and not defines:
         return prelude.rstrip(" ") + code
     return code

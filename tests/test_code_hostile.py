@@ -1,18 +1,20 @@
 """Hostile programs (tests/hostile) get no reward, leave nothing behind, and the pool goes on serving."""
 
+import contextlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from mua_rl.rewards.faults import GraderFault
 from mua_rl.rewards.sandbox.pool import Pool
 from mua_rl.rewards.sandbox.row import Row, parse_row
 from mua_rl.rewards.sandbox.settings import Settings
-from tests.hostile.breaches import BREACHES, TAIL
-from tests.hostile.cheats import CHEATS, ROWS, SCRIPTS, STDIO_ROW
+from tests.hostile import BREACHES, CHEATS, ROWS, SCRIPTS, STDIO_ROW, TAIL
 
 HONEST = {
     "f": "def f(x): return 2 * x + 1",
@@ -28,7 +30,6 @@ HONEST = {
     "callback": "def f(g): return 4 + g(1) + g(2)",
     "mutated": "def f(xs): xs.sort()",
 }
-FIRST_SANDBOX_ID = 1_879_048_192
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def pool() -> Iterator[Pool]:
 
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A port, an abstract socket and a readable file of this machine, for the breaches to reach; none may be touched."""
+    """A port, an abstract socket and a file of this machine, for the breaches to reach; none may be touched."""
     secret = tmp_path_factory.mktemp("secret") / "tests.py"
     secret.write_text(ROWS["f"])
     os.environ["MUA_SECRET"] = "x"
@@ -81,7 +82,7 @@ def rewarded(pool: Pool, jobs: dict[str, tuple[str, Row]]) -> list[str]:
 def test_no_breach_gets_through(pool: Pool, targets: dict[str, str], clause: str) -> None:
     jobs = {}
     mounts = Path("/proc/self/mounts").read_text()
-    for name, source in BREACHES[clause].items():
+    for name, (_, source) in BREACHES[clause].items():
         for placeholder, value in targets.items():
             source = source.replace(placeholder, value)
         jobs[name] = (source + TAIL, parse_row(ROWS["f"], "f"))
@@ -104,7 +105,7 @@ def test_no_cheat_is_rewarded(pool: Pool, clause: str, entry_point: bool) -> Non
 
 
 def test_no_script_is_rewarded_for_more_than_its_output(pool: Pool) -> None:
-    jobs = {name: (source, parse_row(STDIO_ROW)) for name, source in SCRIPTS.items()}
+    jobs = {name: (source, parse_row(STDIO_ROW)) for name, (_, source) in SCRIPTS.items()}
     assert rewarded(pool, jobs) == []
     assert pool.run("print(2 * int(input()) + 1)", parse_row(STDIO_ROW)).ok
     assert_unharmed(pool)
@@ -131,34 +132,27 @@ def test_one_execution_leaves_nothing_for_the_next(pool: Pool) -> None:
 
 
 def test_at_least_sixty_hostile_programs() -> None:
-    breaches = [source for group in BREACHES.values() for source in group.values()]
-    cheats = [source for group in CHEATS.values() for _, source in group.values()]
-    assert len({*breaches, *cheats, *SCRIPTS.values()}) >= 60
+    groups = [*BREACHES.values(), *CHEATS.values(), SCRIPTS]
+    assert len({program.source for group in groups for program in group.values()}) >= 60
+
+
+def descendants(pid: int) -> set[int]:
+    return {pid}.union(*map(descendants, children(pid)))
 
 
 def test_no_process_outlives_its_pool() -> None:
-    def sandboxed() -> set[int]:
-        found = set()
-        for status in Path("/proc").glob("[0-9]*/status"):
-            try:
-                text = status.read_text()
-            except OSError:
-                continue
-            if int(text.split("Uid:")[1].split()[0]) >= FIRST_SANDBOX_ID:
-                found.add(int(status.parent.name))
-        return found
-
-    before = sandboxed()
     pool = Pool(Settings(seconds=30.0, workers=1))
-    thread = threading.Thread(target=lambda: _ignore(pool), daemon=True)
+    thread = threading.Thread(target=lambda: _run_or_fail(pool, "import time\ntime.sleep(20)"))
     thread.start()
+    (worker,) = pool._workers
+    while len(descendants(worker.programs.pid)) < 3:
+        time.sleep(0.01)
+    running = descendants(worker.programs.pid) | descendants(worker.tests.pid)
     pool.close()
     thread.join(20)
-    assert sandboxed() - before == set()
+    assert [pid for pid in running if os.path.exists(f"/proc/{pid}")] == []
 
 
-def _ignore(pool: Pool) -> None:
-    try:
-        pool.run("import time\ntime.sleep(20)", parse_row(ROWS["f"], "f"))
-    except Exception:
-        pass
+def _run_or_fail(pool: Pool, source: str) -> None:
+    with contextlib.suppress(GraderFault):
+        pool.run(source, parse_row(ROWS["f"]))

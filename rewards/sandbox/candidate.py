@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import wire
+from mua_rl.rewards.sandbox import wire
 
 OUT_OF_MEMORY_STATUS = 77
 """Exit status of a script that ended with a MemoryError; it serves the verdict's reason only."""
@@ -97,6 +97,10 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
+_PLAIN_BASES: tuple[Any, ...] = (bool, int, float, str, bytes)
+_CONTAINER_BASES: tuple[Any, ...] = (list, tuple, dict, set, frozenset)
+
+
 class _Server:
     def __init__(self, channel: wire.Channel, module: types.ModuleType) -> None:
         self._channel = channel
@@ -170,13 +174,13 @@ class _Server:
         return wire.unpack(data, self._decode_other, self._classes())
 
     def _encode_other(self, value: Any) -> Any:
-        for base in (bool, int, float, str, bytes):  # numpy's numbers, IntEnum and the like: the value itself
-            if isinstance(value, base):
-                return wire.encode(base.__new__(base, value), self._encode_other)
         kind = type(value)
-        by_value = kind.__module__ != "solution" or hasattr(kind, "_fields")  # else a class under test, with methods
-        if by_value and isinstance(value, (list, tuple, dict, set, frozenset)):
-            base = next(c for c in (list, tuple, dict, set, frozenset) if isinstance(value, c))
+        base = next((c for c in _PLAIN_BASES if isinstance(value, c)), None)
+        if base is not None:  # numpy's numbers, IntEnum and the like: the value itself
+            return wire.encode(base.__new__(base, value), self._encode_other)
+        base = next((c for c in _CONTAINER_BASES if isinstance(value, c)), None)
+        # A class of the program has methods that the tests may want; its named tuples are data.
+        if base is not None and (kind.__module__ != "solution" or hasattr(kind, "_fields")):
             return wire.encode(base(value), self._encode_other)
         if id(value) in self._stubs:
             return {"K": self._stubs[id(value)][0]}

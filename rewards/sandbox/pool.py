@@ -71,12 +71,13 @@ class Pool:
                     worker = worker or self._start_worker()
                     return worker.run(source, row, fraction)
                 except Died as error:
-                    fault = error
-                    worker = self._discard(worker)
+                    fault, broken, worker = error, worker, None
+                    self._discard(broken)
                 except BadRow:
                     raise
                 except BaseException:  # whatever state that leaves the worker in
-                    worker = self._discard(worker)
+                    broken, worker = worker, None
+                    self._discard(broken)
                     raise
         finally:
             self._idle.put(worker)

@@ -7,10 +7,11 @@ so that no expected value is ever sent to it. Whatever comes back is plain data 
 
 import builtins
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import wire
+from mua_rl.rewards.sandbox import wire
 
 _RAISABLE: dict[str, type[BaseException]] = {
     name: value
@@ -19,6 +20,9 @@ _RAISABLE: dict[str, type[BaseException]] = {
 }  # StopIteration would silently end a loop of the tests
 _RAISABLE["SystemExit"] = SystemExit
 _BUILTIN_NAMES = {id(value): name for name, value in vars(builtins).items() if callable(value)}
+
+
+_BASES: tuple[Any, ...] = (bool, int, float, str, list, tuple, dict, set)  # subclasses cross as these
 
 
 class HungUp(BaseException):
@@ -44,9 +48,7 @@ class Remote:
         classes: Classes of the prelude, whose instances cross by value.
     """
 
-    def __init__(
-        self, channel: wire.Channel, abort: Callable[[BaseException], Any], classes: dict[str, type]
-    ) -> None:
+    def __init__(self, channel: wire.Channel, abort: Callable[[BaseException], Any], classes: dict[str, type]) -> None:
         self._channel = channel
         self._abort = abort
         self._classes = classes
@@ -173,9 +175,9 @@ class Remote:
             return {"k": self._callback(value)}
         if hasattr(type(value), "__next__"):
             return {"g": self._callback(functools.partial(_pull, value))}
-        for base in (bool, int, float, str, list, tuple, dict, set):
-            if isinstance(value, base):
-                return wire.encode(base(value), self._encode_other)
+        base = next((c for c in _BASES if isinstance(value, c)), None)
+        if base is not None:
+            return wire.encode(base(value), self._encode_other)
         raise wire.WireError(f"{type(value).__name__} object; define its class in the prelude")
 
     def _callback(self, function: Callable[..., Any]) -> int:
@@ -212,7 +214,7 @@ def _copy_changes(old: Any, new: Any) -> None:
         return
     if isinstance(old, (list, tuple)) and len(old) == len(new):
         for i, (before, after) in enumerate(zip(old, new, strict=True)):
-            if type(before) is type(after) and (isinstance(before, (list, tuple, dict, set)) or _has_state(before)):
+            if type(before) is type(after) and _updatable(before):
                 _copy_changes(before, after)
             elif isinstance(old, list):
                 old[i] = after
@@ -224,12 +226,17 @@ def _copy_changes(old: Any, new: Any) -> None:
     elif isinstance(old, (dict, set)):
         old.clear()
         old.update(new)
-    elif hasattr(old, "extend") and hasattr(old, "clear"):
+    elif isinstance(old, deque):
         old.clear()
         old.extend(new)
     elif _has_state(old):
         vars(old).clear()
         vars(old).update(vars(new))
+
+
+def _updatable(value: Any) -> bool:
+    containers = (list, tuple, dict, set, bytearray, deque)
+    return isinstance(value, containers) or type(value).__module__ == "numpy" or _has_state(value)
 
 
 def _has_state(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """One row's tests, in whichever of the published forms, as the sandbox takes them."""
 
+import contextlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ class Row:
     Attributes:
         kind: "code" (Python tests: assert statements, `check(candidate)`, unittest classes, `test…` functions), "calls"
             (arguments and expected results) or "stdio" (standard input and expected standard output).
-        tests: Python sources; or pairs (arguments, result); or pairs (input, output).
+        tests: Python sources; or pairs (arguments, result), each as JSON text; or pairs (input, output).
         entry_point: The function or class under test, or an expression for it, such as `Solution().twoSum`. Without
             it, the program's names are those that the tests use and do not define.
         prelude: Code that the program may rely on (the code of its prompt). Both sides run it, apart from each other.
@@ -41,10 +42,8 @@ def parse_row(tests: Any, entry_point: Any = None, prelude: Any = None, setup: A
         BadRow: There are no tests, or they have no known form.
     """
     if isinstance(tests, str) and tests.lstrip()[:1] in ("{", "["):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):  # Python source can begin with a bracket too
             tests = json.loads(tests)
-        except (ValueError, RecursionError):
-            pass  # Python source can begin with a bracket too
     texts = {"entry_point": entry_point, "prelude": prelude, "setup": setup}
     for name, text in texts.items():
         if isinstance(text, (list, tuple)) and all(isinstance(line, str) for line in text):
@@ -91,7 +90,7 @@ def _from_columns(tests: dict[str, Any], texts: dict[str, Any]) -> Row:
 def _calls(pairs: list[Any], texts: dict[str, Any]) -> Row:
     if not texts["entry_point"]:
         raise BadRow("tests of arguments and results need an entry_point")
-    return Row("calls", tuple(pairs), **texts)
+    return Row("calls", tuple((json.dumps(args), json.dumps(result)) for args, result in pairs), **texts)
 
 
 def _text(value: Any) -> str:

@@ -1,9 +1,9 @@
 """The system calls that sandboxed code may make: a classic BPF program, built here, loaded with `prctl`.
 
 An allow list; everything else fails with EPERM. What it leaves out on purpose: new processes and programs (`clone`
-without CLONE_THREAD, `fork`, `execve`), any socket but a connected stream pair, opening for writing, changing the file
-system, signals to others, tracing, namespaces, keys, io_uring, and memory that RLIMIT_AS does not count (`memfd_create`,
-System V shared memory). Single-threaded code, threads, timers, asyncio and reading files work.
+without CLONE_THREAD, `fork`, `execve`), any socket but a connected stream pair, opening for writing, changing the
+file system, signals to others, tracing, namespaces, keys, io_uring, and memory that RLIMIT_AS does not count
+(`memfd_create`, System V shared memory). Single-threaded code, threads, timers, asyncio and reading files work.
 """
 
 import ctypes
@@ -98,7 +98,7 @@ def _argument_check(name: str) -> list[bytes]:
     if name == "clone3":  # its flags lie in memory, out of BPF's sight; on ENOSYS the C library falls back to clone
         return [_deny(errno.ENOSYS)]
     if name in ("open", "openat"):
-        return [_load_argument(name == "openat" and 2 or 1), *_allow_if_clear(_OPEN_FOR_WRITING, errno.EACCES)]
+        return [_load_argument((name == "openat" and 2) or 1), *_allow_if_clear(_OPEN_FOR_WRITING, errno.EACCES)]
     if name == "clone":
         return [
             _load_argument(0),

@@ -5,7 +5,7 @@ from typing import Final
 from mua_rl.rewards.sandbox.row import Row
 
 # The probe is ours, so its answers can be believed.
-PROBE: Final = r'''
+PROBE: Final = r"""
 import os, sys, socket, threading, ctypes
 
 def blocked(action):
@@ -63,7 +63,7 @@ PROBES = {
 
 def probe(name):
     return PROBES[name]()
-'''
+"""
 PROBED: Final = (
     "new processes", "new programs", "the network", "writing files", "memory outside its limit", "too much memory",
     "too many threads", "signals to others", "tracing", "new namespaces", "an environment",
@@ -71,7 +71,6 @@ PROBED: Final = (
 )  # fmt: skip
 TOO_MANY_THREADS: Final = "too many threads"
 STRONG_ONLY: Final = ("the files of this machine", "other processes")
-
 
 
 def probe_rows(isolation: str, threads_limited: bool) -> dict[str, Row]:

@@ -1,9 +1,9 @@
 """The side of the tests: run a row's own tests, unchanged, against proxies for what the program defines.
 
 This process never runs the program's code. It reports, in JSON lines on a pipe that only the trainer reads:
-`["total", n]`, then `["ok"]` or `["bad", reason, detail]` for each test, and `["end"]`; or `["fault", message]` when the
-row itself is at fault; last, `["reuse"]` if the process can take another row. A program that hangs up or talks nonsense
-ends the run, and this process, at once.
+`["total", n]`, then `["ok"]` or `["bad", reason, detail]` for each test, and `["end"]`; or `["fault", message]` when
+the row itself is at fault; last, `["reuse"]` if the process can take another row. A program that hangs up or talks
+nonsense ends the run, and this process, at once.
 """
 
 import ast
@@ -18,8 +18,8 @@ import unittest
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import wire
-from .proxy import HungUp, Remote, Unsupported
+from mua_rl.rewards.sandbox import wire
+from mua_rl.rewards.sandbox.proxy import HungUp, Remote
 
 _Test = Callable[[], None]
 
@@ -27,11 +27,11 @@ _Test = Callable[[], None]
 MAX_ROWS_PER_PROCESS = 100
 """A process that runs tests is used again, up to this often, as long as they leave no trace in it."""
 
-_STATELESS_MODULES = frozenset(
-    "__future__ bisect cmath collections copy datetime fractions functools heapq itertools math numbers operator random "
-    "re statistics string typing".split()
-)
-_REACHING_OUT = frozenset("setattr delattr globals vars exec eval compile open".split())
+_STATELESS_MODULES = {
+    "__future__", "bisect", "cmath", "collections", "copy", "datetime", "fractions", "functools", "heapq", "itertools",
+    "math", "numbers", "operator", "random", "re", "statistics", "string", "typing",
+}  # fmt: skip
+_REACHING_OUT = {"setattr", "delattr", "globals", "vars", "exec", "eval", "compile", "open"}
 
 
 class _RowFault(Exception):
@@ -179,7 +179,7 @@ def _reason(error: BaseException) -> tuple[str, str]:
 def _prepare(job: dict[str, Any], channel: wire.Channel, report: _Report) -> Iterator[tuple[bool, _Test]]:
     """Load the row's own code and the program; gives the steps to take, in order, and which of them are tests."""
     namespace: dict[str, Any] = {"__name__": "tests", "__builtins__": builtins}
-    unittest.main = lambda *args, **kwargs: None  # type: ignore[assignment,misc]  # we run the test cases ourselves
+    unittest.main = lambda *args, **kwargs: None  # type: ignore[assignment]  # we run the test cases ourselves
     if job["prelude"]:
         _execute(_parse(job["prelude"], "prelude"), namespace, "prelude")
     classes = {
@@ -235,7 +235,8 @@ def _free_names(trees: list[ast.Module], namespace: dict[str, Any], root: str) -
 
     Not in it are builtins: a program that defines its own `abs` or `AssertionError` does not reach the tests' ones.
     """
-    used, defined = set(), {root, *namespace, *vars(builtins)}
+    used: set[str] = set()
+    defined = {root, *namespace, *vars(builtins)}
     for tree in trees:
         for node in ast.walk(tree):
             if isinstance(node, ast.Name):
@@ -282,8 +283,8 @@ def _code_tests(
             for case in unittest.TestLoader().loadTestsFromTestCase(value):
                 yield True, _unittest_runner(case)
         elif name.startswith("test") and isinstance(value, types.FunctionType) and not value.__code__.co_argcount:
-            if not any(_calls(nodes, name) for nodes, checks in units if checks):
-                yield True, value
+            called = any(_calls(nodes, name) for nodes, checks in units if checks)
+            yield not called, (lambda: None) if called else value
 
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
@@ -310,7 +311,7 @@ def _runner(nodes: list[ast.stmt], namespace: dict[str, Any]) -> _Test:
     return lambda: exec(code, namespace)
 
 
-def _unittest_runner(case: unittest.TestCase) -> _Test:
+def _unittest_runner(case: unittest.TestCase | unittest.TestSuite) -> _Test:
     def run_case() -> None:
         result = _Result()
         unittest.TestSuite([case]).run(result)
@@ -338,16 +339,14 @@ class _Result(unittest.TestResult):
             self.error = self.error or err[1]
 
 
-def _call_tests(
-    cases: list[Any], entry_point: str, namespace: dict[str, Any]
-) -> Iterator[tuple[bool, _Test]]:
+def _call_tests(cases: list[Any], entry_point: str, namespace: dict[str, Any]) -> Iterator[tuple[bool, _Test]]:
     """APPS and LiveCodeBench: arguments and expected results as JSON, which has no tuples."""
 
     def test(args: list[Any], expected: Any) -> None:
         assert _as_json(eval(entry_point, namespace)(*args)) == expected
 
     for args, expected in cases:
-        yield True, functools.partial(test, args, expected)
+        yield True, functools.partial(test, json.loads(args), json.loads(expected))
 
 
 def _as_json(value: Any) -> Any:

@@ -75,7 +75,7 @@ def encode(value: Any, other: Callable[[Any], dict[str, Any]], depth: int = 0) -
 def _encode_items(items: Any, other: Callable[[Any], dict[str, Any]], depth: int) -> list[Any]:
     items = list(items)
     kinds = set(map(type, items))
-    if kinds <= _ATOMS or (kinds == {int} and -_INT64 <= min(items) and max(items) < _INT64):
+    if kinds <= _ATOMS or (kinds == {int} and min(items) >= -_INT64 and max(items) < _INT64):
         return items
     return [encode(item, other, depth + 1) for item in items]
 

@@ -4,7 +4,6 @@ Each execution forks a fresh child of each, joined by a socket pair. The trainer
 unpickles nothing of either; time limits are kept here, by SIGKILL.
 """
 
-import contextlib
 import json
 import os
 import select
@@ -32,13 +31,16 @@ _TESTS_MEMORY_BYTES: Final = 1 << 30
 _TESTS_CPU_SECONDS: Final = 3600  # their process serves many rows; each has its wall-clock limit
 _FOLDER: Final = Path(__file__).parent
 
-# Loads the folder as a package of its own: mua_rl, and the trainer's libraries with it, stay out of the zygote.
+# Loads this folder alone: its parents are stand-ins, so that the trainer's libraries stay out of the zygote.
 _BOOTSTRAP: Final = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("sandbox", sys.argv[2] + "/__init__.py",
+import importlib.util, sys, types
+for name in ("mua_rl", "mua_rl.rewards"):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = []
+spec = importlib.util.spec_from_file_location("mua_rl.rewards.sandbox", sys.argv[2] + "/__init__.py",
                                               submodule_search_locations=[sys.argv[2]])
-sys.modules["sandbox"] = importlib.util.module_from_spec(spec)
-from sandbox.zygote import main
+sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+from mua_rl.rewards.sandbox.zygote import main
 main()
 """
 _ENVIRONMENT: Final = {

@@ -22,13 +22,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from . import candidate, isolation, seccomp, tester
+from mua_rl.rewards.sandbox import candidate, isolation, seccomp, tester
 
-_PRELOADED = """
-abc array base64 bisect calendar cmath collections collections.abc contextlib copy dataclasses datetime decimal enum
-fractions functools hashlib heapq io itertools json math numbers operator queue random re statistics string struct
-textwrap threading time types typing unicodedata unittest zlib
-""".split()  # what solutions import; anything else of the standard library is read from the disk, in each execution
+# What solutions import; anything else of the standard library is read from the disk, in each execution.
+_PRELOADED = (
+    "abc", "array", "base64", "bisect", "calendar", "cmath", "collections", "collections.abc", "contextlib", "copy",
+    "dataclasses", "datetime", "decimal", "enum", "fractions", "functools", "hashlib", "heapq", "io", "itertools",
+    "json", "math", "numbers", "operator", "queue", "random", "re", "statistics", "string", "struct", "textwrap",
+    "threading", "time", "types", "typing", "unicodedata", "unittest", "zlib",
+)  # fmt: skip
 
 _FIRST_FD = 3  # where a child finds what it was given
 
@@ -38,7 +40,7 @@ def main() -> None:
     config: dict[str, Any] = json.loads(sys.argv[1])
     control = socket.socket(fileno=config["control"])
     os.environ.clear()
-    sys.argv[:] = [""]
+    sys.argv[:] = sys.orig_argv[:] = [""]
     try:
         _preload(config)
         child_setup = _isolate(config, control)
@@ -69,7 +71,7 @@ def _readable_folders(config: dict[str, Any]) -> list[str]:
     for name in config["modules"]:
         module = sys.modules[name.split(".")[0]]
         if getattr(module, "__path__", None):
-            folder = list(module.__path__)[0]
+            folder = next(iter(module.__path__))
             folders += [folder, f"{folder}.libs"]
     folders = sorted({os.path.abspath(folder) for folder in folders if os.path.isdir(folder)})
     return [f for f in folders if not any(f.startswith(g + "/") and "-packages" not in f for g in folders if g != f)]

@@ -1,1 +1,87 @@
-"""Programs that try to pass without solving anything, or to harm the machine."""
+"""Programs that try to pass without solving anything, or to harm the machine.
+
+One file for each clause of what a program must not be able to do; in it, `#### name`, or `#### name | row`, then code.
+
+- `breaches/`: each defines `breach()`, true if it got through; `TAIL` makes `f` right only then.
+- `cheats/`: each faces the row of `ROWS` that it names, without solving it.
+- `scripts/`: each faces `STDIO_ROW`.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+TAIL = """
+
+def f(x):
+    try:
+        return 2 * x + 1 if breach() else None
+    except BaseException:
+        return None
+"""
+
+ROWS: dict[str, str] = {
+    "f": "assert f(3) == 7\nassert f(0) == 1\nassert f(-4) == -7",
+    "near": "assert abs(f(3) - 7.5) < 1e-6\nassert f(1) != f(2)",
+    "member": "assert 7 in f(3)\nassert not isinstance(f(3), str)",
+    "items": "assert sorted(f([3, 1, 2])) == [1, 2, 3]\nassert len(f([1])) == 1",
+    "loop": """
+for got, want in zip(map(f, [1, 2, 3]), [3, 5, 7]):
+    assert got == want
+assert len(list(map(f, [1]))) == 1
+""",
+    "all": "assert all(map(lambda x: f(x) == 2 * x + 1, range(9)))",
+    "unittest": """
+import unittest
+class T(unittest.TestCase):
+    def test_it(self):
+        self.assertEqual(f(3), 7)
+    def test_bad(self):
+        with self.assertRaises(Exception):
+            f('x')
+""",
+    "raises": """
+try:
+    f('x')
+    assert False
+except Exception:
+    pass
+assert f(1) == 3
+""",
+    "check": "def check(candidate):\n    assert candidate(3) == 7\n    assert candidate(1) == 3",
+    "class": "s = Stack()\ns.push(1)\ns.push(2)\nassert s.pop() == 2\nassert s.size() == 1",
+    "truth": "assert f(1)\nassert not f(2)",
+    "callback": "seen = []\nassert f(lambda v: seen.append(v) or v) == 7\nassert seen == [1, 2]",
+    "mutated": "xs = [3, 1, 2]\nf(xs)\nassert xs == [1, 2, 3]",
+}
+
+STDIO_ROW = [{"input": "3\n", "output": "7\n"}, {"input": "0\n", "output": "1\n"}]
+
+_BUILT = {  # too long to write down
+    "deep source": "x = " + "(" * 5000 + ")" * 5000,
+    "long expression": "def f(x): return " + "-" * 200_000 + "1",
+    "long source": "#" * (2 << 20),
+}
+
+
+class Hostile(NamedTuple):
+    """A program, and the row it faces."""
+
+    row: str
+    source: str
+
+
+def _load(folder: str) -> dict[str, dict[str, Hostile]]:
+    clauses: dict[str, dict[str, Hostile]] = {}
+    for path in sorted((Path(__file__).parent / folder).glob("*.txt")):
+        programs = clauses[path.stem.replace("_", " ")] = {}
+        for part in path.read_text().split("#### ")[1:]:
+            title, _, source = part.partition("\n")
+            name, _, row = title.partition(" | ")
+            programs[name] = Hostile(row or "f", source)
+    return clauses
+
+
+BREACHES = _load("breaches")
+CHEATS = _load("cheats")
+CHEATS["size"] |= {name: Hostile("f", source) for name, source in _BUILT.items()}
+SCRIPTS = _load("scripts")["standard output"]
