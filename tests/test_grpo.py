@@ -14,7 +14,7 @@ import trl
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from mua_rl import grpo, models
+from mua_rl import grpo, grpo_arguments, models
 from mua_rl.adapter import lora_layers
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import UserError
@@ -125,9 +125,16 @@ def test_a_config_file_says_the_same_as_flags_and_flags_win(tmp_path, monkeypatc
 def test_every_grpo_config_field_is_a_flag():
     from dataclasses import fields
 
-    ours = {f.name for f in fields(grpo.GRPOArguments)}
+    ours = {f.name for f in fields(grpo_arguments.GRPOArguments)}
     assert {f.name for f in fields(trl.GRPOConfig)} <= ours
-    assert ours - {f.name for f in fields(trl.GRPOConfig)} == {"model", "task", "dtype", "bad_rows", "held_out_steps"}
+    assert ours - {f.name for f in fields(trl.GRPOConfig)} == {
+        "model",
+        "task",
+        "dtype",
+        "bad_rows",
+        "held_out_steps",
+        "held_out_problems",
+    }
 
 
 def test_defaults_are_the_papers_recipe():

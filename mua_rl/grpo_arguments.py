@@ -1,0 +1,113 @@
+"""The arguments of `python -m mua_rl.grpo`: TRL's, with the paper's defaults, and ours."""
+
+from dataclasses import dataclass, field
+
+import torch
+from trl import GRPOConfig
+
+from mua_rl import models
+from mua_rl.arguments import AdapterArguments, parse_arguments
+from mua_rl.errors import UserError
+from mua_rl.run import CONFIG, RunFolder
+
+PATHS = ("model", "lr_from", "start_from")
+
+
+@dataclass
+class GRPOArguments(GRPOConfig):
+    """TRL's `GRPOConfig` with the defaults of the paper's RLVR recipe; every field is a flag and a YAML key.
+
+    These defaults differ from TRL's: AdamW without weight decay, 5 % warm-up, cosine decay to a tenth of the peak,
+    truncated completions masked, 32 prompts × 8 completions a step, no gradient checkpointing, and bf16 only where
+    there is a GPU for it. DAPO loss, β = 0, clipping at 1 and temperature 1 are TRL's own.
+    """
+
+    model: str = field(default=models.EMBEDDED, metadata={"help": "embedded, smollm2, a model folder, or a hub id."})
+    task: str = field(default="arithmetic", metadata={"help": "A verifiable task; see mua_rl.envs.tasks."})
+    bad_rows: str = field(
+        default="skip",
+        metadata={"help": "Rows that cannot be scored: skip and report, or refuse.", "choices": ["skip", "refuse"]},
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Precision of the weights that LoRA leaves frozen.", "choices": ["float32", "bfloat16"]},
+    )
+    held_out_problems: int | None = field(
+        default=None, metadata={"help": "Held-out problems to measure with. Default: all that the task has."}
+    )
+    held_out_steps: int = field(
+        default=25, metadata={"help": "Measure held-out accuracy every so many steps; 0: only before and after."}
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "Run folder. Default: a new one under runs/."})
+    learning_rate: float | None = field(default=None, metadata={"help": "The same as --lr."})  # type: ignore[assignment]
+    max_steps: int = field(default=200, metadata={"help": "Optimizer steps; -1: as many as num_train_epochs makes."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Completions per forward pass."})
+    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Forward passes per optimizer step."})
+    max_completion_length: int | None = field(default=None, metadata={"help": "In tokens. Default: the task's."})
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the fraction of all steps."})
+    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Name of the LR schedule."})
+    lr_scheduler_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Options of the schedule. Default of the cosine: a minimum of a tenth."}
+    )
+    mask_truncated_completions: bool = field(
+        default=True, metadata={"help": "Leave completions that hit the length limit out of the loss."}
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade compute for memory."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
+    save_steps: float = field(default=50, metadata={"help": "Checkpoint every so many steps."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    report_to: None | str | list[str] = field(  # noqa: RUF036  # the order in which the parser takes a list
+        default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, none, or several."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
+            self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        self.requested_output_dir = self.output_dir  # the next line fills in a default
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False
+        super().__post_init__()
+
+
+def parse(argv: list[str] | None = None) -> tuple[GRPOArguments, AdapterArguments, dict]:
+    """Command line to arguments; `--resume RUN` brings back the settings of that run.
+
+    Raises:
+        UserError: As `parse_arguments`; or a run that cannot be resumed.
+    """
+    (arguments, adapter_arguments), given = parse_arguments((GRPOArguments, AdapterArguments), argv)
+    if adapter_arguments.resume:
+        run = RunFolder.open(adapter_arguments.resume)
+        if extra := sorted(given.keys() - {"resume"}):
+            raise UserError(f"--resume takes the run's own settings: drop {', '.join(extra)}.")
+        if result := run.result():
+            cure = "start anew with a smaller --lr" if result["diverged"] else f"use --start-from {run.path}"
+            raise UserError(f"the run {run.path} has ended{' diverged' * result['diverged']}: {cure}.")
+        resume = adapter_arguments.resume
+        (arguments, adapter_arguments), given = parse_arguments(
+            (GRPOArguments, AdapterArguments), ["--config", str(run.path / CONFIG)]
+        )
+        adapter_arguments.resume = resume
+    if adapter_arguments.start_from:
+        _inherit(arguments, RunFolder.open(adapter_arguments.start_from), given)
+    if arguments.learning_rate is not None:
+        if adapter_arguments.lr not in (None, arguments.learning_rate):
+            raise UserError("--lr and --learning_rate differ: they are the same thing, give one of them.")
+        adapter_arguments.lr = arguments.learning_rate
+    if "num_train_epochs" in given and "max_steps" not in given:
+        arguments.max_steps = -1
+    return arguments, adapter_arguments, given
+
+
+def _inherit(arguments: GRPOArguments, earlier: RunFolder, given: dict) -> None:
+    """A run that starts from another has its model, and its task unless another is given."""
+    settings = earlier.settings()
+    model = settings.get("model", models.EMBEDDED)
+    if given.get("model", model) != model:
+        raise UserError(f"--start-from {earlier.path} brings its own model, {model}: drop --model.")
+    arguments.model = model
+    arguments.task = given.get("task", settings.get("task", arguments.task))
+    given |= {"model": model, "task": arguments.task}
