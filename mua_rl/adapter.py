@@ -130,9 +130,10 @@ class LoRA:
                     "smaller --rank or other --target-modules, or full finetuning (--rank full)."
                 )
             with torch.no_grad():
-                random, zero, variance = (a, b, 1 / fan_in(a)) if self.init == "A" else (b, a, 1 / self.rank)
+                random, zero = (a, b) if self.init == "A" else (b, a)
                 zero.zero_()
-                random.copy_(torch.randn(random.shape, generator=generator) * math.sqrt(variance))
+                # 1/n for A and 1/r for B; a grouped convolution's B sums over r/groups.
+                random.copy_(torch.randn(random.shape, generator=generator) / math.sqrt(fan_in(random)))
         return wrapped
 
     def configuration(self, model: nn.Module, optimizer: str = "adamw") -> Configuration:
