@@ -1,0 +1,128 @@
+"""What answers prompts in an evaluation: transformers, on any machine, or vLLM, on a GPU."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from mua_rl import models
+from mua_rl.errors import UserError
+from mua_rl.heldout import generate, is_conversational
+
+
+class Engine(Protocol):
+    """A policy that answers."""
+
+    conversational: bool
+    """Whether it wants prompts as chat messages."""
+
+    def answer(self, prompts: Sequence[Any], samples: int, seed: int) -> list[list[str]]:
+        """`samples` completions of each prompt; the same for the same prompts and seed."""
+
+
+class TransformersEngine:
+    """Generation by transformers, on the GPU if there is one.
+
+    Args:
+        model: Folder, hub id, or one of the names that `--model` takes.
+        adapter: Folder of a PEFT adapter to put on it.
+        max_tokens: Most tokens of a completion.
+        temperature: 0 is greedy decoding.
+        batch_size: Completions generated at once.
+
+    Raises:
+        UserError: Model or adapter cannot be loaded.
+    """
+
+    def __init__(
+        self, model: str, adapter: str | None, max_tokens: int, temperature: float, batch_size: int = 64
+    ) -> None:
+        if adapter is not None:
+            check_adapter(adapter)
+        self.tokenizer = models.load_tokenizer(model)
+        self.conversational = is_conversational(self.tokenizer)
+        cuda = torch.cuda.is_available()
+        policy: Any = models.load_model(model, "bfloat16" if cuda else "float32")
+        if adapter is not None:
+            from peft import PeftModel
+
+            try:
+                policy = PeftModel.from_pretrained(policy, adapter).merge_and_unload()
+            except (OSError, ValueError, RuntimeError) as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"the adapter {adapter} does not fit the model {model}: {reason}") from None
+        self.policy = policy.to("cuda" if cuda else "cpu")
+        self.max_tokens = max_tokens
+        self.temperature = temperature
+        self.batch_size = batch_size
+
+    def answer(self, prompts: Sequence[Any], samples: int, seed: int) -> list[list[str]]:
+        """See `Engine.answer`."""
+        repeated = [prompt for prompt in prompts for _ in range(samples)]
+        flat = generate(self.policy, self.tokenizer, repeated, self.max_tokens, self.temperature, self.batch_size, seed)
+        return [flat[start : start + samples] for start in range(0, len(flat), samples)]
+
+
+class VLLMEngine:
+    """Generation by vLLM; arguments as for `TransformersEngine`.
+
+    Raises:
+        UserError: vLLM is not installed, or the adapter is none.
+    """
+
+    def __init__(self, model: str, adapter: str | None, max_tokens: int, temperature: float) -> None:
+        try:
+            from vllm import LLM
+            from vllm.lora.request import LoRARequest
+        except ImportError as error:
+            raise UserError(
+                f"vLLM cannot be imported ({error}): pip install 'mua-rl[vllm]', or --engine transformers."
+            ) from None
+        options: dict[str, Any] = {}
+        self._lora = None
+        if adapter is not None:
+            rank = check_adapter(adapter)
+            options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": vllm_rank(rank)}
+            self._lora = LoRARequest("adapter", 1, str(Path(adapter).resolve()))
+        self._llm = LLM(model=models.model_path(model), **options)
+        self.conversational = is_conversational(self._llm.get_tokenizer())
+        self.max_tokens = max_tokens
+        self.temperature = temperature
+
+    def answer(self, prompts: Sequence[Any], samples: int, seed: int) -> list[list[str]]:
+        """See `Engine.answer`."""
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(
+            n=samples, temperature=self.temperature, max_tokens=self.max_tokens, seed=seed, top_p=1.0, top_k=-1
+        )
+        ask = self._llm.chat if self.conversational else self._llm.generate
+        outputs = ask(list(prompts), parameters, lora_request=self._lora, use_tqdm=False)
+        return [[completion.text for completion in output.outputs] for output in outputs]
+
+
+def check_adapter(folder: str) -> int:
+    """The rank of the PEFT adapter in a folder.
+
+    Raises:
+        UserError: There is none.
+    """
+    try:
+        config = json.loads((Path(folder) / "adapter_config.json").read_text())
+        return int(max([config["r"], *config.get("rank_pattern", {}).values()]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} holds no LoRA adapter ({type(error).__name__}: adapter_config.json).") from None
+
+
+def vllm_rank(rank: int) -> int:
+    """The smallest rank that vLLM offers and `rank` fits in: it pads every adapter to it.
+
+    Raises:
+        UserError: The rank is beyond vLLM's largest.
+    """
+    for offered in (1, 8, 16, 32, 64, 128, 256, 320, 512):
+        if rank <= offered:
+            return offered
+    raise UserError(f"vLLM serves LoRA up to rank 512, not {rank}: use --engine transformers.")
