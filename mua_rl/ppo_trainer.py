@@ -13,6 +13,7 @@ layers that read the observation, and all biases but the heads', stay frozen und
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -132,13 +133,14 @@ class PPO(stable_baselines3.PPO):
     @torch.no_grad()
     def merge(self) -> None:
         """Give the acting policy the learner's weights, `W* + α B A` where it carries LoRA."""
-        learnt = dict(self.learner.state_dict())
+        learnt: dict[str, torch.Tensor] = dict(chain(self.learner.named_parameters(), self.learner.named_buffers()))
         for name, layer in lora_layers(self.learner):
             delta = layer.get_delta_weight("default")  # type: ignore[attr-defined]  # every subclass has it
             learnt[f"{name}.weight"] = learnt[f"{name}.base_layer.weight"] + delta
             if f"{name}.base_layer.bias" in learnt:
                 learnt[f"{name}.bias"] = learnt[f"{name}.base_layer.bias"]
-        for name, value in self.policy.state_dict().items():
+        # Not the state dict: it has an extractor that actor and critic share under three names.
+        for name, value in chain(self.policy.named_parameters(), self.policy.named_buffers()):
             value.copy_(learnt[name])
 
     def train(self) -> None:
