@@ -56,7 +56,7 @@ class Remote:
         self._callbacks: list[Callable[..., Any]] = []
         self._callback_numbers: dict[int, int] = {}
         self._exceptions: dict[str, type[BaseException]] = {}
-        self.uses = 0
+        self.uses = 0  # how often the tests turned to the program
 
     def wait_until_loaded(self) -> None:
         """Raises what the program raised while it was being loaded."""

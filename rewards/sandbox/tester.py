@@ -117,6 +117,7 @@ class _Report:
         self._fd = fd
         self._stop_at_first = stop_at_first
         self._count = 0
+        self._failed = False
         self.remote: Remote | None = None
 
     def total(self, count: int) -> None:
@@ -140,6 +141,7 @@ class _Report:
 
     def bad(self, reason: str, detail: str) -> None:
         self._count += 1
+        self._failed = True
         self._write(["bad", reason, detail])
         if self._stop_at_first:
             raise _Finished
@@ -150,7 +152,7 @@ class _Report:
     def end(self) -> None:
         if not self._count:
             raise _RowFault("there are no tests in this row")
-        if self.remote is None or not self.remote.uses:
+        if not self._failed and self.remote is not None and not self.remote.uses:
             raise _RowFault("the tests never use the program")
         self._write(["end"])
 
@@ -193,10 +195,11 @@ def _prepare(job: dict[str, Any], channel: wire.Channel, report: _Report) -> Ite
         _execute(_parse(job["setup"], "setup"), namespace, "setup")
     remote = report.remote = Remote(channel, report.abort, classes)
     trees = [_parse(text, "tests") for text in job["tests"]] if job["kind"] == "code" else []
+    names = _free_names(trees, namespace, root)
     alternatives = [root, "Solution"] if job["kind"] == "calls" else [root]
     try:
         remote.wait_until_loaded()
-        bound = remote.bind([name for name in alternatives if name] + _free_names(trees, namespace, root))
+        bound = remote.bind([name for name in alternatives if name] + names)
     except BaseException as error:
         report.bad(*_reason(error))
         raise _Finished from error
@@ -204,6 +207,7 @@ def _prepare(job: dict[str, Any], channel: wire.Channel, report: _Report) -> Ite
         report.bad("error", f"the program does not define {root}")
         raise _Finished
     namespace.update(bound)
+    remote.uses += len(names)
     if job["kind"] == "calls":
         report.total(len(job["tests"]))
         entry_point = job["entry_point"] if root in bound else f"Solution().{job['entry_point']}"
