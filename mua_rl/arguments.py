@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from trl import TrlParser
 
@@ -88,6 +88,14 @@ def parse_rank(text: str | int) -> int | None:
     return rank
 
 
+class _Parser(TrlParser):
+    """TRL's parser, which says what is wrong without printing some hundred flags before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """What argparse calls for a flag that it cannot use."""
+        raise UserError(f"{message} (--help lists the flags).")
+
+
 def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple[tuple, dict[str, Any]]:
     """Parse flags and `--config file.yaml` into the dataclasses.
 
@@ -99,7 +107,10 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
         UserError: The YAML file is missing, is none or has unknown keys, or a value cannot be used.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = TrlParser(list(dataclass_types))  # type: ignore[arg-type]  # its annotation wants dataclass instances
+    for position, argument in enumerate(arguments):
+        if argument.startswith("--config="):  # TRL's parser knows the two words only
+            arguments[position : position + 1] = argument.split("=", 1)
+    parser = _Parser(list(dataclass_types))  # type: ignore[arg-type]  # its annotation wants dataclass instances
     defaults = vars(parser.parse_args([]))
     try:
         instances = parser.parse_args_and_config(list(arguments))

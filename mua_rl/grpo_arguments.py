@@ -78,7 +78,7 @@ def parse(argv: list[str] | None = None) -> tuple[GRPOArguments, AdapterArgument
     Raises:
         UserError: As `parse_arguments`; or a run that cannot be resumed.
     """
-    (arguments, adapter_arguments), given = parse_arguments((GRPOArguments, AdapterArguments), argv)
+    (adapter_arguments, arguments), given = parse_arguments((AdapterArguments, GRPOArguments), argv)
     if adapter_arguments.resume:
         run = RunFolder.open(adapter_arguments.resume)
         if extra := sorted(given.keys() - {"resume"}):
@@ -87,8 +87,8 @@ def parse(argv: list[str] | None = None) -> tuple[GRPOArguments, AdapterArgument
             cure = "start anew with a smaller --lr" if result["diverged"] else f"use --start-from {run.path}"
             raise UserError(f"the run {run.path} has ended{' diverged' * result['diverged']}: {cure}.")
         resume = adapter_arguments.resume
-        (arguments, adapter_arguments), given = parse_arguments(
-            (GRPOArguments, AdapterArguments), ["--config", str(run.path / CONFIG)]
+        (adapter_arguments, arguments), given = parse_arguments(
+            (AdapterArguments, GRPOArguments), ["--config", str(run.path / CONFIG)]
         )
         adapter_arguments.resume = resume
     if adapter_arguments.start_from:

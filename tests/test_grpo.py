@@ -203,6 +203,9 @@ def test_a_diverged_run_says_so_and_leaves_no_record(tmp_path, monkeypatch):
         (["--num_generations", "7"], "divisible"),
         (["--use_vllm"], "vLLM"),
         (["--optim", "sgd"], "AdamW"),
+        (["--max_steps", "many"], "invalid int value: 'many'"),
+        (["--colour", "red"], "--colour"),
+        (["--config=nowhere.yaml"], "--config"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_writes_nothing(flags, message, tmp_path, monkeypatch, capsys):
