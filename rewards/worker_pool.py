@@ -101,14 +101,15 @@ class WorkerPool:
 
     Args:
         module: The module that the workers run, which calls `mua_rl.rewards.worker_loop.serve`.
-        workers: Most processes at once; default half of the cores this process may use, at least one, at most eight.
+        workers: Most processes at once; default one for each core this process may use, at most 16. They run at a
+            lower priority, and mostly while the trainer waits for them.
         seconds: Wall-clock limit for one request.
     """
 
     def __init__(self, module: str, workers: int | None = None, seconds: float = REQUEST_SECONDS) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.module = module
-        self.workers = workers or min(8, max(1, cores // 2))
+        self.workers = workers or min(16, cores)
         self.seconds = seconds
         self._idle: list[_Worker] = []
         self._lock = threading.Lock()
