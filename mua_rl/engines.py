@@ -12,6 +12,9 @@ from mua_rl.errors import UserError
 from mua_rl.heldout import generate, is_conversational
 
 
+_SEED_STRIDE = 1_000_003  # beyond any number of samples: vLLM counts up from the seed of a prompt
+
+
 class Engine(Protocol):
     """A policy that answers."""
 
@@ -95,9 +98,16 @@ class VLLMEngine:
         """See `Engine.answer`."""
         from vllm import SamplingParams
 
-        parameters = SamplingParams(
-            n=samples, temperature=self.temperature, max_tokens=self.max_tokens, seed=seed, top_p=1.0, top_k=-1
-        )
+        # A seed for each prompt (and, by vLLM, for each sample): one for all would give them all the same luck.
+        parameters = [
+            SamplingParams(
+                n=samples,
+                temperature=self.temperature,
+                max_tokens=self.max_tokens,
+                seed=(seed + i) * _SEED_STRIDE,
+            )
+            for i in range(len(prompts))
+        ]
         ask = self._llm.chat if self.conversational else self._llm.generate
         outputs = ask(list(prompts), parameters, lora_request=self._lora, use_tqdm=False)
         return [[completion.text for completion in output.outputs] for output in outputs]
