@@ -4,6 +4,7 @@ A zip of stable-baselines3 or rl-zoo3 holds Python pickles: read only those whos
 """
 
 import json
+import re
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ class BasePolicy:
         policy_class, policy_kwargs: What builds the network.
         observation_space, action_space: What it was trained on; None where the zip's pickle cannot be read here.
         state_dict: Its weights, on the CPU.
-        options: PPO options it was trained with, out of `INHERITED`, and the clip range at the start.
+        options: PPO options it was trained with, out of `INHERITED`, and a constant clip range.
         n_envs: Environments it was trained in.
         vec_normalize: Observation statistics that belong to it, if any.
     """
@@ -107,8 +108,6 @@ def read_base_policy(path: Path | str, vec_normalize: Path | str | None = None) 
     if "clip_range" not in keys or "n_epochs" not in keys or module.startswith("sb3_contrib"):
         raise UserError(f"{path} holds another algorithm than stable-baselines3's PPO (its policy is from {module}).")
     wanted = {"policy_class", "policy_kwargs", "observation_space", "action_space", "n_envs", *INHERITED}
-    if "stable_baselines3" in str(keys["clip_range"]):  # else a pickled function, which another Python cannot read
-        wanted.add("clip_range")
     data, params, _ = load_from_zip_file(
         path, device="cpu", custom_objects={key: None for key in keys if key not in wanted}
     )
@@ -116,8 +115,9 @@ def read_base_policy(path: Path | str, vec_normalize: Path | str | None = None) 
     if "policy_class" not in data or "policy" not in params:
         raise UserError(f"the policy class of {path} ({module}) cannot be imported here.")
     options = {key: data[key] for key in INHERITED if data.get(key) is not None}
-    if data.get("clip_range") is not None:
-        options["clip_range"] = float(data["clip_range"](1.0))
+    # Its pickle may hold a function, which another Python cannot read; SB3 writes its text beside it.
+    if constant := re.search(r"ConstantSchedule\(val=([\d.e+-]+)\)", str(keys["clip_range"])):
+        options["clip_range"] = float(constant[1])
     return BasePolicy(
         path=path,
         policy_class=data["policy_class"],

@@ -43,19 +43,26 @@ class FiniteGuard(VecEnvWrapper):
         self.steps += 1
         self._check("reward", rewards)
         self._check("observation", observations)
+        for env in np.flatnonzero(
+            dones
+        ):  # SB3 hands on the next episode's first observation and keeps the last one here
+            self._check("last observation of an episode", infos[env].get("terminal_observation"), env)
         return observations, rewards, dones, infos
 
-    def _check(self, what: str, values: Any) -> None:
+    def _check(self, what: str, values: Any, env: int | None = None) -> None:
+        """Check the values of all environments, stacked, or of one."""
         if isinstance(values, dict):
             for key, value in values.items():
-                self._check(f"{what} {key!r}", value)
+                self._check(f"{what} {key!r}", value, env)
             return
         values = np.asarray(values)
         if values.dtype.kind != "f" or np.isfinite(values).all():
             return
-        env = int(np.nonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))[0][0])
+        if env is None:
+            env = int(np.nonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))[0][0])
+            values = values[env]
         raise UserError(
-            f"environment {env} gave a non-finite {what} at its step {self.steps} of this run ({values[env]}): "
+            f"environment {env} gave a non-finite {what} at its step {self.steps} of this run ({values}): "
             "training has stopped, and the last checkpoint is kept."
         )
 

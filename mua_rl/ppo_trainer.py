@@ -118,6 +118,8 @@ class PPO(stable_baselines3.PPO):
             ).to(self.device)
             self.learner.load_state_dict(self.policy.state_dict())
             chosen: Any = self.adapter or Full("hidden")
+            if chosen.rank is None and not hidden_layers(self.policy):
+                chosen = replace(chosen, target_modules="all-linear")  # whose width the LR rules then speak of
             self.target_layers = resolve_layers(self.policy, chosen.target_modules)
             self.attached = replace(chosen, target_modules=exactly(self.target_layers))
             self.widths = sorted({fan_in(self.policy.get_submodule(name).weight) for name in self.target_layers})  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
     python scripts/compare_ppo.py --workers 16                    # everything, resumable: run it again to go on
     python scripts/compare_ppo.py --summary                       # the tables of what is there
+    python scripts/compare_ppo.py --write-records mua_rl/assets/records
 
 Stage 1 tunes: Init[B], α = 1, r = 8 over half-octaves of the learning rate, with seeds of their own. The smallest
 learning rate whose mean held-out return lies within one standard error of the best is taken (a plateau is flat, and
@@ -174,6 +175,9 @@ def table_runs(name: str, task: Task, log2_lr: float) -> list[Run]:
     ]
 
 
+STAGES = ("base", "scratch", "tune", "table", "tune-fft")
+
+
 def first_runs(name: str, task: Task) -> list[Run]:
     """What waits for nothing: the base policy, training from scratch, stage 1."""
     scratch = [Run(name, "scratch", "full", 0, seed, SCRATCH_FACTOR * task.steps) for seed in range(task.table_seeds)]
@@ -224,7 +228,7 @@ def append(path: Path, result: Result) -> None:
         writer.writerow(asdict(result))
 
 
-def run_all(path: Path, names: list[str], workers: int, deadline: float, sweep_fft: bool) -> None:
+def run_all(path: Path, names: list[str], workers: int, deadline: float, stages: list[str]) -> None:
     """Work through the grid, the longest runs first, and give a task its stage 2 as soon as its stage 1 is complete."""
     results = read(path)
     done = {key(result) for result in results}
@@ -234,7 +238,7 @@ def run_all(path: Path, names: list[str], workers: int, deadline: float, sweep_f
 
     def submit(runs: list[Run]) -> None:
         for run in runs:
-            if key(run) not in done | submitted:
+            if run.stage in stages and key(run) not in done | submitted:
                 submitted.add(key(run))
                 pending.add(pool.submit(execute, run))
 
@@ -246,8 +250,7 @@ def run_all(path: Path, names: list[str], workers: int, deadline: float, sweep_f
     first = [run for name in names for run in first_runs(name, TASKS[name])]
     submit(sorted(first, key=lambda run: -run.env_steps))
     submit_tables()
-    if sweep_fft:
-        submit([run for name in names for run in tuning_runs(name, TASKS[name], "full", "tune-fft")])
+    submit([run for name in names for run in tuning_runs(name, TASKS[name], "full", "tune-fft")])
     while pending and time.monotonic() < deadline:
         finished, pending_now = wait(pending, timeout=5, return_when=FIRST_COMPLETED)
         pending.clear()
@@ -299,18 +302,49 @@ def cell(results: list[Result], name: str, stage: str, rank: str) -> str:
     return f"{mean:.0f}" if len(values) == 1 else f"{mean:.0f} ± {error:.0f} ({len(values)})"
 
 
+def write_records(results: list[Result], names: list[str], folder: Path) -> None:
+    """One LR record per task whose stage 1 is complete, named after its base policy."""
+    from dataclasses import replace
+
+    from mua_rl.arguments import AdapterArguments
+    from mua_rl.ppo import lr_record, set_up
+    from mua_rl.ppo_arguments import PPOArguments
+
+    for name in names:
+        task, chosen = TASKS[name], tuned(results, name)
+        if chosen is None:
+            continue
+        arguments = PPOArguments(env_id=task.env_id, total_timesteps=task.steps)
+        setup = set_up(arguments, AdapterArguments(rank=str(TUNED_RANK), lr=2.0 ** chosen[0]))
+        runs = [r for r in results if (r.task, r.stage, r.log2_lr) == (name, "tune", chosen[0])]
+        before = [r.mean for r in results if (r.task, r.stage) == (name, "base")]
+        metric = {
+            "name": "held-out return",
+            "before": before[0] if before else None,
+            "after": statistics.fmean(r.mean for r in runs),
+        }
+        note = "smallest learning rate within one standard error of the best in scripts/compare_ppo.py, stage 1"
+        record = replace(lr_record(arguments, setup, metric), seeds=sorted(r.seed for r in runs), note=note)
+        print(record.save(folder / f"ppo-{task.base.lower()}.json"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=Path("runs/compare_ppo.csv"))
     parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds after which to stop")
-    parser.add_argument("--no-fft-sweep", action="store_true", help="leave out the sweep of FFT's own learning rate")
+    parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES), help="default: all")
+    parser.add_argument(
+        "--write-records", type=Path, metavar="FOLDER", help="write the tuned learning rates as LR records"
+    )
     parser.add_argument("--summary", action="store_true", help="only print the tables")
     arguments = parser.parse_args()
-    if not arguments.summary:
+    if arguments.write_records:
+        write_records(read(arguments.output), arguments.tasks, arguments.write_records)
+    elif not arguments.summary:
         deadline = time.monotonic() + arguments.time_limit
-        run_all(arguments.output, arguments.tasks, arguments.workers, deadline, not arguments.no_fft_sweep)
+        run_all(arguments.output, arguments.tasks, arguments.workers, deadline, arguments.stages)
     print(summary(read(arguments.output)))
 
 

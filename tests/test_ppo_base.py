@@ -1,0 +1,146 @@
+"""A base policy: zips of SB3 in its variants are read, everything else is refused with a reason."""
+
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+stable_baselines3 = pytest.importorskip("stable_baselines3")
+from stable_baselines3.common.env_util import make_vec_env  # noqa: E402
+from stable_baselines3.common.vec_env import VecNormalize  # noqa: E402
+
+from mua_rl.adapter import LoRA  # noqa: E402
+from mua_rl.envs.control import FAMILIES  # noqa: E402
+from mua_rl.errors import UserError  # noqa: E402
+from mua_rl.ppo_base import SHIPPED, read_base_policy, shipped_policy  # noqa: E402
+from mua_rl.ppo_envs import build_envs, evaluation_envs, with_statistics  # noqa: E402
+from mua_rl.ppo_evaluation import Returns, evaluate  # noqa: E402
+from mua_rl.ppo_trainer import PPO  # noqa: E402
+
+
+def save(path, env="CartPole-v1", algorithm=stable_baselines3.PPO, **options):
+    model = algorithm("MlpPolicy", env, device="cpu", **options)
+    model.save(path)
+    return model
+
+
+def test_weights_options_and_clip_range_come_from_the_zip(tmp_path):
+    options = dict(gamma=0.9, n_epochs=3, clip_range=0.1, policy_kwargs={"net_arch": [8], "ortho_init": False})
+    theirs = save(tmp_path / "p.zip", **options)
+    base = read_base_policy(tmp_path / "p.zip")
+    assert base.options["gamma"] == 0.9 and base.options["n_epochs"] == 3
+    assert base.options["clip_range"] == pytest.approx(0.1)
+    ours = PPO.from_base(base, make_vec_env("CartPole-v1"), device="cpu", n_epochs=7)
+    assert (ours.gamma, ours.n_epochs) == (0.9, 7)  # what is given wins
+    for mine, reference in zip(ours.policy.parameters(), theirs.policy.parameters(), strict=True):
+        assert torch.equal(mine, reference)
+
+
+def test_a_schedule_that_another_python_pickled_is_left_unread(tmp_path):
+    save(tmp_path / "p.zip", learning_rate=lambda progress: progress * 1e-3, clip_range=lambda progress: 0.3 * progress)
+    base = read_base_policy(tmp_path / "p.zip")
+    assert "clip_range" not in base.options
+    PPO.from_base(base, make_vec_env("CartPole-v1"), device="cpu")
+
+
+def test_the_old_form_of_net_arch_is_understood(tmp_path):
+    model = save(tmp_path / "p.zip", policy_kwargs={"net_arch": {"pi": [8], "vf": [4]}})
+    model.policy_kwargs = {"net_arch": [{"pi": [8], "vf": [4]}], "device": "cuda"}  # as SB3 1.x wrote it
+    model.save(tmp_path / "old.zip")
+    ours = PPO.from_base(read_base_policy(tmp_path / "old.zip"), make_vec_env("CartPole-v1"), device="cpu")
+    assert torch.equal(ours.policy.value_net.weight, model.policy.value_net.weight)
+
+
+@pytest.mark.parametrize("place", ["vecnormalize.pkl", "vec_normalize.pkl", "p/vecnormalize.pkl"])
+def test_observation_statistics_are_found_where_sb3_and_rl_zoo3_put_them(tmp_path, place):
+    envs = VecNormalize(make_vec_env("Pendulum-v1"))
+    save(tmp_path / "p.zip", envs)
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    envs.save(str(tmp_path / place))
+    assert read_base_policy(tmp_path / "p.zip").vec_normalize == tmp_path / place
+
+
+def test_other_algorithms_and_files_are_refused(tmp_path):
+    for algorithm in (stable_baselines3.A2C, stable_baselines3.DQN):
+        save(tmp_path / "other.zip", algorithm=algorithm)
+        with pytest.raises(UserError, match="another algorithm"):
+            read_base_policy(tmp_path / "other.zip")
+    with pytest.raises(UserError, match="there is no base policy"):
+        read_base_policy(tmp_path / "none.zip")
+    (tmp_path / "text.zip").write_text("no zip")
+    with pytest.raises(UserError, match="no zip written by"):
+        read_base_policy(tmp_path / "text.zip")
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w") as archive:
+        archive.writestr("readme", "nothing")
+    with pytest.raises(UserError, match="no zip written by"):
+        read_base_policy(tmp_path / "empty.zip")
+
+
+@pytest.mark.parametrize(
+    ("env", "what"),
+    [("Pendulum-v1", "observations"), ("Acrobot-v1", "observations")],
+)
+def test_another_environment_is_refused_with_both_spaces(tmp_path, env, what):
+    save(tmp_path / "p.zip")
+    with pytest.raises(UserError, match=f"trained with {what}"):
+        PPO.from_base(read_base_policy(tmp_path / "p.zip"), make_vec_env(env))
+
+
+def test_observation_bounds_may_differ_and_action_bounds_may_not(tmp_path):
+    save(tmp_path / "p.zip", "Pendulum-v1")
+    base = read_base_policy(tmp_path / "p.zip")
+    base.check_spaces(spaces.Box(-9, 9, (3,), np.float32), spaces.Box(-2, 2, (1,), np.float32))
+    with pytest.raises(UserError, match="trained with actions"):
+        base.check_spaces(spaces.Box(-1, 1, (3,), np.float32), spaces.Box(-3, 3, (1,), np.float32))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_shipped_policy_serves_its_whole_family_and_takes_a_step(family):
+    path = shipped_policy(family.env_id())
+    assert path == SHIPPED / family.name / "policy.zip" and path.stat().st_size < 500_000
+    ids = [family.nominal_id, *map(family.env_id, family.shifts), f"mua_rl.envs.control:{family.env_id()}"]
+    assert {shipped_policy(env_id) for env_id in ids} == {path}
+    base = read_base_policy(path)
+    envs = build_envs(family.env_id(), 2, 0)
+    envs = with_statistics(envs, base.vec_normalize) if base.vec_normalize else envs
+    model = PPO.from_base(base, envs, adapter=LoRA(4, target_modules="hidden"), n_steps=8, batch_size=16, seed=0)
+    model.learn(16)
+    plain = stable_baselines3.PPO.load(path)
+    assert type(plain) is stable_baselines3.PPO
+
+
+def test_the_shipped_cartpole_policy_solves_the_nominal_task_and_fails_on_the_long_pole():
+    model = stable_baselines3.PPO.load(shipped_policy("CartPole-v1"), device="cpu")
+    assert evaluate(model, build_envs("mua_rl/CartPole-v0", 4, 0), 4).mean == 500
+    assert evaluate(model, build_envs("mua_rl/CartPole-LongPole-v0", 4, 0), 4).mean < 30
+
+
+def test_statistics_of_another_task_or_none_are_refused(tmp_path):
+    VecNormalize(make_vec_env("Pendulum-v1")).save(str(tmp_path / "s.pkl"))
+    with pytest.raises(UserError, match="do not fit"):
+        with_statistics(make_vec_env("CartPole-v1"), tmp_path / "s.pkl")
+    (tmp_path / "bad.pkl").write_bytes(pickle.dumps({"not": "statistics"})[:-3])
+    with pytest.raises(UserError, match="cannot be read"):
+        with_statistics(make_vec_env("Pendulum-v1"), tmp_path / "bad.pkl")
+
+
+def test_evaluation_uses_the_training_statistics_and_leaves_them_alone():
+    training = VecNormalize(make_vec_env("Pendulum-v1"))
+    model = PPO("MlpPolicy", training, n_steps=16, batch_size=16, device="cpu").learn(16)
+    held_out = evaluation_envs(build_envs("Pendulum-v1", 2, 0), training)
+    count = training.obs_rms.count
+    random_state = torch.get_rng_state()
+    first, second = evaluate(model, held_out, 4), evaluate(model, held_out, 4)
+    assert first == second and len(first.values) == 4  # the same held-out episodes each time
+    assert first.mean < -100  # raw rewards, not normalised ones
+    assert training.obs_rms.count == count
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_interquartile_mean_by_hand():
+    returns = Returns([100.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, -50.0])
+    assert returns.iqm == pytest.approx((2 + 3 + 4 + 5) / 4)
+    assert Returns([7.0]).iqm == 7.0

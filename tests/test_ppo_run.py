@@ -1,0 +1,233 @@
+"""`python -m mua_rl.ppo`: runs, resumption, refusals."""
+
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+stable_baselines3 = pytest.importorskip("stable_baselines3")
+from mua_rl.errors import UserError  # noqa: E402
+from mua_rl.ppo import parse, train  # noqa: E402
+from mua_rl.ppo_arguments import DEFAULT_ENV, PPOArguments  # noqa: E402
+from mua_rl.ppo_envs import FiniteGuard, build_envs  # noqa: E402
+from mua_rl.record import LRRecord  # noqa: E402
+
+QUICK = ["--total_timesteps", "4096", "--eval_episodes", "8", "--tensorboard_log", "none", "--progress_bar", "false"]
+
+
+class Poisoned(gymnasium.Env):
+    """Gives a non-finite observation or reward at its n-th step."""
+
+    observation_space = spaces.Box(-1, 1, (3,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, at=310, what="observation", value=float("nan")):
+        self.at, self.what, self.value, self.steps = at, what, value, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        observation, reward = np.zeros(3, np.float32), 0.0
+        if self.steps == self.at and self.what == "observation":
+            observation[1] = self.value
+        if self.steps == self.at and self.what == "reward":
+            reward = self.value
+        return observation, reward, self.steps % 20 == 0, False, {}
+
+
+gymnasium.register("Poisoned-v0", entry_point=Poisoned)
+
+
+def run(*flags):
+    return train(*parse([*QUICK, *flags]))
+
+
+def weights(folder):
+    return stable_baselines3.PPO.load(folder / "policy.zip", device="cpu").policy.state_dict()
+
+
+def same_weights(first, second):
+    return all(torch.equal(value, weights(second)[name]) for name, value in weights(first).items())
+
+
+def test_every_option_of_sb3s_ppo_is_a_flag():
+    ours = {field.name for field in fields(PPOArguments)}
+    assert set(inspect.signature(stable_baselines3.PPO).parameters) - {"env", "_init_setup_model"} <= ours
+
+
+def test_a_run_leaves_what_it_promises_and_its_record_gives_full_finetuning_the_same_rate(tmp_path):
+    folder = run("--rank", "4", "--lr", "0.004", "--output_dir", str(tmp_path / "lora")).path
+    present = {path.name for path in folder.iterdir()}
+    assert {"policy.zip", "adapter", "curve.png", "lr_record.json", "result.json", "metrics.jsonl"} <= present
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in lines} == {0, 1024, 2048, 3072, 4096}
+    assert lines[2]["lr/lora_A"] == lines[2]["lr/head"] == pytest.approx(0.004 * (1 - 0.9 / 4))
+    record = LRRecord.load(folder)
+    assert (record.learning_rate, record.rank, record.algorithm, record.widths) == (0.004, 4, "ppo", [128])
+    assert record.other_learning_rates == {"head": 0.004}
+    full = run("--rank", "full", "--lr_from", str(folder), "--output_dir", str(tmp_path / "full"))
+    assert LRRecord.load(full.path).learning_rate == 0.004
+    after = run("--start_from", str(folder), "--output_dir", str(tmp_path / "after"))
+    first, last = json.loads((folder / "result.json").read_text()), json.loads((after.path / "result.json").read_text())
+    assert last["held_out/before"] == first["held_out/after"]  # the switch loses nothing
+    assert LRRecord.load(after.path).scheme == "FFT"
+
+
+def test_head_rate_stays_where_the_rest_scales(tmp_path):
+    folder = run(
+        "--rank", "4", "--init", "A", "--lr", "0.008", "--head_lr", "0.002", "--output_dir", str(tmp_path / "a")
+    )
+    other = run("--rank", "16", "--init", "A", "--lr_from", str(folder.path), "--output_dir", str(tmp_path / "b"))
+    record = LRRecord.load(other.path)
+    assert record.learning_rate == pytest.approx(0.004) and record.other_learning_rates == {"head": 0.002}
+
+
+def test_the_default_command_needs_no_flag(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, adapter_arguments, given = parse([])
+    assert arguments.env_id == DEFAULT_ENV and given == {}
+    arguments.total_timesteps, arguments.eval_episodes = 1024, 8
+    folder = train(arguments, adapter_arguments, given).path
+    assert folder.parent.name == "runs" and "/" not in folder.name
+
+
+def test_yaml_and_flags_say_the_same(tmp_path):
+    (tmp_path / "c.yaml").write_text("n_epochs: 2\nenv_kwargs: {pole_half_length: 1.2}\nrank: 4\nlr: 0.003\n")
+    flags = ["--n_epochs", "2", "--env_kwargs", '{"pole_half_length": 1.2}', "--rank", "4", "--lr", "0.003"]
+    first = run("--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "yaml"))
+    second = run(*flags, "--output_dir", str(tmp_path / "flags"))
+    assert same_weights(first.path, second.path)
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_where_the_unbroken_one_does(tmp_path):
+    flags = ["--lr", "0.004", "--total_timesteps", "20480", "--checkpoint_steps", "2048", "--eval_episodes", "8"]
+    command = [sys.executable, "-m", "mua_rl.ppo", *flags, "--output_dir"]
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(tmp_path.glob("killed/checkpoint-*")):
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    killed = tmp_path / "killed"
+    assert list(killed.glob("checkpoint-*")) and not (killed / "result.json").exists()
+    train(*parse(["--resume", str(killed)]))
+    unbroken = train(*parse([*flags, "--output_dir", str(tmp_path / "unbroken")])).path
+    assert same_weights(killed, unbroken)
+
+    def measured(folder):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+
+    assert measured(killed) == measured(unbroken)
+
+
+def test_a_resumed_run_with_normalised_observations_equals_the_unbroken_one(tmp_path, monkeypatch):
+    import mua_rl.ppo as launcher
+
+    flags = ["--env_id", "Pendulum-v1", "--base", "none", "--vec_normalize", "new", "--lr", "0.001", "--n_steps", "64"]
+    flags += ["--total_timesteps", "4096", "--checkpoint_steps", "1024", "--n_envs", "4", "--n_epochs", "2"]
+    unbroken = run(*flags, "--output_dir", str(tmp_path / "unbroken")).path
+
+    class Stopped(Exception):
+        pass
+
+    def stop_late(model, *args, **kwargs):
+        if model.num_timesteps >= 3000:
+            raise Stopped
+        return original(model, *args, **kwargs)
+
+    original = launcher.PPO.train
+    monkeypatch.setattr(launcher.PPO, "train", stop_late)
+    with pytest.raises(Stopped):
+        run(*flags, "--output_dir", str(tmp_path / "broken"))
+    monkeypatch.setattr(launcher.PPO, "train", original)
+    torch.rand(7), np.random.rand(7)  # another process would have other random states
+    resumed = train(*parse(["--resume", str(tmp_path / "broken")])).path
+    assert same_weights(unbroken, resumed)
+    with pytest.raises(UserError, match="has ended"):
+        parse(["--resume", str(resumed)])
+
+
+@pytest.mark.parametrize("what", ["observation", "reward"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_value_names_environment_and_step(what, value):
+    envs = FiniteGuard(build_envs("Poisoned-v0", 2, 0, {"at": 3, "what": what, "value": value}).venv)
+    envs.reset()
+    for _ in range(2):
+        envs.step(np.zeros(2, int))
+    with pytest.raises(UserError, match=rf"environment 0 gave a non-finite {what} at its step 3"):
+        envs.step(np.zeros(2, int))
+
+
+def test_a_non_finite_last_observation_of_an_episode_is_seen_too():
+    envs = build_envs("Poisoned-v0", 2, 0, {"at": 20})
+    envs.reset()
+    with pytest.raises(
+        UserError, match="environment 0 gave a non-finite last observation of an episode at its step 20"
+    ):
+        for _ in range(20):
+            envs.step(np.zeros(2, int))
+
+
+def test_a_non_finite_value_in_training_keeps_the_last_checkpoint(tmp_path):
+    flags = ["--env_id", "Poisoned-v0", "--base", "none", "--lr", "0.001", "--n_envs", "4", "--n_steps", "64"]
+    with pytest.raises(UserError, match="step 310 of this run"):
+        run(*flags, "--checkpoint_steps", "512", "--output_dir", str(tmp_path / "r"))
+    assert (tmp_path / "r" / "checkpoint-1024" / "policy.zip").exists()
+    assert not (tmp_path / "r" / "lr_record.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--env_id", "Nowhere-v0"], "no environment 'Nowhere-v0'"),
+        (["--base", "/nowhere.zip"], "no base policy at /nowhere.zip"),
+        (["--rank", "200"], "rank 200 exceeds"),
+        (["--rank", "4", "--target_modules", "all-linear"], "rank 4 exceeds the size of the layer .*action_net"),
+        (["--target_modules", "nothing"], "names no linear or convolutional layer"),
+        (["--lr", "0"], "between 0 and 1"),
+        (["--lr", "nan"], "between 0 and 1"),
+        (["--lr", "10"], "between 0 and 1"),
+        (["--head_lr", "0"], "--head_lr must be"),
+        (["--batch_size", "1"], "PPO cannot be built"),
+        (["--env_kwargs", "{"], "mapping in JSON"),
+        (["--env_kwargs", '{"no_such": 1}'], "cannot be built"),
+        (["--wrapper", "nowhere:Nothing"], "cannot import"),
+        (["--policy_kwargs", '{"net_arch": [8]}'], "--base none"),
+        (["--seed", "-1"], "--seed must lie"),
+        (["--n_envs", "0"], "--n_envs must be at least 1"),
+        (["--lr_from", "/nowhere"], "no LR record"),
+        (["--start_from", "/nowhere"], "no run folder"),
+        (["--resume", "/nowhere"], "no run folder"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = [] if "--resume" in flags else ["--output_dir", str(tmp_path / "out")]
+    rate = [] if {"--lr", "--lr_from", "--start_from", "--resume"} & set(flags) else ["--lr", "0.001"]
+    with pytest.raises(UserError, match=message):
+        train(*parse([*flags, *rate, *given]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_exits_with_2_and_one_line():
+    outcome = subprocess.run(
+        [sys.executable, "-m", "mua_rl.ppo", "--env-id", "Nowhere-v0"], capture_output=True, text=True
+    )
+    assert outcome.returncode == 2 and outcome.stderr.strip().splitlines()[-1].startswith(
+        "mua_rl: error: no environment"
+    )
