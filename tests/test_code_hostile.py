@@ -14,7 +14,7 @@ from mua_rl.rewards.faults import GraderFault
 from mua_rl.rewards.sandbox.pool import Pool
 from mua_rl.rewards.sandbox.row import Row, parse_row
 from mua_rl.rewards.sandbox.settings import Settings
-from tests.hostile import BREACHES, CHEATS, ROWS, SCRIPTS, STDIO_ROW, TAIL
+from tests.hostile import BREACHES, CHEATS, PRELUDES, ROWS, SCRIPTS, STDIO_ROW, TAIL
 
 HONEST = {
     "f": "def f(x): return 2 * x + 1",
@@ -27,6 +27,7 @@ HONEST = {
         "    def pop(self): return self.xs.pop()\n    def size(self): return len(self.xs)"
     ),
     "truth": "def f(x): return x == 1",
+    "judge": "def f(x): return Judge(2 * x + 1)",
     "callback": "def f(g): return 4 + g(1) + g(2)",
     "mutated": "def f(xs): xs.sort()",
 }
@@ -99,9 +100,21 @@ def test_no_cheat_is_rewarded(pool: Pool, clause: str, entry_point: bool) -> Non
     jobs = {}
     for name, (row, source) in CHEATS[clause].items():
         given = ("Stack" if row == "class" else "f") if entry_point or row == "check" else None
-        jobs[name] = (source, parse_row(ROWS[row], given))
+        jobs[name] = (source, parse_row(ROWS[row], given, PRELUDES.get(row)))
     assert rewarded(pool, jobs) == []
     assert_unharmed(pool)
+
+
+def test_no_cheat_is_rewarded_at_the_process_level() -> None:
+    with Pool(Settings(isolation="process", seconds=1.0, memory_mb=256, workers=2)) as pool:
+        jobs = {}
+        for clause, programs in CHEATS.items():
+            for name, (row, source) in programs.items() if clause != "time" else ():
+                jobs[name] = (source, parse_row(ROWS[row], "Stack" if row == "class" else "f", PRELUDES.get(row)))
+        for clause in ("children and daemons", "memory threads disk"):
+            jobs |= {name: (source + TAIL, parse_row(ROWS["f"])) for name, (_, source) in BREACHES[clause].items()}
+        assert rewarded(pool, jobs) == []
+        assert pool.run(HONEST["f"], parse_row(ROWS["f"])).ok
 
 
 def test_no_script_is_rewarded_for_more_than_its_output(pool: Pool) -> None:
@@ -115,7 +128,7 @@ def test_no_script_is_rewarded_for_more_than_its_output(pool: Pool) -> None:
 def test_honest_programs_pass_the_rows_that_the_cheats_face(pool: Pool, row: str) -> None:
     entry_point = "Stack" if row == "class" else "f"
     for given in (entry_point, None if row != "check" else entry_point):
-        assert pool.run(HONEST.get(row, HONEST["f"]), parse_row(ROWS[row], given)).ok
+        assert pool.run(HONEST.get(row, HONEST["f"]), parse_row(ROWS[row], given, PRELUDES.get(row))).ok
 
 
 def test_one_execution_leaves_nothing_for_the_next(pool: Pool) -> None:

@@ -200,11 +200,10 @@ def drop_privileges(second_id: bool) -> None:
     _call("capset", header, (ctypes.c_uint32 * 6)())
 
 
-def set_limits(memory_bytes: int, cpu_seconds: int, threads: int | None) -> None:
-    """Resource limits, hard and soft, of this process; no limit on threads if that is None."""
+def set_limits(memory_bytes: int, threads: int | None) -> None:
+    """Resource limits, hard and soft, for this process and its children; no limit on threads if that is None."""
     limits = {
         resource.RLIMIT_AS: memory_bytes,
-        resource.RLIMIT_CPU: cpu_seconds,
         resource.RLIMIT_FSIZE: 0,
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
@@ -218,6 +217,11 @@ def set_limits(memory_bytes: int, cpu_seconds: int, threads: int | None) -> None
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
+
+
+def limit_cpu_time(seconds: int) -> None:
+    """Have the kernel end this process after so much processor time, should the trainer be unable to."""
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 
 
 def forbid_system_calls(program: bytes) -> None:

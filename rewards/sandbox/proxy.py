@@ -7,6 +7,7 @@ so that no expected value is ever sent to it. Whatever comes back is plain data 
 
 import builtins
 import functools
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -55,6 +56,7 @@ class Remote:
         self._proxies: dict[int, Any] = {}
         self._callbacks: list[Callable[..., Any]] = []
         self._callback_numbers: dict[int, int] = {}
+        self._lock = threading.RLock()  # tests may have threads; a callback's own requests are in its thread
         self._exceptions: dict[str, type[BaseException]] = {}
         self.uses = 0  # how often the tests turned to the program
 
@@ -91,13 +93,14 @@ class Remote:
     def _request(
         self, operation: str, target: Any, packed: Any, args: tuple[Any, ...] = (), expect_stop: bool = False
     ) -> Any:
-        try:
-            self._channel.send([operation, target, packed])
-        except wire.Closed:
-            self._abort(HungUp("killed", "the program's process ended"))
-        except wire.WireError as error:
-            self._abort(Unsupported(f"an argument cannot cross: {error}"))
-        return self._reply(args, expect_stop)
+        with self._lock:
+            try:
+                self._channel.send([operation, target, packed])
+            except wire.Closed:
+                self._abort(HungUp("killed", "the program's process ended"))
+            except wire.WireError as error:
+                self._abort(Unsupported(f"an argument cannot cross: {error}"))
+            return self._reply(args, expect_stop)
 
     def _reply(self, args: tuple[Any, ...] = (), expect_stop: bool = False) -> Any:
         """Serve the program's callbacks until its answer comes."""

@@ -59,7 +59,7 @@ def serve(session_fd: int) -> None:
 def _run(job: dict[str, Any], channel_fd: int, result_fd: int, may_go_on: bool) -> bool:
     """Run the tests of `job` (keys as in `row.Row`) and report; tells whether this process takes another row."""
     report = _Report(result_fd, stop_at_first=not job["fraction"])
-    texts = [job["prelude"], job["setup"], *(job["tests"] if job["kind"] == "code" else [])]
+    texts = (job["prelude"], job["setup"], *(job["tests"] if job["kind"] == "code" else []))
     reusable = may_go_on and _leaves_no_trace(texts)
     try:
         for counts, test in _prepare(job, wire.Channel(channel_fd), report):
@@ -77,7 +77,8 @@ def _run(job: dict[str, Any], channel_fd: int, result_fd: int, may_go_on: bool) 
     return reusable
 
 
-def _leaves_no_trace(texts: list[str]) -> bool:
+@functools.lru_cache(128)  # completions of one prompt share their row
+def _leaves_no_trace(texts: tuple[str, ...]) -> bool:
     """Whether these texts of the row can change nothing outside their own namespace: no attribute is assigned and only
     modules without state are imported. Decided by the row's text alone; when in doubt, the process is not used again.
     """
@@ -216,6 +217,7 @@ def _prepare(job: dict[str, Any], channel: wire.Channel, report: _Report) -> Ite
     return _code_tests(job, trees, namespace)
 
 
+@functools.lru_cache(128)
 def _parse(text: str, part: str) -> ast.Module:
     try:
         return ast.parse(text, f"<{part}>")

@@ -276,6 +276,8 @@ def unpack(data: Any, other: Callable[[str, Any], Any], classes: dict[str, type]
         attributes = decode(row[1], decode_other)
         if type(attributes) is not dict or set(map(type, attributes)) - {str}:
             raise WireError("not attributes")
+        if any(hasattr(type(instance), name) for name in attributes):
+            raise WireError("an attribute would hide one of its class")  # such as a method that the tests call
         instance.__dict__.update(attributes)
     return decode(encoded, decode_other)
 

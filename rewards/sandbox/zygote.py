@@ -33,6 +33,7 @@ _PRELOADED = (
 )  # fmt: skip
 
 _FIRST_FD = 3  # where a child finds what it was given
+_SPARE_FD = 48  # above all that a zygote has open, below RLIMIT_NOFILE
 
 
 def main() -> None:
@@ -82,16 +83,16 @@ def _isolate(config: dict[str, Any], control: socket.socket) -> Callable[[], Non
     if not seccomp.supported():
         raise isolation.Unavailable(f"no seccomp filter for {os.uname().machine}: x86_64 and aarch64 are known")
     program = seccomp.build_filter()
-    limits = (config["memory_bytes"], config["cpu_seconds"], config["threads"])
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # when memory runs out, the kernel is to take sandboxes, not the trainer
     if config["isolation"] == "process":
         own_id = isolation.unused_host_id() if os.geteuid() == 0 else None
         isolation.hide_memory()
+        isolation.set_limits(config["memory_bytes"], config["threads"] if own_id else None)
 
         def confine_process() -> None:
             isolation.drop_to(own_id)
-            isolation.set_limits(limits[0], limits[1], limits[2] if own_id else None)
+            isolation.limit_cpu_time(config["cpu_seconds"])
             isolation.forbid_system_calls(program)
 
         return confine_process
@@ -104,10 +105,11 @@ def _isolate(config: dict[str, Any], control: socket.socket) -> Callable[[], Non
     faults = isolation.inspect_namespaces(folders)
     if faults:
         raise isolation.Unavailable("; ".join(faults))
+    isolation.set_limits(config["memory_bytes"], config["threads"])
 
     def confine() -> None:
         isolation.drop_privileges(second_id)
-        isolation.set_limits(*limits)
+        isolation.limit_cpu_time(config["cpu_seconds"])
         isolation.forbid_system_calls(program)
 
     return confine
@@ -190,11 +192,11 @@ def _fork_child(role: bytes, fds: list[int], confine: Callable[[], None], own_pi
 
 def _run_child(role: bytes, fds: list[int], confine: Callable[[], None]) -> None:
     """Leave only the given file descriptors, in order from 3, and /dev/null as 0, 1 and 2; then take on the role."""
-    held = [os.dup2(fd, 200 + i) for i, fd in enumerate(fds)]
-    os.closerange(_FIRST_FD, 200)
+    held = [os.dup2(fd, _SPARE_FD + i) for i, fd in enumerate(fds)]
+    os.closerange(_FIRST_FD, _SPARE_FD)
     for i, fd in enumerate(held):
         os.dup2(fd, _FIRST_FD + i)
-    os.closerange(200, 200 + len(held))
+    os.closerange(_SPARE_FD, 256)
     confine()
     if role == b"T":
         gc.enable()  # it may serve many rows

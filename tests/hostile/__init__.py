@@ -52,6 +52,21 @@ assert f(1) == 3
     "truth": "assert f(1)\nassert not f(2)",
     "callback": "seen = []\nassert f(lambda v: seen.append(v) or v) == 7\nassert seen == [1, 2]",
     "mutated": "xs = [3, 1, 2]\nf(xs)\nassert xs == [1, 2, 3]",
+    "judge": "assert Judge.made(f(3)).accepts(7)",
+}
+
+PRELUDES: dict[str, str] = {
+    "judge": """
+class Judge:
+    def __init__(self, value):
+        self.value = value
+    def accepts(self, expected):
+        return self.value == expected
+    @staticmethod
+    def made(judge):
+        assert type(judge) is Judge
+        return judge
+"""
 }
 
 STDIO_ROW = [{"input": "3\n", "output": "7\n"}, {"input": "0\n", "output": "1\n"}]
