@@ -73,6 +73,22 @@ def grade_code(
     return [Verdict(Reason.NO_CODE) if source is None else next(graded) for source in sources]
 
 
+def faulty_rows(rows: Sequence[Row], references: Sequence[str], *, settings: Settings | None = None) -> dict[int, str]:
+    """Which rows are not fit for training, by index, and why: their tests cannot be run, or their own solution fails.
+
+    Args:
+        rows: Rows of a dataset.
+        references: A solution of each.
+        settings: Of the sandbox.
+    """
+    verdicts = shared_pool(settings).grade(list(zip(references, rows, strict=True)))
+    return {
+        i: str(v) if isinstance(v, BadRow) else f"its own solution fails: {v.reason.value}, {v.detail}"
+        for i, v in enumerate(verdicts)
+        if isinstance(v, BadRow) or not v.ok
+    }
+
+
 class CodeReward:
     """A reward in TRL's form, of the tests in the dataset's columns.
 
@@ -94,7 +110,7 @@ class CodeReward:
         self.fraction = fraction
         self.on_bad_row = on_bad_row
         self.__name__ = "code_fraction_reward" if fraction else "code_reward"
-        self._warned: set[Row | str] = set()
+        self._warned: set[str] = set()
 
     def __call__(
         self,

@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mua_rl.rewards.code import CodeReward, code_fraction_reward, code_reward, grade_code, reason_shares, shared_pool
+from mua_rl.rewards.code import (
+    CodeReward,
+    code_fraction_reward,
+    code_reward,
+    faulty_rows,
+    grade_code,
+    reason_shares,
+    shared_pool,
+)
 from mua_rl.rewards.extract_code import extract_code
 from mua_rl.rewards.faults import BadRow
 from mua_rl.rewards.sandbox import wire
@@ -422,6 +430,20 @@ def test_bad_rows_are_none_with_one_warning_or_raise(caplog: pytest.LogCaptureFi
     assert len(caplog.records) == 2
     with pytest.raises(BadRow):
         CodeReward(on_bad_row="raise")(completions=COMPLETIONS[:1], tests=[None])
+
+
+def test_rows_that_their_own_solution_fails_are_found() -> None:
+    right, unfit, broken = (parse_row(t) for t in ("assert f(1) == 1", "assert f(1) == 2", "assert f(1"))
+    faults = faulty_rows([right, unfit, broken], ["def f(x): return x"] * 3)
+    assert faults.keys() == {1, 2}
+    assert "its own solution fails" in faults[1] and "compile" in faults[2]
+
+
+@pytest.mark.parametrize("depth", [60, 5000])
+def test_answers_that_cannot_be_handed_back_are_wrong_not_faults(pool: Pool, depth: int) -> None:
+    program = f"def f(x):\n    for _ in range({depth}): x = [x]\n    return x"
+    verdict = pool.run(program, parse_row("y = f(f(f(1)))\nassert y == 1"))
+    assert verdict.reason is Reason.ERROR
 
 
 def test_shares_of_reasons_add_up() -> None:

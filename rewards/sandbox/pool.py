@@ -34,6 +34,7 @@ class Pool:
         self.settings = settings or Settings()
         self._lock = threading.Lock()
         self._closed = False
+        self._process_id = os.getpid()
         self._workers: set[Worker] = set()
         self._idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()  # None: a place whose worker is yet to start
         self.size = self.settings.workers or len(os.sched_getaffinity(0))
@@ -117,7 +118,9 @@ class Pool:
             worker.close()
 
     def close(self) -> None:
-        """End all sandboxes; executions in progress fail."""
+        """End all sandboxes; executions in progress fail. In a fork of the process that made the pool: nothing."""
+        if os.getpid() != self._process_id:
+            return
         with self._lock:
             self._closed = True
             workers, self._workers = self._workers, set()

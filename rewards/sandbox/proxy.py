@@ -99,7 +99,7 @@ class Remote:
             except wire.Closed:
                 self._abort(HungUp("killed", "the program's process ended"))
             except wire.WireError as error:
-                self._abort(Unsupported(f"an argument cannot cross: {error}"))
+                self._cannot_send(error)
             return self._reply(args, expect_stop)
 
     def _reply(self, args: tuple[Any, ...] = (), expect_stop: bool = False) -> Any:
@@ -158,13 +158,19 @@ class Remote:
         try:
             self._channel.send(reply)
         except wire.WireError as error:
-            self._abort(Unsupported(f"a callback's result cannot cross: {error}"))
+            self._cannot_send(error)
 
     def _pack(self, value: Any) -> list[Any]:
         try:
             return wire.pack(value, self._encode_other, self._classes)
         except wire.WireError as error:
-            return self._abort(Unsupported(f"a value of the tests cannot cross: {error}"))
+            return self._cannot_send(error)
+
+    def _cannot_send(self, error: wire.WireError) -> Any:
+        """The row's fault, unless the size may come from what the program has answered before."""
+        if self.uses > 1 and isinstance(error, wire.TooLarge):
+            self._abort(HungUp("error", f"its answer cannot be handed back: {error}"))
+        return self._abort(Unsupported(f"a value of the tests cannot cross: {error}"))
 
     def _unpack(self, data: Any) -> Any:
         return wire.unpack(data, self._decode_other, self._classes)

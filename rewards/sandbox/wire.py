@@ -39,6 +39,10 @@ class WireError(Exception):
     """A value that cannot cross, or a message that is not one of ours."""
 
 
+class TooLarge(WireError):
+    """A value that is nested too deeply, or a message that is too long."""
+
+
 class Closed(Exception):
     """The other process has gone."""
 
@@ -47,7 +51,7 @@ def encode(value: Any, other: Callable[[Any], dict[str, Any]], depth: int = 0) -
     """`value` as JSON-ready data; `other` encodes what is not plain (handles, callbacks, prelude objects).
 
     Raises:
-        WireError: Nested deeper than `MAX_DEPTH`.
+        TooLarge: Nested deeper than `MAX_DEPTH`.
     """
     kind = type(value)
     if kind is int:
@@ -55,7 +59,7 @@ def encode(value: Any, other: Callable[[Any], dict[str, Any]], depth: int = 0) -
     if kind in _ATOMS:
         return value
     if depth > MAX_DEPTH:
-        raise WireError("nested too deeply")
+        raise TooLarge("nested too deeply")
     if kind is list:
         return _encode_items(value, other, depth)
     if kind is dict:
@@ -111,7 +115,7 @@ def decode(data: Any, other: Callable[[str, Any], Any], depth: int = 0) -> Any:
     if kind in _SCALARS:
         return data
     if depth > MAX_DEPTH:
-        raise WireError("nested too deeply")
+        raise TooLarge("nested too deeply")
     if kind is list:
         return _decode_items(data, other, depth)
     if kind is not dict or len(data) != 1:
@@ -183,12 +187,12 @@ class Channel:
         """Send one message.
 
         Raises:
-            WireError: It is longer than `MAX_MESSAGE_BYTES`.
+            TooLarge: It is longer than `MAX_MESSAGE_BYTES`.
             Closed: Nobody is there to read it.
         """
         data = json.dumps(message, separators=(",", ":")).encode()
         if len(data) > MAX_MESSAGE_BYTES:
-            raise WireError("message too long")
+            raise TooLarge("message too long")
         view = memoryview(len(data).to_bytes(4, "big") + data)
         try:
             while view:
@@ -205,7 +209,7 @@ class Channel:
         """
         size = int.from_bytes(self._read(4), "big")
         if size > MAX_MESSAGE_BYTES:
-            raise WireError("message too long")
+            raise TooLarge("message too long")
         try:
             return json.loads(self._read(size))
         except (ValueError, RecursionError) as error:

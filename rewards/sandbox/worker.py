@@ -4,6 +4,7 @@ Each execution forks a fresh child of each, joined by a socket pair. The trainer
 unpickles nothing of either; time limits are kept here, by SIGKILL.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -141,7 +142,9 @@ class Zygote:
 
     def close(self) -> None:
         """End the zygote and whatever it runs; returns when all of it is gone."""
-        self.control.close()  # the zygote, which runs nothing untrusted itself, sees that, kills its child and ends
+        with contextlib.suppress(OSError):  # a shutdown is seen even where a forked process still holds the socket
+            self.control.shutdown(socket.SHUT_RDWR)
+        self.control.close()  # the zygote, which runs nothing untrusted itself, kills its child and ends
         try:
             self._process.wait(_REAP_SECONDS)
         except subprocess.TimeoutExpired:
