@@ -42,6 +42,7 @@ class Setup:
     """A model that is ready to train, with what it starts from and how it is trained."""
 
     model: PPO
+    pretrained: BasePolicy | None
     base: Base
     configuration: Configuration
     rate: LearningRate
@@ -101,7 +102,7 @@ def set_up(arguments: PPOArguments, adapter_arguments: AdapterArguments) -> Setu
     if head_rate is not None:
         check_learning_rate(head_rate, "--head_lr")
     model.attach(learning_rate=arguments.schedule(rate.value), head_learning_rate=head_rate)
-    return Setup(model, base, configuration, rate)
+    return Setup(model, pretrained, base, configuration, rate)
 
 
 def training_envs(arguments: PPOArguments, pretrained: BasePolicy | None) -> VecEnv:
@@ -137,6 +138,8 @@ def train(arguments: PPOArguments, adapter_arguments: AdapterArguments, given: d
     """
     if arguments.wandb and find_spec("wandb") is None:
         raise UserError("--wandb needs Weights & Biases, which is not installed: pip install wandb, or drop the flag.")
+    if arguments.wandb and arguments.tensorboard_log == "none":
+        raise UserError("--wandb passes on what TensorBoard gets: drop --tensorboard_log none.")
     setup = set_up(arguments, adapter_arguments)
     model = setup.model
     run, checkpoint = _open_run(arguments, adapter_arguments, given)
@@ -151,15 +154,19 @@ def train(arguments: PPOArguments, adapter_arguments: AdapterArguments, given: d
         highlight=False,
         soft_wrap=True,
     )
+    if setup.pretrained is None and model.attached.rank:
+        console.print(
+            "[yellow]There is no pretrained policy here, and LoRA keeps random weights: --rank full learns more.[/]"
+        )
     training = model.get_env()
     assert training is not None
     held_out = evaluation_envs(_bare_envs(arguments, min(8, arguments.eval_episodes), 0), training)
     before = _before(run, model, held_out, arguments.eval_episodes)
-    model.set_logger(make_logger(run, _tensorboard(arguments, run), arguments.verbose))
     if arguments.wandb:
         import wandb
 
         wandb.init(project="mua_rl", name=run.path.name, dir=str(run.path), config=given, sync_tensorboard=True)
+    model.set_logger(make_logger(run, _tensorboard(arguments, run), arguments.verbose))
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     start = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def build_envs(
     check_env_id(env_id)
     try:
         envs = make_vec_env(
-            env_id,
+            partial(_make, env_id),
             n_envs=n_envs,
             seed=seed,
             env_kwargs=env_kwargs,
@@ -114,6 +115,11 @@ def build_envs(
         raise UserError(f"the environment {env_id!r} cannot be built: {' '.join(str(error).split())}") from None
     envs = FiniteGuard(envs)
     return VecFrameStack(envs, frame_stack) if frame_stack > 1 else envs
+
+
+def _make(env_id: str, **keywords: Any) -> gymnasium.Env:
+    """As `gymnasium.make`; named here so that a process that unpickles it imports this module, and so our tasks."""
+    return gymnasium.make(env_id, **keywords)
 
 
 def with_statistics(envs: VecEnv, path: Path) -> VecNormalize:

@@ -45,6 +45,12 @@ class Diverged(RuntimeError):
 class PPO(stable_baselines3.PPO):
     """Proximal Policy Optimization (Schulman et al. 2017) that trains an adapter or all weights.
 
+        base = read_base_policy("policy.zip")
+        model = PPO.from_base(base, envs, adapter=LoRA(rank=8), learning_rate=1e-3)
+        model.learn(50_000)
+        model.save("adapted.zip")  # for plain SB3
+        model.save_adapter("adapter")  # for plain PEFT
+
     Takes what `stable_baselines3.PPO` takes, and these keywords. `learning_rate` is the peak η of the trained hidden
     weights; if it is a schedule, every parameter group follows its shape, so the groups' ratios never change.
 
@@ -247,9 +253,9 @@ def resolve_layers(policy: ActorCriticPolicy, targets: TargetModules) -> list[st
 
     Args:
         policy: A plain SB3 policy.
-        targets: "hidden", "all-linear", a regular expression for full names, or a list of full names or unambiguous
-            endings. A full name wins over an ending (`value_net` is the head, not the critic's body, where PEFT's own
-            matching takes both).
+        targets: "hidden" (or "mlp", the default of `LoRA`), "all-linear", a regular expression for full names, or a
+            list of full names or unambiguous endings. A full name wins over an ending (`value_net` is the head, not
+            the critic's body, where PEFT's own matching takes both).
 
     Raises:
         UserError: A name fits no layer, or several, or there is no hidden layer.
@@ -257,7 +263,7 @@ def resolve_layers(policy: ActorCriticPolicy, targets: TargetModules) -> list[st
     layers = [name for name, module in policy.named_modules() if isinstance(module, LAYERS)]
     if isinstance(targets, list) and len(targets) == 1 and targets[0] in ("hidden", "all-linear"):
         targets = targets[0]
-    if targets == "hidden":
+    if targets in ("hidden", "mlp"):
         found = hidden_layers(policy)
     elif targets == "all-linear":
         found = layers

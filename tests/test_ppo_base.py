@@ -2,7 +2,9 @@
 
 import pickle
 import zipfile
+from dataclasses import replace
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,20 @@ from mua_rl.ppo_base import SHIPPED, read_base_policy, shipped_policy  # noqa: E
 from mua_rl.ppo_envs import build_envs, evaluation_envs, with_statistics  # noqa: E402
 from mua_rl.ppo_evaluation import Returns, evaluate  # noqa: E402
 from mua_rl.ppo_trainer import PPO  # noqa: E402
+
+
+class Images(gymnasium.Env):
+    """Black images."""
+
+    observation_space = spaces.Box(0, 255, (36, 36, 1), np.uint8)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros((36, 36, 1), np.uint8), {}
+
+    def step(self, action):
+        return np.zeros((36, 36, 1), np.uint8), 0.0, False, False, {}
 
 
 def save(path, env="CartPole-v1", algorithm=stable_baselines3.PPO, **options):
@@ -52,6 +68,36 @@ def test_the_old_form_of_net_arch_is_understood(tmp_path):
     model.save(tmp_path / "old.zip")
     ours = PPO.from_base(read_base_policy(tmp_path / "old.zip"), make_vec_env("CartPole-v1"), device="cpu")
     assert torch.equal(ours.policy.value_net.weight, model.policy.value_net.weight)
+
+
+def test_weights_from_before_sb3_1_7_lack_two_names_and_fit(tmp_path):
+    images = lambda: Images()  # noqa: E731
+    model = stable_baselines3.PPO("CnnPolicy", make_vec_env(images), device="cpu")
+    model.save(tmp_path / "p.zip")
+    base = read_base_policy(tmp_path / "p.zip")
+    old = {name: value for name, value in base.state_dict.items() if not name.startswith(("pi_f", "vf_f"))}
+    assert len(old) < len(base.state_dict)
+    ours = PPO.from_base(replace(base, state_dict=old), make_vec_env(images), adapter=LoRA(4), device="cpu")
+    assert torch.equal(ours.policy.features_extractor.cnn[0].weight, model.policy.features_extractor.cnn[0].weight)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    save(tmp_path / "p.zip")
+    base = read_base_policy(tmp_path / "p.zip")
+    with pytest.raises(UserError, match="do not fit the policy"):
+        PPO.from_base(replace(base, policy_kwargs={"net_arch": [8]}), make_vec_env("CartPole-v1"))
+    with pytest.raises(UserError, match="do not fit the policy"):
+        PPO.from_base(replace(base, state_dict={}), make_vec_env("CartPole-v1"))
+
+
+@pytest.mark.slow
+def test_environments_in_processes_of_their_own_find_our_tasks():
+    envs = build_envs("mua_rl/CartPole-LongPole-v0", 2, 0, subprocesses=True)
+    together = build_envs("mua_rl/CartPole-LongPole-v0", 2, 0)
+    try:
+        assert np.array_equal(envs.reset(), together.reset())
+    finally:
+        envs.close()
 
 
 @pytest.mark.parametrize("place", ["vecnormalize.pkl", "vec_normalize.pkl", "p/vecnormalize.pkl"])

@@ -1,5 +1,7 @@
 """Gymnasium's MuJoCo walkers with a changeable body: `pip install "gymnasium[mujoco]"`. No display is needed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mujoco
@@ -9,6 +11,19 @@ from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
 from gymnasium.envs.mujoco.mujoco_env import MujocoEnv
 
 from mua_rl.errors import UserError
+
+
+@contextmanager
+def _quiet_compiler() -> Iterator[None]:
+    """Drop what MuJoCo says about Gymnasium's own model files: it prints it, and leaves a MUJOCO_LOG.TXT behind."""
+    free = hasattr(mujoco, "set_mju_user_warning") and mujoco.get_mju_user_warning() is None
+    if free:
+        mujoco.set_mju_user_warning(lambda message: None)
+    try:
+        yield
+    finally:
+        if free:
+            mujoco.set_mju_user_warning(None)
 
 
 class _ShiftedBody(MujocoEnv):
@@ -41,7 +56,8 @@ class _ShiftedBody(MujocoEnv):
         super().__init__(**kwargs)
 
     def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
-        model, data = super()._initialize_simulation()
+        with _quiet_compiler():
+            model, data = super()._initialize_simulation()
         gravity, mass_scale, friction_scale, actuator_scale = self._shift
         if np.ndim(actuator_scale) == 1 and len(actuator_scale) != model.nu:  # type: ignore[arg-type]
             raise UserError(f"actuator_scale has {len(actuator_scale)} entries; this task has {model.nu} motors.")  # type: ignore[arg-type]
