@@ -7,7 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mua_rl.rewards.code import CodeReward as CodeReward
+    from mua_rl.rewards.code import code_fraction_reward as code_fraction_reward
+    from mua_rl.rewards.code import code_reward as code_reward
+    from mua_rl.rewards.code import faulty_rows as faulty_rows
+    from mua_rl.rewards.code import grade_code as grade_code
     from mua_rl.rewards.completions import completion_text as completion_text
+    from mua_rl.rewards.extract_code import extract_code as extract_code
+    from mua_rl.rewards.faults import BadRow as BadRow
     from mua_rl.rewards.faults import GraderFault as GraderFault
     from mua_rl.rewards.format import WatchedFormatReward as WatchedFormatReward
     from mua_rl.rewards.format import format_reward as format_reward
@@ -27,6 +34,13 @@ _MODULE_OF = {
     "math_reward": "math",
     "strict_math_reward": "math",
     "GraderFault": "faults",
+    "BadRow": "faults",
+    "CodeReward": "code",
+    "code_fraction_reward": "code",
+    "code_reward": "code",
+    "faulty_rows": "code",
+    "grade_code": "code",
+    "extract_code": "extract_code",
 }
 
 

@@ -11,9 +11,10 @@ Isolation levels (Linux 5.8 or later, x86_64 or aarch64):
   limits; a seccomp allow list without processes, programs, sockets or writing. Root also gives each sandbox a user id
   that nothing else has. It is tested at start, and refused, with the cure, where it does not hold.
 - `"process"`, weaker, by that name only: for containers that forbid namespaces. The same two processes, limits and
-  seccomp filter (so no network, writing, child processes or signals), but no namespaces: programs can read whatever
-  files the account can (root gives them an id of their own here too; an ordinary user's programs can read the user's
-  files and the memory of the user's other processes, the trainer's with the tests among them).
+  seccomp filter (so no network, writing, child processes or signals), but no namespaces and no root of its own: what
+  may be read is left to Landlock, and where the kernel lacks that (before 5.13, or switched off; a warning says so)
+  programs can read whatever the account can: as root, which gives them an id of their own here too, what is open to
+  everybody; as an ordinary user, all of the user's files and the trainer's memory, with the tests in it.
 
 Neither holds against a fault of the kernel or the CPU. Memory is bounded by workers times `memory_mb`.
 """

@@ -114,14 +114,21 @@ def test_no_cheat_is_rewarded(pool: Pool, clause: str, entry_point: bool) -> Non
     assert_unharmed(pool)
 
 
-def test_no_cheat_is_rewarded_at_the_process_level() -> None:
+def test_neither_is_rewarded_at_the_process_level(targets: dict[str, str]) -> None:
     with Pool(Settings(isolation="process", seconds=1.0, memory_mb=256, workers=2)) as pool:
         jobs = {}
         for clause, programs in CHEATS.items():
             for name, (row, source) in programs.items() if clause != "time" else ():
-                jobs[name] = (source, parse_row(ROWS[row], "Stack" if row == "class" else "f", PRELUDES.get(row)))
-        for clause in ("children and daemons", "memory threads disk"):
-            jobs |= {name: (source + TAIL, parse_row(ROWS["f"])) for name, (_, source) in BREACHES[clause].items()}
+                jobs[f"{clause}: {name}"] = (
+                    source,
+                    parse_row(ROWS[row], "Stack" if row == "class" else "f", PRELUDES.get(row)),
+                )
+        reads_confined = all(worker.programs.reads_confined for worker in pool._workers)
+        for clause in BREACHES if reads_confined else ("children and daemons", "memory threads disk"):
+            for name, (_, source) in BREACHES[clause].items():
+                for placeholder, value in targets.items():
+                    source = source.replace(placeholder, value)
+                jobs[f"{clause}: {name}"] = (source + TAIL, parse_row(ROWS["f"]))
         assert rewarded(pool, jobs) == []
         assert passes_patiently(pool, HONEST["f"], parse_row(ROWS["f"]))
 

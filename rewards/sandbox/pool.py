@@ -1,6 +1,7 @@
 """A pool of workers that grades programs from any thread of the trainer."""
 
 import atexit
+import logging
 import os
 import queue
 import threading
@@ -15,6 +16,8 @@ from mua_rl.rewards.sandbox.row import Row
 from mua_rl.rewards.sandbox.settings import Settings
 from mua_rl.rewards.sandbox.verdict import Reason, Verdict
 from mua_rl.rewards.sandbox.worker import Died, Worker
+
+_log = logging.getLogger(__name__)
 
 MAX_SOURCE_BYTES: Final = 1 << 20
 """Longest program that is run; a longer one is an error without being run."""
@@ -44,6 +47,8 @@ class Pool:
         except BaseException:
             first.close()
             raise
+        if not first.programs.reads_confined:
+            _log.warning("this kernel has no Landlock: programs can read every file that this account can")
         for _ in range(self.size - 1):
             self._idle.put(None)
         self._idle.put(first)

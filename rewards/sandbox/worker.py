@@ -105,6 +105,7 @@ class Zygote:
         finally:
             if self._process.poll() is None and self._process.stderr:
                 self._process.stderr.close()
+        self.reads_confined: bool = reply.get("reads_confined", False)
         if "error" in reply:
             self.close()
             advice = "; isolation='process' is weaker and needs less" if isolation == "strong" else ""

@@ -32,6 +32,12 @@ _PRELOADED = (
     "threading", "time", "types", "typing", "unicodedata", "unittest", "zlib",
 )  # fmt: skip
 
+_NOT_LOADED = {"antigravity", "idlelib", "lib2to3", "this", "tkinter", "turtle", "turtledemo"}
+_LESS_USED = (
+    "concurrent.futures", "email.message", "importlib.metadata", "unittest.mock", "urllib.parse", "urllib.request",
+    "xml.dom.minidom", "xml.etree.ElementTree",
+)  # fmt: skip
+
 _FIRST_FD = 3  # where a child finds what it was given
 _SPARE_FD = 48  # above all that a zygote has open, below RLIMIT_NOFILE
 
@@ -49,7 +55,7 @@ def main() -> None:
         control.send(json.dumps({"error": str(error)}).encode())
         os._exit(1)
     os.dup2(1, 2)  # up to here the trainer has read what went to stderr; from now on it is /dev/null, like stdout
-    control.send(json.dumps({"ready": os.getpid()}).encode())
+    control.send(json.dumps({"ready": os.getpid(), "reads_confined": config.get("reads_confined", True)}).encode())
     gc.collect()
     gc.freeze()  # children then write to fewer shared pages
     gc.disable()
@@ -59,11 +65,22 @@ def main() -> None:
 def _preload(config: dict[str, Any]) -> None:
     for name in _PRELOADED:
         importlib.import_module(name)
+    if config["isolation"] == "process" and os.geteuid() == 0 and not _open_to_all(os.path.dirname(os.__file__)):
+        # An interpreter under /root: once the children have an id of their own, they cannot load anything more.
+        names = [name for name in sys.stdlib_module_names if not name.startswith("_") and name not in _NOT_LOADED]
+        for name in [*names, *_LESS_USED]:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
     sys.path.extend(config["search_paths"])
     for name in config["modules"]:
         importlib.import_module(name)
     for key in [name for name in sys.modules if name.split(".")[0] == "__main__"]:
         del sys.modules[key]
+
+
+def _open_to_all(folder: str) -> bool:
+    parts = folder.split("/")
+    return all(os.stat("/".join(parts[: n + 1]) or "/").st_mode & 0o005 == 0o005 for n in range(len(parts)))
 
 
 def _readable_folders(config: dict[str, Any]) -> list[str]:
@@ -88,6 +105,7 @@ def _isolate(config: dict[str, Any], control: socket.socket) -> Callable[[], Non
     if config["isolation"] == "process":
         own_id = isolation.unused_host_id() if os.geteuid() == 0 else None
         isolation.hide_memory()
+        config["reads_confined"] = isolation.confine_reads(_readable_folders(config))
         isolation.set_limits(config["memory_bytes"], config["threads"] if own_id else None)
 
         def confine_process() -> None:
