@@ -1,0 +1,37 @@
+"""The rewards inside a GRPO run: the reward-hacking watch is in the run's metrics."""
+
+import json
+
+import pytest
+
+from mua_rl import grpo
+
+FLAGS = ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1", "--num_generations", "4"]
+FLAGS += ["--report_to", "none", "--held_out_steps", "0", "--rank", "2", "--lr", "0.001", "--max_steps", "2"]
+FLAGS += ["--max_completion_length", "8"]
+
+
+def run(*flags):
+    folder = grpo.train(*grpo.parse([*FLAGS, *map(str, flags)]))
+    steps = [line for line in folder.metrics() if "loss" in line]
+    assert len(steps) == 2
+    return folder, steps
+
+
+def test_a_math_run_logs_the_watch_and_the_strict_check(tmp_path):
+    rows = [{"question": f"{a}+{b}=", "answer": f"#### {a + b}"} for a in range(5) for b in range(5)]
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder, steps = run("--task", f"gsm8k:{tmp_path}", "--output_dir", tmp_path / "run")
+    watched = {"math/timeout", "math/error", "math/no_answer", "math/unreadable", "format_only"}
+    assert all(watched <= set(step) for step in steps)
+    assert all(0.0 <= step[name] <= 1.0 for step in steps for name in watched)
+    assert any("held_out/strict_accuracy" in line for line in folder.metrics())
+
+
+def test_a_code_run_logs_why_programs_failed(tmp_path):
+    _, steps = run("--task", "one-liners", "--output_dir", tmp_path / "run")
+    reasons = {"code/passed", "code/wrong", "code/error", "code/timeout", "code/no_code", "code/grader_fault"}
+    for step in steps:
+        assert reasons <= set(step)
+        assert sum(value for name, value in step.items() if name.startswith("code/")) == pytest.approx(1.0)
