@@ -40,7 +40,7 @@ class GRPOArguments(GRPOConfig):
     )
     output_dir: str | None = field(default=None, metadata={"help": "Run folder. Default: a new one under runs/."})
     learning_rate: float | None = field(default=None, metadata={"help": "The same as --lr."})  # type: ignore[assignment]
-    max_steps: int = field(default=200, metadata={"help": "Optimizer steps; -1: as many as num_train_epochs makes."})
+    max_steps: int = field(default=300, metadata={"help": "Optimizer steps; -1: as many as num_train_epochs makes."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Completions per forward pass."})
     gradient_accumulation_steps: int = field(default=4, metadata={"help": "Forward passes per optimizer step."})
     max_completion_length: int | None = field(default=None, metadata={"help": "In tokens. Default: the task's."})

@@ -24,9 +24,9 @@ from mua_rl.run import RunFolder
 RECORDS = Path(__file__).parent.parent / "mua_rl" / "assets" / "records"
 
 
-def finished_run(args: argparse.Namespace, rank: str, k: int, seed: int) -> dict:
+def finished_run(args: argparse.Namespace, rank: str, k: float, seed: int) -> dict:
     """One row of the grid: the result of the run at learning rate 2^-k, made if it is not there."""
-    run = RunFolder(args.out / f"r{rank}-lr2^-{k}-s{seed}")
+    run = RunFolder(args.out / f"r{rank}-lr2^-{k:g}-s{seed}")
     if run.result() is None:
         flags = ["--model", args.model, "--rank", rank, "--lr", str(2.0**-k), "--seed", str(seed)]
         flags += ["--save_strategy", "no", "--output_dir", str(run.path), *args.flags]
@@ -51,8 +51,12 @@ def main() -> None:
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--name", default="arithmetic-1m", help="of the record")
     parser.add_argument("--rank", default="32", help="the rank that is tuned")
-    parser.add_argument("--lora", type=int, nargs="+", default=[9, 10, 11, 12], help="k of 2^-k, at the tuned rank")
-    parser.add_argument("--full", type=int, nargs="*", default=[10, 11, 12], help="k of 2^-k, full finetuning")
+    parser.add_argument(
+        "--lora", type=float, nargs="+", default=[10, 10.5, 11, 11.5, 12, 12.5], help="k of 2^-k, at the tuned rank"
+    )
+    parser.add_argument(
+        "--full", type=float, nargs="*", default=[10.5, 11, 11.5, 12, 12.5], help="k of 2^-k, full finetuning"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--parallel", type=int, default=1, help="runs side by side")
     parser.add_argument("--out", type=Path, default=Path("runs/tune-shipped"))
@@ -73,11 +77,11 @@ def main() -> None:
         accuracies = [row["accuracy"] for row in rows if (row["rank"], row["log2_lr"]) == (rank, -k)]
         means[rank, k] = statistics.mean(accuracies)
         listed = ", ".join(f"{accuracy:.3f}" for accuracy in accuracies)
-        print(f"rank {rank:>4}  lr 2^-{k}  held-out accuracy {means[rank, k]:.3f}  ({listed})")
+        print(f"rank {rank:>4}  lr 2^-{k:<4g}  held-out accuracy {means[rank, k]:.3f}  ({listed})")
     best = max(args.lora, key=lambda k: means[args.rank, k])
     error = max(row["error"] for row in rows if (row["rank"], row["log2_lr"]) == (args.rank, -best))
     chosen = max(k for k in args.lora if means[args.rank, k] >= means[args.rank, best] - error)
-    print(f"best 2^-{best}; smallest within one standard error ({error:.3f}): 2^-{chosen}")
+    print(f"best 2^-{best:g}; smallest within one standard error ({error:.3f}): 2^-{chosen:g}")
     if args.write:
         folders = [args.out / f"r{args.rank}-lr2^-{chosen}-s{seed}" for seed in args.seeds]
         record = LRRecord.load(folders[0])
