@@ -83,7 +83,7 @@ def main() -> None:
     chosen = max(k for k in args.lora if means[args.rank, k] >= means[args.rank, best] - error)
     print(f"best 2^-{best:g}; smallest within one standard error ({error:.3f}): 2^-{chosen:g}")
     if args.write:
-        folders = [args.out / f"r{args.rank}-lr2^-{chosen}-s{seed}" for seed in args.seeds]
+        folders = [args.out / f"r{args.rank}-lr2^-{chosen:g}-s{seed}" for seed in args.seeds]
         record = LRRecord.load(folders[0])
         metric = {**record.metric, "after": means[args.rank, chosen]}
         note = f"scripts/tune_shipped.py: rank {args.rank}, {len(args.lora)} rates, {len(args.seeds)} seeds"
