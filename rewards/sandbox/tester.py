@@ -13,6 +13,7 @@ import json
 import os
 import random
 import socket
+import symtable
 import types
 import unittest
 from collections.abc import Callable, Iterator
@@ -195,8 +196,9 @@ def _prepare(job: dict[str, Any], channel: wire.Channel, report: _Report) -> Ite
     if job["setup"]:
         _execute(_parse(job["setup"], "setup"), namespace, "setup")
     remote = report.remote = Remote(channel, report.abort, classes)
-    trees = [_parse(text, "tests") for text in job["tests"]] if job["kind"] == "code" else []
-    names = _free_names(trees, namespace, root)
+    texts = job["tests"] if job["kind"] == "code" else []
+    trees = [_parse(text, "tests") for text in texts]
+    names = [name for name in _free_names(texts, namespace) if name != root]
     alternatives = [root, "Solution"] if job["kind"] == "calls" else [root]
     try:
         remote.wait_until_loaded()
@@ -220,7 +222,9 @@ def _prepare(job: dict[str, Any], channel: wire.Channel, report: _Report) -> Ite
 @functools.lru_cache(128)
 def _parse(text: str, part: str) -> ast.Module:
     try:
-        return ast.parse(text, f"<{part}>")
+        tree = ast.parse(text, f"<{part}>")
+        compile(tree, f"<{part}>", "exec")  # finds what the parser lets through, such as a return outside a function
+        return tree
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise _RowFault(f"the {part} do not compile: {type(error).__name__}: {error}") from error
 
@@ -236,25 +240,24 @@ def _execute(tree: ast.Module, namespace: dict[str, Any], part: str) -> None:
         raise _RowFault(f"the {part} fails before any program is involved: {type(error).__name__}: {error}") from error
 
 
-def _free_names(trees: list[ast.Module], namespace: dict[str, Any], root: str) -> list[str]:
-    """Names that the tests use and nothing on this side defines: decided by the row alone, never by the program.
+def _free_names(texts: list[str], namespace: dict[str, Any]) -> list[str]:
+    """Global names that the tests use and nothing on this side defines: decided by the row alone, not by the program.
 
-    Not in it are builtins: a program that defines its own `abs` or `AssertionError` does not reach the tests' ones.
+    Builtins are not among them: a program's own `abs` or `AssertionError` does not take the place of the tests' ones.
     """
     used: set[str] = set()
-    defined = {root, *namespace, *vars(builtins)}
-    for tree in trees:
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Name):
-                (used if isinstance(node.ctx, ast.Load) else defined).add(node.id)
-            elif isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
-                defined.add(node.name)
-            elif isinstance(node, ast.arg):
-                defined.add(node.arg)
-            elif isinstance(node, (ast.Import, ast.ImportFrom)):
-                if any(alias.name == "*" for alias in node.names):
-                    continue
-                defined.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
+    defined = {*namespace, *vars(builtins)}
+    for text in texts:
+        top = symtable.symtable(text, "<tests>", "exec")
+        tables = [top]
+        while tables:
+            table = tables.pop()
+            tables += table.get_children()
+            for symbol in table.get_symbols():
+                if (table is top or symbol.is_global()) and symbol.is_referenced():
+                    used.add(symbol.get_name())
+                if table is top and (symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace()):
+                    defined.add(symbol.get_name())
     return sorted(used - defined)
 
 
