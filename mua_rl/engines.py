@@ -11,7 +11,6 @@ from mua_rl import models
 from mua_rl.errors import UserError
 from mua_rl.heldout import generate, is_conversational
 
-
 _SEED_STRIDE = 1_000_003  # beyond any number of samples: vLLM counts up from the seed of a prompt
 
 
