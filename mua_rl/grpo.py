@@ -31,6 +31,7 @@ from mua_rl.grpo_trainer import Diverged, GRPOTrainer, ProgressBar, RunCallback
 from mua_rl.heldout import HeldOutResult, held_out, is_conversational
 from mua_rl.policy import LearningRate
 from mua_rl.record import LRRecord, package_versions
+from mua_rl.rollouts import EngineFailed, generation_class
 from mua_rl.rules import Configuration
 from mua_rl.run import ADAPTER_FOLDER, CURVE, MODEL_FOLDER, RunFolder
 
@@ -56,6 +57,7 @@ def load_base(arguments: GRPOArguments, start_from: str | None) -> tuple[PreTrai
             GRPOArguments(model=settings.get("model", models.EMBEDDED), report_to="none"), settings.get("start_from")
         )
         model = load_adapter(earlier, run.path / ADAPTER_FOLDER).merge_and_unload()
+        model.name_or_path = ""  # what it was loaded from is no longer what it is
     return model, Base(f"{record.base_model} after {start_from}", fingerprint(model), record)
 
 
@@ -143,6 +145,7 @@ def make_trainer(setup: Setup, arguments: GRPOArguments, run: RunFolder) -> tupl
     trainer = GRPOTrainer(
         model=setup.policy,
         roles=setup.adapter.learning_rates(setup.rate.value),
+        generation=generation_class(setup.adapter.rank, arguments.vllm_sync),
         reward_funcs=list(setup.task.rewards),
         args=arguments,
         train_dataset=setup.train_rows,
@@ -304,6 +307,9 @@ def main() -> None:
     except Diverged as error:
         print(f"mua_rl: the run diverged: {error}; try a quarter of the learning rate with --lr.", file=sys.stderr)
         sys.exit(3)
+    except EngineFailed as error:
+        print(f"mua_rl: {error}; go on with --resume and the run folder.", file=sys.stderr)
+        sys.exit(4)
     except KeyboardInterrupt:
         print("mua_rl: interrupted; go on with --resume and the run folder.", file=sys.stderr)
         sys.exit(130)

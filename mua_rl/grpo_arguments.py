@@ -57,6 +57,13 @@ class GRPOArguments(GRPOConfig):
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
     save_steps: float = field(default=50, metadata={"help": "Checkpoint every so many steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    vllm_sync: str = field(
+        default="adapter",
+        metadata={
+            "help": "What a vLLM engine gets at each step: adapter (of a LoRA, A and B alone), or merged (TRL's way).",
+            "choices": ["adapter", "merged"],
+        },
+    )
     report_to: None | str | list[str] = field(  # noqa: RUF036  # the order in which the parser takes a list
         default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, none, or several."}
     )

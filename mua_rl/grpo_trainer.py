@@ -2,13 +2,17 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-import trl
 from transformers import ProgressCallback, TrainerCallback
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer import grpo_trainer as trl_grpo_trainer
 
 from mua_rl.optim import learning_rates, named_groups
+from mua_rl.rollout_correction import CorrectedGRPOTrainer
+from mua_rl.rollouts import replaced
 from mua_rl.run import RunFolder
 
 
@@ -16,17 +20,25 @@ class Diverged(RuntimeError):
     """Training has left the finite numbers; the message says at which step."""
 
 
-class GRPOTrainer(trl.GRPOTrainer):
+class GRPOTrainer(CorrectedGRPOTrainer):
     """TRL's `GRPOTrainer` for a policy that an adapter of ours is attached to.
 
     Args:
         roles: Learning rate of each role of trained parameters (`Adapter.learning_rates`).
+        generation: How the policy gets to a vLLM engine (`mua_rl.rollouts.generation_class`); `None` is TRL's way.
         args, kwargs: As TRL's.
     """
 
-    def __init__(self, *args: Any, roles: dict[str, float], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        roles: dict[str, float],
+        generation: type[VLLMGeneration] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.roles = roles
-        super().__init__(*args, **kwargs)
+        with replaced(trl_grpo_trainer, "VLLMGeneration", generation) if generation else nullcontext():
+            super().__init__(*args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Named groups instead of the Trainer's two anonymous ones; the schedule multiplies each group's own peak."""

@@ -134,6 +134,7 @@ def test_every_grpo_config_field_is_a_flag():
         "bad_rows",
         "held_out_steps",
         "held_out_problems",
+        "vllm_sync",
     }
 
 

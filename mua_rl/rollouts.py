@@ -1,0 +1,241 @@
+"""How the policy of a GRPO run gets into its vLLM engine, for LoRA and for full finetuning.
+
+TRL's own way, for comparison `--vllm_sync merged`, merges the adapter into the weights, pushes every weight and takes
+the adapter out again at each sync: slow, and inexact wherever the engine's weights are bf16. Here the engine of a
+LoRA run loads the base once and gets A and B alone (issue 5).
+"""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+from trl.generation import vllm_generation
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
+
+from mua_rl.errors import UserError
+from mua_rl.vllm_lora import (
+    AdapterFolders,
+    adapter_llm,
+    check_layers,
+    engine_rank,
+    export_tensors,
+    largest_rank,
+    layer_suffixes,
+)
+
+ADAPTER, MERGED = "adapter", "merged"
+
+
+class EngineFailed(RuntimeError):
+    """The engine, or the server that holds it, has failed in mid-run; checkpoints written so far are good."""
+
+
+def generation_class(rank: int | None, sync: str) -> type[VLLMGeneration]:
+    """The one place that decides how a policy is brought to its engine.
+
+    Args:
+        rank: `Adapter.rank`.
+        sync: "adapter" (A and B alone; all weights in full finetuning), or "merged", TRL's own way for either.
+    """
+    if sync == MERGED:
+        return MergedRollouts
+    return FullRollouts if rank is None else AdapterRollouts
+
+
+class _Rollouts(VLLMGeneration):
+    """What all ways have in common: the engine's precision, and failures that say what to do."""
+
+    def sync_weights(self) -> None:
+        """Bring the policy as it is now to the engine.
+
+        Raises:
+            EngineFailed: The engine is gone.
+        """
+        with _failures("while the policy was brought to it"):
+            self._sync()
+
+    def generate(self, *args: Any, **kwargs: Any) -> tuple:
+        """As TRL's.
+
+        Raises:
+            EngineFailed: The engine is gone.
+        """
+        with _failures("while it generated"):
+            return super().generate(*args, **kwargs)
+
+    def _sync(self) -> None:
+        super().sync_weights()
+
+    def _engine_options(self) -> dict[str, Any]:
+        """What our engine is made with besides TRL's options."""
+        # Compiling costs a CPU run minutes and pays off only on a GPU.
+        return {"dtype": compute_dtype(self), "enforce_eager": not torch.cuda.is_available()}
+
+    def _make_llm(self, **options: Any) -> Any:
+        from vllm import LLM
+
+        return LLM(**options)
+
+    def _init_vllm(self) -> None:
+        def make(**options: Any) -> Any:
+            with _base_folder(self) as folder:
+                return self._make_llm(**{**options, "model": folder, **self._engine_options()})
+
+        with replaced(vllm_generation, "LLM", make):
+            super()._init_vllm()
+
+
+class MergedRollouts(_Rollouts):
+    """TRL's own way: with LoRA, merge, push every weight one by one, unmerge."""
+
+
+class FullRollouts(_Rollouts):
+    """All weights at each sync, in one call: vLLM's loader indexes its parameters once and not once per weight."""
+
+    def _sync(self) -> None:
+        if self.mode != "colocate" or self._dist.is_zero3 or self._dist.is_fsdp:
+            super()._sync()  # weights are gathered one at a time there
+            return
+        if self.enable_sleep_mode:
+            vllm_generation.empty_cache()
+            self.llm.wake_up(tags=["weights"])
+            self._llm_weights_sleeping = False
+        model = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
+        model.load_weights(self._iter_named_params())
+        self.llm.reset_prefix_cache()
+
+
+class AdapterRollouts(_Rollouts):
+    """A and B alone at each sync; the engine's base is loaded once and never written to."""
+
+    def _init_vllm(self) -> None:
+        if self._dist.is_zero3 or self._dist.is_fsdp:
+            raise UserError("--vllm_sync adapter needs whole weights in each process: use --vllm_sync merged.")
+        check_layers(self.model)
+        self._versions = count(1)
+        self._folders = AdapterFolders()
+        self._published: Path | None = None
+        if self.mode == "server":
+            self.vllm_client = _AdapterServer(self)
+        else:
+            super()._init_vllm()
+
+    def _engine_options(self) -> dict[str, Any]:
+        lora = {"max_loras": 1, "lora_target_modules": layer_suffixes(self.model)}
+        rank = engine_rank(largest_rank(self.model))
+        return {**super()._engine_options(), "enable_lora": True, "max_lora_rank": rank, **lora}
+
+    def _make_llm(self, **options: Any) -> Any:
+        llm = adapter_llm(**options)
+        self.lora_dtype = llm.llm_engine.vllm_config.lora_config.lora_dtype
+        return llm
+
+    def _sync(self) -> None:
+        if self.mode == "colocate" and self.enable_sleep_mode:
+            self.llm.wake_up(tags=["weights"])
+            self._llm_weights_sleeping = False
+        number = next(self._versions)
+        name = f"mua_rl-{os.getpid()}-{number}"
+        folder = self._folders.publish(name, export_tensors(self.model, self.lora_dtype))
+        engine = self.llm if self.mode == "colocate" else self.vllm_client
+        engine.exchange(name, number, folder)
+        if self._published is not None:
+            self._folders.drop(self._published)
+        self._published = folder
+
+
+class _AdapterServer(VLLMClient):
+    """A `vllm serve` on this machine that reads A and B from the memory file system."""
+
+    START = (
+        "VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora "
+        "--max-lora-rank {rank} --logprobs-mode processed_logprobs --max-logprobs -1"
+    )
+
+    def __init__(self, generation: AdapterRollouts) -> None:
+        if generation.accelerator.num_processes > 1:
+            raise UserError("--vllm_mode server with --vllm_sync adapter takes one training process.")
+        self.start = self.START.format(rank=engine_rank(largest_rank(generation.model)))
+        url = generation.server_base_url or f"http://{generation.server_host}:{generation.server_port}"
+        try:
+            super().__init__(base_url=url, connection_timeout=generation.server_timeout)
+        except ConnectionError as error:
+            raise UserError(f"{error} For a LoRA run: {self.start}") from None
+        lora = self.get_server_info().get("lora_config")
+        if not lora:
+            raise UserError(f"the vLLM server at {url} has no LoRA: start it as {self.start}")
+        generation.lora_dtype = getattr(torch, str(lora["lora_dtype"]).removeprefix("torch."))
+        self.base = self.model
+
+    def exchange(self, name: str, number: int, folder: Path) -> None:
+        """Load an adapter under a new name, ask for it from now on, and drop the one before."""
+        before, loading = self.model, {"lora_name": name, "lora_path": str(folder)}
+        answer = self.session.post(f"{self.base_url}/v1/load_lora_adapter", json=loading)
+        if answer.status_code != 200:
+            reason = " ".join(answer.text.split())[:200]
+            raise UserError(f"the vLLM server did not take the adapter ({reason}): start it as {self.start}")
+        self.model = name
+        if before != self.base:
+            self.session.post(f"{self.base_url}/v1/unload_lora_adapter", json={"lora_name": before})
+        self.reset_prefix_cache()
+
+
+def compute_dtype(generation: VLLMGeneration) -> str:
+    """The precision that the trainer computes in, so that the engine rounds as the trainer does."""
+    precision = generation.accelerator.mixed_precision
+    if precision in ("bf16", "fp16"):
+        return {"bf16": "bfloat16", "fp16": "float16"}[precision]
+    frozen_or_all = next(generation.model.parameters()).dtype
+    return str(frozen_or_all).removeprefix("torch.")
+
+
+@contextlib.contextmanager
+def _base_folder(generation: VLLMGeneration) -> Iterator[str]:
+    """The folder (or hub id) of the trainer's base; a base that is on no disk is written out for the while.
+
+    A model whose `name_or_path` is empty is none that can be loaded: `--start-from` merges a LoRA into it.
+    """
+    model = generation.model
+    if model.name_or_path:
+        yield model.name_or_path
+        return
+    with tempfile.TemporaryDirectory(prefix="mua_rl-base-") as folder:
+        plain = getattr(model, "get_base_model", lambda: model)()
+        weights = {
+            name.replace(".base_layer", ""): weight
+            for name, weight in plain.state_dict().items()
+            if ".lora_" not in name
+        }
+        plain.save_pretrained(folder, state_dict=weights)
+        generation.processing_class.save_pretrained(folder)
+        yield folder
+
+
+@contextlib.contextmanager
+def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    """Within the block, `module.name` is `value`: TRL makes its engine by name and takes none that is made already.
+
+    Raises:
+        AttributeError: The module has no such name any more (TRL has moved the seam).
+    """
+    with mock.patch.object(module, name, value):
+        yield
+
+
+@contextlib.contextmanager
+def _failures(when: str) -> Iterator[None]:
+    try:
+        yield
+    except (UserError, EngineFailed, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise EngineFailed(f"the vLLM engine failed {when} ({reason})") from error
