@@ -22,7 +22,7 @@ from mua_rl.adapter import Adapter, fingerprint
 from mua_rl.arguments import AdapterArguments, Base, parse_arguments, resolve_learning_rate
 from mua_rl.errors import UserError, exit_on_user_error
 from mua_rl.policy import LearningRate
-from mua_rl.ppo_arguments import DEFAULT_RANK, PPOArguments, limit_threads
+from mua_rl.ppo_arguments import PPOAdapterArguments, PPOArguments, limit_threads
 from mua_rl.ppo_base import SHIPPED, BasePolicy, read_base_policy, shipped_policy
 from mua_rl.ppo_checkpoint import Checkpoints, load_checkpoint
 from mua_rl.ppo_envs import build_envs, evaluation_envs, with_statistics
@@ -72,8 +72,6 @@ def set_up(arguments: PPOArguments, adapter_arguments: AdapterArguments) -> Setu
     Raises:
         UserError: Something that was given cannot be used.
     """
-    if adapter_arguments.rank is None and adapter_arguments.start_from is None:
-        adapter_arguments.rank = DEFAULT_RANK
     adapter: Adapter = adapter_arguments.adapter("hidden")
     pretrained, name, record = find_base(arguments, adapter_arguments.start_from)
     envs = training_envs(arguments, pretrained)
@@ -324,7 +322,7 @@ def parse(argv: list[str] | None = None) -> tuple[PPOArguments, AdapterArguments
     Raises:
         UserError: As `parse_arguments`; or a run that cannot be resumed.
     """
-    (arguments, adapter_arguments), given = parse_arguments((PPOArguments, AdapterArguments), argv)
+    (arguments, adapter_arguments), given = parse_arguments((PPOArguments, PPOAdapterArguments), argv)
     if adapter_arguments.resume:
         if len(given) > 1:
             raise UserError(
@@ -335,7 +333,7 @@ def parse(argv: list[str] | None = None) -> tuple[PPOArguments, AdapterArguments
             raise UserError(f"the run {run.path} has ended: go on from its policy with --start_from {run.path}.")
         resume = adapter_arguments.resume
         (arguments, adapter_arguments), given = parse_arguments(
-            (PPOArguments, AdapterArguments), ["--config", str(run.path / CONFIG)]
+            (PPOArguments, PPOAdapterArguments), ["--config", str(run.path / CONFIG)]
         )
         adapter_arguments.resume = resume
     if arguments.learning_rate is not None:

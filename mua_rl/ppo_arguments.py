@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from stable_baselines3.common.utils import LinearSchedule
 
+from mua_rl.arguments import AdapterArguments
 from mua_rl.errors import UserError
 from mua_rl.ppo_envs import import_from
 
 DEFAULT_ENV = "mua_rl/CartPole-LongPole-v0"
-DEFAULT_RANK = "8"
 FINETUNING: dict[str, Any] = {"target_kl": 0.03}
 """Defaults that differ from SB3's: an update stops at this KL (SB3: never), and the LR decays (SB3: constant)."""
 INHERIT = "Default: what the base policy was trained with, else SB3's."
@@ -117,6 +117,27 @@ class PPOArguments:
     def schedule(self, peak: float) -> float | LinearSchedule:
         """What SB3 takes as `learning_rate`."""
         return linear_decay(peak) if self.lr_schedule == "linear" else peak
+
+
+@dataclass
+class PPOAdapterArguments(AdapterArguments):
+    """What is trained, and at which learning rate, with the defaults of a control policy."""
+
+    rank: str | None = field(
+        default=None,
+        metadata={"help": "LoRA rank; 0 or full: full finetuning. Default: 8, with --start_from full."},
+    )
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Layers that carry LoRA: hidden (all but the heads and those that read the observation; default), "
+            "all-linear, a regular expression, or a list of names."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.rank is None and self.start_from is None:
+            self.rank = "8"
 
 
 def linear_decay(peak: float) -> LinearSchedule:

@@ -22,7 +22,7 @@ from mua_rl.ppo_arguments import DEFAULT_ENV, PPOArguments  # noqa: E402
 from mua_rl.ppo_envs import FiniteGuard, build_envs  # noqa: E402
 from mua_rl.record import LRRecord  # noqa: E402
 
-QUICK = ["--total_timesteps", "4096", "--eval_episodes", "8", "--tensorboard_log", "none", "--progress_bar", "false"]
+QUICK = ["--total_timesteps", "2048", "--eval_episodes", "4", "--tensorboard_log", "none", "--progress_bar", "false"]
 
 
 class Poisoned(gymnasium.Env):
@@ -73,8 +73,8 @@ def test_a_run_leaves_what_it_promises_and_its_record_gives_full_finetuning_the_
     present = {path.name for path in folder.iterdir()}
     assert {"policy.zip", "adapter", "curve.png", "lr_record.json", "result.json", "metrics.jsonl"} <= present
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert {line["step"] for line in lines} == {0, 1024, 2048, 3072, 4096}
-    assert lines[2]["lr/lora_A"] == lines[2]["lr/head"] == pytest.approx(0.004 * (1 - 0.9 / 4))
+    assert {line["step"] for line in lines} == {0, 1024, 2048}
+    assert lines[2]["lr/lora_A"] == lines[2]["lr/head"] == pytest.approx(0.004 * (1 - 0.9 / 2))
     record = LRRecord.load(folder)
     assert (record.learning_rate, record.rank, record.algorithm, record.widths) == (0.004, 4, "ppo", [128])
     assert record.other_learning_rates == {"head": 0.004}
@@ -99,7 +99,7 @@ def test_the_default_command_needs_no_flag(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments, adapter_arguments, given = parse([])
     assert arguments.env_id == DEFAULT_ENV and given == {}
-    arguments.total_timesteps, arguments.eval_episodes = 1024, 8
+    arguments.total_timesteps, arguments.eval_episodes = 1024, 4
     folder = train(arguments, adapter_arguments, given).path
     assert folder.parent.name == "runs" and "/" not in folder.name
 
@@ -184,7 +184,20 @@ def test_a_non_finite_last_observation_of_an_episode_is_seen_too():
 
 
 def test_a_non_finite_value_in_training_keeps_the_last_checkpoint(tmp_path):
-    flags = ["--env_id", "Poisoned-v0", "--base", "none", "--lr", "0.001", "--n_envs", "4", "--n_steps", "64"]
+    flags = [
+        "--env_id",
+        "Poisoned-v0",
+        "--total_timesteps",
+        "4096",
+        "--base",
+        "none",
+        "--lr",
+        "0.001",
+        "--n_envs",
+        "4",
+        "--n_steps",
+        "64",
+    ]
     with pytest.raises(UserError, match="step 310 of this run"):
         run(*flags, "--checkpoint_steps", "512", "--output_dir", str(tmp_path / "r"))
     assert (tmp_path / "r" / "checkpoint-1024" / "policy.zip").exists()
