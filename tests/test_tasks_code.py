@@ -134,7 +134,7 @@ def test_bad_code_rows_are_reported_with_their_line(tmp_path, caplog):
     for line, reason in [
         (2, "own solution does not pass (wrong"),
         (3, "'test_list' is empty"),
-        (4, "tests never use the program"),
+        (4, "its tests"),
         (5, "cannot be run"),
         (6, "own solution does not pass (timeout"),
     ]:
