@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+if __name__ == "__main__" and find_spec("stable_baselines3") is None:
+    print("mua_rl: error: PPO needs stable-baselines3 and gymnasium: pip install 'mua-rl[control]'.", file=sys.stderr)
+    sys.exit(2)
+
 from rich.console import Console
 from rich.table import Table
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, MultiInputActorCriticPolicy
