@@ -1,6 +1,7 @@
 """Does one learning rate serve LoRA at any rank and full finetuning (FFT) on shifted control tasks? (issue 3)
 
-    python scripts/compare_ppo.py --workers 16                    # everything, resumable: run it again to go on
+    python scripts/compare_ppo.py --workers 16                    # three tasks; run it again to go on
+    python scripts/compare_ppo.py --tasks acrobot hopper --stages base tune table
     python scripts/compare_ppo.py --summary                       # the tables of what is there
     python scripts/compare_ppo.py --write-records mua_rl/assets/records
 
@@ -62,7 +63,10 @@ TASKS = {
     "cartpole": Task("mua_rl/CartPole-LongPole-v0", "CartPole", 25_600, half_octaves(-10.5, -6.5), 8),
     "pendulum": Task("mua_rl/Pendulum-HighGravity-v0", "Pendulum", 40_960, half_octaves(-12, -8), 8),
     "halfcheetah": Task("mua_rl/HalfCheetah-HighGravity-v0", "HalfCheetah", 102_400, half_octaves(-13, -9.5), 4),
+    "acrobot": Task("mua_rl/Acrobot-WeakMotor-v0", "Acrobot", 40_960, half_octaves(-11.5, -7.5), 4),
+    "hopper": Task("mua_rl/Hopper-Heavy-v0", "Hopper", 102_400, half_octaves(-13, -9.5), 4),
 }
+DEFAULT_TASKS = ["cartpole", "pendulum", "halfcheetah"]
 
 
 @dataclass(frozen=True)
@@ -273,6 +277,8 @@ def summary(results: list[Result]) -> str:
     lines = ["| task (env steps) | base policy | " + " | ".join(TABLE) + " | from scratch, 10 × the steps |"]
     lines.append("|" + "---|" * (len(TABLE) + 3))
     for name, task in TASKS.items():
+        if all(result.task != name for result in results):
+            continue
         chosen = tuned(results, name)
         cells = [f"{task.env_id} ({task.steps:,})", cell(results, name, "base", "base")]
         cells += [cell(results, name, "table", str(rank or "full")) for rank in TABLE.values()]
@@ -330,7 +336,7 @@ def write_records(results: list[Result], names: list[str], folder: Path) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=DEFAULT_TASKS)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=Path("runs/compare_ppo.csv"))
     parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds after which to stop")
