@@ -31,7 +31,7 @@ from mua_rl.grpo_trainer import Diverged, GRPOTrainer, ProgressBar, RunCallback
 from mua_rl.heldout import HeldOutResult, held_out, is_conversational
 from mua_rl.policy import LearningRate
 from mua_rl.record import LRRecord, package_versions
-from mua_rl.rollouts import EngineFailed, generation_class
+from mua_rl.rollouts import EngineFailed, generation_class, plan_engine
 from mua_rl.rules import Configuration
 from mua_rl.run import ADAPTER_FOLDER, CURVE, MODEL_FOLDER, RunFolder
 
@@ -130,6 +130,10 @@ def prepare(arguments: GRPOArguments, adapter_arguments: AdapterArguments) -> Se
         arguments.max_completion_length = task.max_completion_length
     if arguments.reward_weights is None and task.reward_weights is not None:
         arguments.reward_weights = list(task.reward_weights)
+    if arguments.use_vllm:
+        shares = plan_engine(arguments, policy, adapter.rank, _longest_prompt(tokenizer, rows[0]))
+        if shares is not None:
+            print(f"mua_rl: GPU memory as planned: {shares}")
     return Setup(task, adapter, tokenizer, base, policy, configuration, widths, rate, *rows)
 
 
@@ -264,6 +268,17 @@ def _rows(task: Task, conversational: bool, held_out_problems: int | None) -> tu
             raise UserError(f"--held_out_problems takes a positive number, not {held_out_problems}.")
         held_out_rows = held_out_rows.select(range(min(held_out_problems, len(held_out_rows))))
     return train_rows, held_out_rows
+
+
+def _longest_prompt(tokenizer: PreTrainedTokenizerBase, rows: Dataset, most: int = 20_000) -> int | None:
+    """Tokens of the longest prompt, or `None` where there are more rows than `most`."""
+    if len(rows) > most:
+        return None
+    prompts = list(rows["prompt"])
+    if isinstance(prompts[0], str):
+        return max(map(len, tokenizer(prompts)["input_ids"]))  # type: ignore[arg-type]
+    tokens = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)
+    return max(map(len, tokens["input_ids"]))  # type: ignore[arg-type,call-overload]
 
 
 def _open_run(

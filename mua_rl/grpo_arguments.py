@@ -64,6 +64,9 @@ class GRPOArguments(GRPOConfig):
             "choices": ["adapter", "merged"],
         },
     )
+    vllm_gpu_memory_utilization: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Share of the GPU for a colocated engine. Default: planned from the sizes."}
+    )
     report_to: None | str | list[str] = field(  # noqa: RUF036  # the order in which the parser takes a list
         default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, none, or several."}
     )

@@ -16,11 +16,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import nn
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
 from mua_rl.errors import UserError
+from mua_rl.gpu_memory import Plan, PolicySize, plan
 from mua_rl.vllm_lora import (
     AdapterFolders,
     adapter_llm,
@@ -32,6 +34,12 @@ from mua_rl.vllm_lora import (
 )
 
 ADAPTER, MERGED = "adapter", "merged"
+
+_TRL_UTILIZATION = 0.3
+_SPARE_TOKENS = 32  # for a chat template's options, which the measuring of prompts does not know
+
+_TEXT_OPTIONS = {"stop", "include_stop_str_in_output", "bad_words"}
+"""Sampling options for which the engine needs the text."""
 
 
 class EngineFailed(RuntimeError):
@@ -48,6 +56,50 @@ def generation_class(rank: int | None, sync: str) -> type[VLLMGeneration]:
     if sync == MERGED:
         return MergedRollouts
     return FullRollouts if rank is None else AdapterRollouts
+
+
+def plan_engine(arguments: Any, policy: nn.Module, rank: int | None, prompt_tokens: int | None) -> Plan | None:
+    """Fill in what the arguments leave open about the engine, and refuse what cannot work, before anything is written.
+
+    Args:
+        arguments: `GRPOArguments`; `vllm_max_model_length` and `vllm_gpu_memory_utilization` are set where they are
+            `None`.
+        policy: The model with its adapter attached.
+        rank: `Adapter.rank`.
+        prompt_tokens: Of the longest prompt, or `None` where that is not known.
+
+    Returns:
+        The shares of the GPU; `None` where the user has set the engine's, or there is no GPU to share.
+
+    Raises:
+        UserError: vLLM has no such LoRA, or the GPU is too small.
+    """
+    if rank is not None and arguments.vllm_sync == ADAPTER:
+        engine_rank(rank)
+        check_layers(policy)
+    longest = int(policy.config.get_text_config().max_position_embeddings)  # type: ignore[operator,union-attr]
+    length = longest if prompt_tokens is None else min(longest, prompt_tokens + arguments.max_completion_length)
+    if arguments.vllm_max_model_length is None and prompt_tokens is not None:
+        arguments.vllm_max_model_length = min(longest, length + _SPARE_TOKENS)
+    shared = arguments.vllm_mode == "colocate" and torch.cuda.is_available()
+    if arguments.vllm_gpu_memory_utilization is not None or not shared:
+        arguments.vllm_gpu_memory_utilization = arguments.vllm_gpu_memory_utilization or _TRL_UTILIZATION
+        return None
+    free, total = torch.cuda.mem_get_info()
+    made = plan(
+        PolicySize.of(policy),
+        total=total,
+        free=free,
+        micro_batch=arguments.per_device_train_batch_size,
+        sequences=arguments.per_device_train_batch_size * arguments.steps_per_generation,
+        length=length,
+        longest=arguments.vllm_max_model_length or longest,
+        compute_bytes=2 if arguments.bf16 or arguments.fp16 else 4,
+        checkpointing=arguments.gradient_checkpointing,
+        sleeps=arguments.vllm_enable_sleep_mode,
+    )
+    arguments.vllm_gpu_memory_utilization = made.utilization
+    return made
 
 
 class _Rollouts(VLLMGeneration):
@@ -85,6 +137,10 @@ class _Rollouts(VLLMGeneration):
         return LLM(**options)
 
     def _init_vllm(self) -> None:
+        if self.mode == "colocate" and not _TEXT_OPTIONS & self.generation_kwargs.keys():
+            # TRL decodes the token ids itself; the engine's text, made token by token, is thrown away.
+            self.generation_kwargs = {"detokenize": False, **self.generation_kwargs}
+
         def make(**options: Any) -> Any:
             with _base_folder(self) as folder:
                 return self._make_llm(**{**options, "model": folder, **self._engine_options()})
