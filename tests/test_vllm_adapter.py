@@ -1,0 +1,197 @@
+"""What a vLLM engine is given of a LoRA, and the seams of TRL that carry it; no engine is needed here."""
+
+import inspect
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import trl
+from safetensors.torch import load_file
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer import grpo_trainer as trl_grpo_trainer
+
+from mua_rl import models, rollouts, vllm_lora
+from mua_rl.adapter import LoRA, lora_layers, lora_matrices
+from mua_rl.errors import UserError
+from mua_rl.rollout_correction import CorrectedGRPOTrainer, Mismatch, importance_ratio
+from mua_rl.rules import AlphaRule
+from mua_rl.vllm_lora import AdapterFolders, engine_rank, export_tensors
+
+
+@pytest.fixture
+def policy():
+    """The embedded model with LoRA of rank 5 and a multiplier of 0.7, A and B away from zero."""
+    model = LoRA(5, alpha=AlphaRule.parse("0.7")).attach(models.load_model("embedded"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            for matrix in lora_matrices(layer):
+                matrix.copy_(torch.randn(matrix.shape, generator=generator) / 10)
+    return model
+
+
+@pytest.mark.parametrize(("rank", "offered"), [(1, 1), (2, 8), (8, 8), (9, 16), (65, 128), (257, 320), (512, 512)])
+def test_the_engine_is_sized_to_the_smallest_rank_that_vllm_offers(rank, offered):
+    assert engine_rank(rank) == offered
+
+
+def test_a_rank_beyond_vllms_is_refused_with_the_way_out():
+    with pytest.raises(UserError, match="--vllm_sync merged"):
+        engine_rank(513)
+
+
+def test_what_is_exported_times_one_is_the_policys_own_weight_change(policy):
+    exported = export_tensors(policy, torch.float32)
+    for name, layer in lora_layers(policy):
+        a, b = exported[f"{name}.lora_A.weight"], exported[f"{name}.lora_B.weight"]
+        torch.testing.assert_close(b @ a, layer.get_delta_weight("default"), rtol=1e-5, atol=1e-7)
+    assert len(exported) == 2 * len(list(lora_layers(policy)))
+
+
+def test_export_rounds_once_and_leaves_the_masters_as_they_were(policy):
+    before = {name: [m.clone() for m in lora_matrices(layer)] for name, layer in lora_layers(policy)}
+    exported = export_tensors(policy, torch.bfloat16)
+    for name, layer in lora_layers(policy):
+        a, b = lora_matrices(layer)
+        assert torch.equal(exported[f"{name}.lora_B.weight"], (b * 0.7).to(torch.bfloat16))
+        assert torch.equal(exported[f"{name}.lora_A.weight"], a.to(torch.bfloat16))
+        assert all(torch.equal(x, y) for x, y in zip(before[name], (a, b), strict=True))
+        assert a.dtype == b.dtype == torch.float32
+
+
+def test_a_published_version_is_a_whole_adapter_whose_own_multiplier_is_one(policy, tmp_path):
+    folders = AdapterFolders(tmp_path)
+    folder = folders.publish("v1", export_tensors(policy, torch.float32))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["lora_alpha"] / config["r"] == 1
+    assert config["target_modules"] == ["down_proj", "gate_proj", "up_proj"]
+    assert load_file(folder / "adapter_model.safetensors").keys() == export_tensors(policy, torch.float32).keys()
+    assert [path.name for path in folders.root.iterdir()] == ["v1"]
+    folders.drop(folder)
+    assert list(folders.root.iterdir()) == []
+    folders.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_of_killed_runs_go_and_those_of_living_ones_stay(tmp_path):
+    dead, living = tmp_path / "mua_rl-adapter-999999999-x", tmp_path / f"mua_rl-adapter-{os.getppid()}-x"
+    dead.mkdir()
+    living.mkdir()
+    folders = AdapterFolders(tmp_path)
+    assert not dead.exists()
+    assert living.exists()
+    folders.close()
+
+
+def test_layers_that_vllm_has_no_lora_for_are_refused():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3))
+    wrapped = LoRA(2, target_modules=["0"]).attach(model)
+    with pytest.raises(UserError, match="no LoRA for the layer"):
+        vllm_lora.check_layers(wrapped)
+
+
+def test_a_model_that_is_on_no_disk_is_written_out_without_its_adapter(policy, tmp_path):
+    class Generation:
+        model = policy
+        processing_class = models.load_tokenizer("embedded")
+
+    policy.get_base_model().name_or_path = ""
+    with rollouts._base_folder(Generation()) as folder:
+        written = models.load_model(folder)
+        assert models.load_tokenizer(folder).vocab_size == Generation.processing_class.vocab_size
+    assert not Path(folder).exists()
+    base = models.load_model("embedded").state_dict()
+    assert all(torch.equal(weight, base[name]) for name, weight in written.state_dict().items())
+
+
+def test_the_mismatch_is_zero_for_one_policy_and_kl_for_two():
+    logps, mask = torch.log(torch.tensor([[0.5, 0.25, 0.1]])), torch.tensor([[1, 1, 0]])
+    assert Mismatch.of(logps, logps, mask) == Mismatch(0.0, 0.0, 0.0)
+    engine = torch.log(torch.tensor([[0.4, 0.2, float("nan")]]))
+    found = Mismatch.of(logps, engine, torch.ones(1, 3))
+    d = torch.log(torch.tensor([1.25])).item()
+    assert found.logp_difference == pytest.approx(d)
+    assert found.largest == pytest.approx(d)
+    assert found.kl == pytest.approx(1.25 - 1 - d, abs=1e-6)
+
+
+def test_the_kl_estimate_is_unbiased():
+    torch.manual_seed(0)
+    engine, trainer = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.4, 0.4, 0.2])
+    tokens = torch.multinomial(engine, 200_000, replacement=True)
+    found = Mismatch.of(trainer.log()[tokens], engine.log()[tokens], torch.ones(len(tokens)))
+    assert found.kl == pytest.approx((engine * (engine / trainer).log()).sum().item(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("token_truncate", [[2.0, 0.5, 1.0], [1.0, 1.0, 1.0]]),
+        ("token_mask", [[0.0, 0.5, 1.0], [1.0, 1.0, 1.0]]),
+        ("sequence_truncate", [[2.0], [1.0]]),
+        ("sequence_mask", [[2.0], [1.0]]),
+    ],
+)
+def test_the_ratio_is_cut_or_masked_by_token_or_by_sequence(mode, expected):
+    engine = torch.zeros(2, 3)
+    trainer = torch.log(torch.tensor([[4.0, 0.5, 8.0], [1.0, 1.0, 5.0]]))
+    engine[1, 0] = float("nan")
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
+    torch.testing.assert_close(importance_ratio(trainer, engine, mask, mode, None, 2.0), torch.tensor(expected))
+
+
+def test_the_bounds_of_the_ratio_mask_on_either_side():
+    trainer, zeros, ones = torch.log(torch.tensor([[0.1], [1.0], [9.0]])), torch.zeros(3, 1), torch.ones(3, 1)
+    ratio = importance_ratio(trainer, zeros, ones, "sequence_mask", 0.5, 3.0)
+    torch.testing.assert_close(ratio, torch.tensor([[0.0], [1.0], [0.0]]))
+
+
+# --- Seams of TRL. A failure names the seam that an upgrade has moved. ---
+
+
+@pytest.mark.parametrize(
+    "seam",
+    ["_init_vllm", "sync_weights", "generate", "_iter_named_params"],
+)
+def test_seam_of_vllm_generation(seam):
+    assert callable(getattr(VLLMGeneration, seam, None)), f"TRL's VLLMGeneration has no {seam} any more"
+
+
+def test_seam_trl_makes_its_generation_by_name_when_it_is_made():
+    source = inspect.getsource(trl.GRPOTrainer.__init__)
+    assert "self.vllm_generation = VLLMGeneration(" in source, "GRPOTrainer makes its engine in another way"
+    assert trl_grpo_trainer.VLLMGeneration is VLLMGeneration
+
+
+def test_seam_trl_makes_the_engine_by_name_and_gives_it_keywords_that_we_replace():
+    source = inspect.getsource(VLLMGeneration._init_vllm)
+    assert "self.llm = LLM(" in source, "VLLMGeneration makes its engine in another way"
+    assert "model=model.name_or_path" in source, "VLLMGeneration takes the engine's weights from elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("method", "needs"),
+    [
+        ("_generate_and_score_completions", ['output["sampling_per_token_logps"]', 'output["old_per_token_logps"]']),
+        ("_compute_loss", ['inputs["importance_sampling_ratio"]', "self._get_per_token_logps_and_entropies("]),
+        ("_generate_single_turn", ["self.vllm_generation.sync_weights()", "self.vllm_generation.generate("]),
+    ],
+)
+def test_seam_of_the_correction(method, needs):
+    source = inspect.getsource(getattr(trl.GRPOTrainer, method))
+    for need in needs:
+        assert need in source, f"GRPOTrainer.{method} no longer has {need}: see mua_rl.rollout_correction"
+
+
+def test_seam_the_loss_reads_the_ratio_after_its_forward_pass():
+    source = inspect.getsource(trl.GRPOTrainer._compute_loss)
+    assert source.index("self._get_per_token_logps_and_entropies(") < source.index('"importance_sampling_ratio"')
+
+
+def test_the_overrides_are_of_methods_that_exist():
+    own = [name for name, value in vars(CorrectedGRPOTrainer).items() if inspect.isfunction(value)]
+    overridden = {"_generate_and_score_completions", "_compute_loss", "_get_per_token_logps_and_entropies"}
+    assert overridden <= set(own)
+    assert all(hasattr(trl.GRPOTrainer, name) for name in overridden)
