@@ -28,6 +28,11 @@ _FIRST_HOST_ID: Final = 1_879_048_192
 
 libc = ctypes.CDLL(None, use_errno=True)
 
+# Made here, in the zygote, since every child would have to make them anew.
+_CAPABILITY_HEADER = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
+_NO_CAPABILITIES = (ctypes.c_uint32 * 6)()
+libc.capset, libc.prctl, libc.unshare, libc.setns  # noqa: B018  (looked up on first use)
+
 
 class Unavailable(Exception):
     """A protection cannot be had here; the message names it and what would help."""
@@ -222,8 +227,7 @@ def drop_privileges(second_id: bool) -> None:
     if second_id:
         os.setresgid(1, 1, 1)
         os.setresuid(1, 1, 1)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
-    _call("capset", header, (ctypes.c_uint32 * 6)())
+    _call("capset", _CAPABILITY_HEADER, _NO_CAPABILITIES)
 
 
 def set_limits(memory_bytes: int, threads: int | None) -> None:
@@ -250,7 +254,7 @@ def limit_cpu_time(seconds: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 
 
-def forbid_system_calls(program: bytes) -> None:
+def forbid_system_calls(program: seccomp.Program) -> None:
     """no_new_privs and the seccomp filter: the last step, nothing more can be set up after it."""
     _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     seccomp.load_filter(libc, program)

@@ -70,13 +70,19 @@ _ARCHITECTURES: Final = {
 }
 
 
+class Program(ctypes.Structure):
+    """`struct sock_fprog`."""
+
+    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
+
+
 def supported() -> bool:
     """Whether this machine's system-call numbers are known here."""
     return platform.machine() in _ARCHITECTURES
 
 
-def build_filter() -> bytes:
-    """The BPF program for this machine, as an array of `struct sock_filter`."""
+def build_filter() -> Program:
+    """The BPF program for this machine."""
     arch, allowed, checked = _ARCHITECTURES[platform.machine()]
     program = [
         _instruction(_LOAD, _ARCH_OFFSET),
@@ -90,7 +96,7 @@ def build_filter() -> bytes:
         body = _argument_check(name)
         program += [_instruction(_JUMP_EQ, number, 0, len(body)), *body]
     program.append(_deny(errno.EPERM))
-    return b"".join(program)
+    return Program(len(program), b"".join(program))
 
 
 def _argument_check(name: str) -> list[bytes]:
@@ -144,16 +150,11 @@ def _instruction(code: int, k: int, if_true: int = 0, if_false: int = 0) -> byte
     return struct.pack("=HBBI", code, if_true, if_false, k)
 
 
-class _Program(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
-
-
-def load_filter(libc: ctypes.CDLL, program: bytes) -> None:
+def load_filter(libc: ctypes.CDLL, program: Program) -> None:
     """Confine this thread, and all it starts, to `program`, for good. Needs no_new_privs.
 
     Raises:
         OSError: The kernel refused.
     """
-    argument = _Program(len(program) // 8, program)
-    if libc.prctl(22, 2, ctypes.byref(argument), 0, 0):  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    if libc.prctl(22, 2, ctypes.byref(program), 0, 0):  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_SECCOMP)")

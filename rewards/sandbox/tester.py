@@ -85,10 +85,10 @@ def _leaves_no_trace(texts: tuple[str, ...]) -> bool:
     """
     for text in texts:
         try:
-            nodes = list(ast.walk(ast.parse(text)))
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            tree = _parse(text)
+        except _RowFault:
             return False
-        for node in nodes:
+        for node in ast.walk(tree):
             if isinstance(node, (ast.Attribute, ast.Subscript)) and not isinstance(node.ctx, ast.Load):
                 owner = node.value
                 if not isinstance(owner, ast.Name) or (isinstance(node, ast.Attribute) and owner.id != "self"):
@@ -185,7 +185,7 @@ def _prepare(job: dict[str, Any], channel: wire.Channel, report: _Report) -> Ite
     namespace: dict[str, Any] = {"__name__": "tests", "__builtins__": builtins}
     unittest.main = lambda *args, **kwargs: None  # type: ignore[assignment]  # we run the test cases ourselves
     if job["prelude"]:
-        _execute(_parse(job["prelude"], "prelude"), namespace, "prelude")
+        _execute(_parse(job["prelude"]), namespace, "prelude")
     classes = {
         name: value
         for name, value in namespace.items()
@@ -194,10 +194,10 @@ def _prepare(job: dict[str, Any], channel: wire.Channel, report: _Report) -> Ite
     root = (job["entry_point"] or "").split("(")[0].split(".")[0].strip()
     classes.pop(root, None)
     if job["setup"]:
-        _execute(_parse(job["setup"], "setup"), namespace, "setup")
+        _execute(_parse(job["setup"]), namespace, "setup")
     remote = report.remote = Remote(channel, report.abort, classes)
     texts = job["tests"] if job["kind"] == "code" else []
-    trees = [_parse(text, "tests") for text in texts]
+    trees = [_parse(text) for text in texts]
     names = [name for name in _free_names(texts, namespace) if name != root]
     alternatives = [root, "Solution"] if job["kind"] == "calls" else [root]
     try:
@@ -219,18 +219,19 @@ def _prepare(job: dict[str, Any], channel: wire.Channel, report: _Report) -> Ite
     return _code_tests(job, trees, namespace)
 
 
-@functools.lru_cache(128)
-def _parse(text: str, part: str) -> ast.Module:
+@functools.lru_cache(128)  # the trees are read only
+def _parse(text: str) -> ast.Module:
     try:
-        tree = ast.parse(text, f"<{part}>")
-        compile(tree, f"<{part}>", "exec")  # finds what the parser lets through, such as a return outside a function
-        return tree
+        return ast.parse(text, "<tests>")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise _RowFault(f"the {part} do not compile: {type(error).__name__}: {error}") from error
+        raise _RowFault(f"the row's code does not compile: {type(error).__name__}: {error}") from error
 
 
 def _compile(nodes: list[ast.stmt]) -> types.CodeType:
-    return compile(ast.Module(nodes, []), "<tests>", "exec")
+    try:
+        return compile(ast.Module(nodes, []), "<tests>", "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise _RowFault(f"the row's code does not compile: {type(error).__name__}: {error}") from error
 
 
 def _execute(tree: ast.Module, namespace: dict[str, Any], part: str) -> None:
@@ -248,7 +249,10 @@ def _free_names(texts: list[str], namespace: dict[str, Any]) -> list[str]:
     used: set[str] = set()
     defined = {*namespace, *vars(builtins)}
     for text in texts:
-        top = symtable.symtable(text, "<tests>", "exec")
+        try:
+            top = symtable.symtable(text, "<tests>", "exec")
+        except SyntaxError as error:
+            raise _RowFault(f"the row's code does not compile: {error}") from error
         tables = [top]
         while tables:
             table = tables.pop()

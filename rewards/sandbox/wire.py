@@ -177,11 +177,15 @@ _DECODERS: dict[str, Callable[[Any, Any, int], Any]] = {
 }
 
 
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
 class Channel:
     """Length-prefixed JSON messages over a stream socket's file descriptor."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._received = b""
 
     def send(self, message: Any) -> None:
         """Send one message.
@@ -190,7 +194,7 @@ class Channel:
             TooLarge: It is longer than `MAX_MESSAGE_BYTES`.
             Closed: Nobody is there to read it.
         """
-        data = json.dumps(message, separators=(",", ":")).encode()
+        data = _to_json(message).encode()
         if len(data) > MAX_MESSAGE_BYTES:
             raise TooLarge("message too long")
         view = memoryview(len(data).to_bytes(4, "big") + data)
@@ -216,17 +220,19 @@ class Channel:
             raise WireError("not JSON") from error
 
     def _read(self, size: int) -> bytes:
-        chunks: list[bytes] = []
-        while size:
+        chunks, missing = [self._received], size - len(self._received)
+        while missing > 0:
             try:
-                chunk = os.read(self._fd, min(size, 1 << 20))
+                chunk = os.read(self._fd, max(missing, 1 << 16))
             except OSError as error:
                 raise Closed from error
             if not chunk:
                 raise Closed
             chunks.append(chunk)
-            size -= len(chunk)
-        return b"".join(chunks)
+            missing -= len(chunk)
+        data = b"".join(chunks)
+        self._received = data[size:]
+        return data[:size]
 
 
 def pack(value: Any, other: Callable[[Any], dict[str, Any]], classes: dict[str, type]) -> list[Any]:
@@ -298,9 +304,10 @@ def exception_arguments(error: BaseException) -> list[Any]:
     except Exception:
         return []
     if set(map(type, arguments)) <= _ATOMS | {int}:
-        return [a[:2000] if type(a) is str else encode(a, _refuse) for a in arguments[:8]]
+        return [a[:2000] if type(a) is str else encode(a, refuse) for a in arguments[:8]]
     return []
 
 
-def _refuse(value: Any) -> dict[str, Any]:
+def refuse(value: Any) -> dict[str, Any]:
+    """For `encode`, where only plain data may occur."""
     raise WireError("not plain")

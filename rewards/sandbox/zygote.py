@@ -56,6 +56,7 @@ def main() -> None:
         os._exit(1)
     os.dup2(1, 2)  # up to here the trainer has read what went to stderr; from now on it is /dev/null, like stdout
     control.send(json.dumps({"ready": os.getpid(), "reads_confined": config.get("reads_confined", True)}).encode())
+    candidate.rehearse()
     gc.collect()
     gc.freeze()  # children then write to fewer shared pages
     gc.disable()
@@ -215,9 +216,9 @@ def _run_child(role: bytes, fds: list[int], confine: Callable[[], None]) -> None
     for i, fd in enumerate(held):
         os.dup2(fd, _FIRST_FD + i)
     os.closerange(_SPARE_FD, 256)
+    gc.enable()  # what was there at the fork stays frozen
     confine()
     if role == b"T":
-        gc.enable()  # it may serve many rows
         tester.serve(_FIRST_FD)
         return
     with os.fdopen(_FIRST_FD, "rb") as file:
