@@ -43,7 +43,7 @@ _SPARE_FD = 48  # above all that a zygote has open, below RLIMIT_NOFILE
 
 
 def main() -> None:
-    """Run a zygote as the configuration in `sys.argv[1]` says; see `pool.Zygote` for its keys."""
+    """Run a zygote as the configuration in `sys.argv[1]` says; see `worker.Zygote` for its keys."""
     config: dict[str, Any] = json.loads(sys.argv[1])
     control = socket.socket(fileno=config["control"])
     os.environ.clear()
