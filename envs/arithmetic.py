@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset
 
 from mua_rl.envs.tasks import Task, register_task
+from mua_rl.rewards.completions import completion_text
 
 TRAIN_PROBLEMS = 8192
 HELD_OUT_PROBLEMS = 512
@@ -39,11 +40,6 @@ def solve(problem: Problem) -> int:
     """The right answer."""
     first, operator, second = problem
     return first + second if operator == "+" else first * second
-
-
-def completion_text(completion: str | list[dict[str, Any]]) -> str:
-    """The text of a plain completion, or of a conversational one's last message."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 def last_integer_is_right(completions: list, answer: list[int], **_: Any) -> list[float]:

@@ -116,7 +116,7 @@ def prepare(arguments: GRPOArguments, adapter_arguments: AdapterArguments) -> Se
         UserError: Something that was given cannot be used.
     """
     check(arguments)
-    task = get_task(arguments.task, arguments.bad_rows)
+    task = get_task(arguments.task, arguments.bad_rows, arguments.isolation)
     adapter = adapter_arguments.adapter("mlp")
     tokenizer = models.load_tokenizer(arguments.model)
     model, base = load_base(arguments, adapter_arguments.start_from)

@@ -28,6 +28,13 @@ class GRPOArguments(GRPOConfig):
         default="skip",
         metadata={"help": "Rows that cannot be scored: skip and report, or refuse.", "choices": ["skip", "refuse"]},
     )
+    isolation: str = field(
+        default="strong",
+        metadata={
+            "help": "Sandbox of the code tasks: strong, or the weaker process.",
+            "choices": ["strong", "process"],
+        },
+    )
     dtype: str = field(
         default="float32",
         metadata={"help": "Precision of the weights that LoRA leaves frozen.", "choices": ["float32", "bfloat16"]},

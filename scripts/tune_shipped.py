@@ -51,12 +51,8 @@ def main() -> None:
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--name", default="arithmetic-1m", help="of the record")
     parser.add_argument("--rank", default="32", help="the rank that is tuned")
-    parser.add_argument(
-        "--lora", type=float, nargs="+", default=[10, 10.5, 11, 11.5, 12, 12.5], help="k of 2^-k, at the tuned rank"
-    )
-    parser.add_argument(
-        "--full", type=float, nargs="*", default=[10.5, 11, 11.5, 12, 12.5], help="k of 2^-k, full finetuning"
-    )
+    parser.add_argument("--lora", type=float, nargs="+", default=[10, 11, 12], help="k of 2^-k, at the tuned rank")
+    parser.add_argument("--full", type=float, nargs="*", default=[10, 11, 12], help="k of 2^-k, full finetuning")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--parallel", type=int, default=1, help="runs side by side")
     parser.add_argument("--out", type=Path, default=Path("runs/tune-shipped"))

@@ -132,6 +132,7 @@ def test_every_grpo_config_field_is_a_flag():
         "task",
         "dtype",
         "bad_rows",
+        "isolation",
         "held_out_steps",
         "held_out_problems",
         "vllm_sync",
