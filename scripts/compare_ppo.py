@@ -1,7 +1,7 @@
 """Does one learning rate serve LoRA at any rank and full finetuning (FFT) on shifted control tasks? (issue 3)
 
     python scripts/compare_ppo.py --workers 16                    # three tasks; run it again to go on
-    python scripts/compare_ppo.py --tasks acrobot hopper --stages base tune table
+    python scripts/compare_ppo.py --tasks hopper --stages base tune table
     python scripts/compare_ppo.py --summary                       # the tables of what is there
     python scripts/compare_ppo.py --write-records mua_rl/assets/records
 
@@ -63,7 +63,6 @@ TASKS = {
     "cartpole": Task("mua_rl/CartPole-LongPole-v0", "CartPole", 25_600, half_octaves(-10.5, -6.5), 8),
     "pendulum": Task("mua_rl/Pendulum-HighGravity-v0", "Pendulum", 40_960, half_octaves(-12, -8), 8),
     "halfcheetah": Task("mua_rl/HalfCheetah-HighGravity-v0", "HalfCheetah", 102_400, half_octaves(-13, -9.5), 4),
-    "acrobot": Task("mua_rl/Acrobot-WeakMotor-v0", "Acrobot", 40_960, half_octaves(-11.5, -7.5), 4),
     "hopper": Task("mua_rl/Hopper-Heavy-v0", "Hopper", 102_400, half_octaves(-13, -9.5), 4),
 }
 DEFAULT_TASKS = ["cartpole", "pendulum", "halfcheetah"]
