@@ -15,6 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -22,6 +23,7 @@ import stable_baselines3
 import torch
 from rich.console import Console
 from rich.table import Table
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
 
@@ -30,8 +32,8 @@ from mua_rl.adapter import Full, LoRA
 from mua_rl.ppo_trainer import PPO
 
 
-def build(name: str, arguments: argparse.Namespace) -> stable_baselines3.PPO:
-    """One of the contestants, ready for its first rollout."""
+def build(name: str, arguments: argparse.Namespace) -> tuple[stable_baselines3.PPO, BaseCallback]:
+    """One of the contestants, ready for its first rollout, and the callback that rollouts need."""
     options = {
         "n_steps": arguments.n_steps,
         "batch_size": arguments.batch_size,
@@ -47,8 +49,7 @@ def build(name: str, arguments: argparse.Namespace) -> stable_baselines3.PPO:
         adapter = Full("hidden") if name == "FFT" else LoRA(arguments.rank, target_modules="hidden")
         model = PPO("MlpPolicy", envs, adapter=adapter, **options)
     model.set_logger(Logger(None, []))
-    _, model.bench_callback = model._setup_learn(10**9)
-    return model
+    return model, model._setup_learn(10**9)[1]
 
 
 def timed(piece: Callable[[], object]) -> float:
@@ -77,12 +78,8 @@ def main() -> None:
     update: dict[str, list[float]] = {name: [] for name in names}
     for round_number in range(arguments.rounds + 2):
         for name in names[round_number % 3 :] + names[: round_number % 3]:
-            model = models[name]
-            collect = timed(
-                lambda model=model: model.collect_rollouts(
-                    model.env, model.bench_callback, model.rollout_buffer, model.n_steps
-                )
-            )
+            model, callback = models[name]
+            collect = timed(partial(model.collect_rollouts, model.env, callback, model.rollout_buffer, model.n_steps))
             learn = timed(model.train)
             if round_number >= 2:  # the first two warm up
                 rollout[name].append(collect)

@@ -14,13 +14,14 @@ stable_baselines3 = pytest.importorskip("stable_baselines3")
 from stable_baselines3.common.env_util import make_vec_env  # noqa: E402
 from stable_baselines3.common.vec_env import VecNormalize  # noqa: E402
 
-from mua_rl.adapter import LoRA  # noqa: E402
+from mua_rl.adapter import LoRA, fingerprint  # noqa: E402
 from mua_rl.envs.control import FAMILIES  # noqa: E402
 from mua_rl.errors import UserError  # noqa: E402
 from mua_rl.ppo_base import SHIPPED, read_base_policy, shipped_policy  # noqa: E402
 from mua_rl.ppo_envs import build_envs, evaluation_envs, with_statistics  # noqa: E402
 from mua_rl.ppo_evaluation import Returns, evaluate  # noqa: E402
 from mua_rl.ppo_trainer import PPO  # noqa: E402
+from mua_rl.record import LRRecord  # noqa: E402
 
 
 class Images(gymnasium.Env):
@@ -156,6 +157,17 @@ def test_a_shipped_policy_serves_its_whole_family_and_takes_a_step(family):
     model.learn(16)
     plain = stable_baselines3.PPO.load(path)
     assert type(plain) is stable_baselines3.PPO
+
+
+@pytest.mark.parametrize("path", sorted((SHIPPED.parent / "records").glob("ppo-*.json")), ids=lambda path: path.stem)
+def test_a_shipped_record_belongs_to_the_shipped_policy_of_its_name(path):
+    record = LRRecord.load(path)
+    base = read_base_policy(
+        next(SHIPPED / f.name for f in FAMILIES if path.stem == f"ppo-{f.name.lower()}") / "policy.zip"
+    )
+    model = PPO.from_base(base, build_envs(record.task, 2, 0), device="cpu")
+    assert fingerprint(model.policy) == record.base_fingerprint
+    assert max(model.widths) == max(record.widths) and record.algorithm == "ppo"
 
 
 def test_the_shipped_cartpole_policy_solves_the_nominal_task_and_fails_on_the_long_pole():

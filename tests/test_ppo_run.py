@@ -102,6 +102,8 @@ def test_the_default_command_needs_no_flag(tmp_path, monkeypatch):
     arguments.total_timesteps, arguments.eval_episodes = 1024, 4
     folder = train(arguments, adapter_arguments, given).path
     assert folder.parent.name == "runs" and "/" not in folder.name
+    result = json.loads((folder / "result.json").read_text())
+    assert "the shipped record ppo-cartpole" in result["reason"] and "guess" not in result["reason"]
 
 
 def test_yaml_and_flags_say_the_same(tmp_path):
