@@ -10,6 +10,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from mua_rl.arguments import AdapterArguments
 from mua_rl.errors import UserError
 from mua_rl.ppo_envs import import_from
+from mua_rl.ppo_evaluation import TRAINING_SEEDS
 
 DEFAULT_ENV = "mua_rl/CartPole-LongPole-v0"
 FINETUNING: dict[str, Any] = {"target_kl": 0.03}
@@ -95,8 +96,8 @@ class PPOArguments:
     def __post_init__(self) -> None:
         for name in ("env_kwargs", "policy_kwargs", "rollout_buffer_kwargs"):
             setattr(self, name, _mapping(getattr(self, name), name))
-        if not 0 <= self.seed < 1_000_000:
-            raise UserError(f"--seed must lie between 0 and 999999, not at {self.seed}: evaluation has those above.")
+        if not 0 <= self.seed < TRAINING_SEEDS:
+            raise UserError(f"--seed must lie between 0 and {TRAINING_SEEDS - 1}, not at {self.seed}.")
         for name in ("total_timesteps", "eval_episodes", "frame_stack", "n_envs", "checkpoint_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -20,7 +20,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecNormalize
 
 from mua_rl.errors import UserError
-from mua_rl.ppo_evaluation import HELD_OUT_SEED
+from mua_rl.ppo_evaluation import TRAINING_SEEDS
 from mua_rl.ppo_trainer import PPO
 
 PREFIX = "checkpoint-"  # as `RunFolder.last_checkpoint` looks for them
@@ -114,7 +114,7 @@ def restart_episodes(model: PPO) -> None:
     """Start a new episode in every environment, from seeds that follow from the run's seed and step."""
     assert model.env is not None
     sequence = np.random.SeedSequence([model.seed or 0, model.num_timesteps])
-    model.env.seed(int(sequence.generate_state(1)[0]) % HELD_OUT_SEED)
+    model.env.seed(int(sequence.generate_state(1)[0]) % TRAINING_SEEDS)
     model._last_obs = model.env.reset()  # type: ignore[assignment]
     model._last_episode_starts = np.ones((model.env.num_envs,), dtype=bool)
     if (statistics := model.get_vec_normalize_env()) is not None:

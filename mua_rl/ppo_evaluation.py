@@ -8,7 +8,9 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv
 
 HELD_OUT_SEED = 1_000_000
-"""Evaluation environment i is seeded with this plus i; training takes seeds below it."""
+"""Evaluation environment i is seeded with this plus i."""
+TRAINING_SEEDS = 900_000
+"""Training environment i is seeded with a number below this plus i, so that the two never meet."""
 
 
 @dataclass(frozen=True)

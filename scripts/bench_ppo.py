@@ -79,6 +79,7 @@ def main() -> None:
     for round_number in range(arguments.rounds + 2):
         for name in names[round_number % 3 :] + names[: round_number % 3]:
             model, callback = models[name]
+            assert model.env is not None
             collect = timed(partial(model.collect_rollouts, model.env, callback, model.rollout_buffer, model.n_steps))
             learn = timed(model.train)
             if round_number >= 2:  # the first two warm up
