@@ -73,6 +73,7 @@ class Plan:
         engine: vLLM's weights and workspace.
         cache: vLLM's KV cache.
         total: Of the GPU.
+        roomy: Whether every sequence has its cache at once.
     """
 
     weights: int
@@ -81,6 +82,7 @@ class Plan:
     engine: int
     cache: int
     total: int
+    roomy: bool
 
     @property
     def utilization(self) -> float:
@@ -150,7 +152,7 @@ def plan(
     trainer = weights + optimizer + (0 if sleeps else activations)
     left = int(free * _SAFE) - trainer - engine
     cache = min(max(wanted, needed), left)
-    made = Plan(weights, optimizer, activations, engine, max(cache, needed), total)
+    made = Plan(weights, optimizer, activations, engine, max(cache, needed), total, roomy=cache >= wanted)
     if left < needed:
         short = (needed - left) / GIB
         raise UserError(

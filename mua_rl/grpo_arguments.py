@@ -48,8 +48,13 @@ class GRPOArguments(GRPOConfig):
     output_dir: str | None = field(default=None, metadata={"help": "Run folder. Default: a new one under runs/."})
     learning_rate: float | None = field(default=None, metadata={"help": "The same as --lr."})  # type: ignore[assignment]
     max_steps: int = field(default=300, metadata={"help": "Optimizer steps; -1: as many as num_train_epochs makes."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Completions per forward pass."})
-    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Forward passes per optimizer step."})
+    per_device_train_batch_size: int | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Completions per forward pass. Default: 64, beside a vLLM engine as many as have room."},
+    )
+    gradient_accumulation_steps: int | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Forward passes per optimizer step. Default: what makes 256 completions."}
+    )
     max_completion_length: int | None = field(default=None, metadata={"help": "In tokens. Default: the task's."})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the fraction of all steps."})
@@ -83,10 +88,30 @@ class GRPOArguments(GRPOConfig):
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        self.passes_are_open = self.per_device_train_batch_size is None and self.gradient_accumulation_steps is None
+        self.per_device_train_batch_size = self.per_device_train_batch_size or 64
+        self.gradient_accumulation_steps = self.gradient_accumulation_steps or 4
         self.requested_output_dir = self.output_dir  # the next line fills in a default
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
         super().__post_init__()
+
+    def wider_passes(self) -> list[tuple[int, int]]:
+        """Forward passes that make the same optimizer step: (completions of one, how many), the widest first.
+
+        Only the given one where the user has chosen, or where a step and a batch of completions are not the same.
+        """
+        assert self.per_device_train_batch_size and self.gradient_accumulation_steps
+        micro, passes = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        if not self.passes_are_open or self.steps_per_generation != passes:
+            return [(micro, passes)]
+        return [(micro * k, passes // k) for k in range(passes, 0, -1) if passes % k == 0]
+
+    def set_passes(self, completions: int, passes: int) -> None:
+        """Take one of `wider_passes`."""
+        if self.steps_per_generation == self.gradient_accumulation_steps:
+            self.steps_per_generation = passes
+        self.per_device_train_batch_size, self.gradient_accumulation_steps = completions, passes
 
 
 def parse(argv: list[str] | None = None) -> tuple[GRPOArguments, AdapterArguments, dict]:

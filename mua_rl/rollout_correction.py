@@ -124,6 +124,16 @@ class CorrectedGRPOTrainer(trl.GRPOTrainer):
         one_step = self.args.gradient_accumulation_steps % passes == 0
         return self.use_vllm and self.vllm_importance_sampling_correction and one_step
 
+    def _tokenize_prompts(self, prompts: list) -> tuple:
+        """As TRL's, but each prompt once: a group asks the same one many times."""
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        first = prompts[::group]
+        if len(prompts) % group == 0 and prompts == [prompt for prompt in first for _ in range(group)]:
+            prompt_ids, images, fields = super()._tokenize_prompts(first)
+            if images is None and not fields:
+                return [list(ids) for ids in prompt_ids for _ in range(group)], images, fields
+        return super()._tokenize_prompts(prompts)
+
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         if self.corrects_in_loss:
             with mock.patch.object(self, "vllm_importance_sampling_correction", False):

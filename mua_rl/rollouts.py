@@ -63,7 +63,7 @@ def plan_engine(arguments: Any, policy: nn.Module, rank: int | None, prompt_toke
 
     Args:
         arguments: `GRPOArguments`; `vllm_max_model_length` and `vllm_gpu_memory_utilization` are set where they are
-            `None`.
+            `None`, and the passes of a step where they are open.
         policy: The model with its adapter attached.
         rank: `Adapter.rank`.
         prompt_tokens: Of the longest prompt, or `None` where that is not known.
@@ -86,18 +86,30 @@ def plan_engine(arguments: Any, policy: nn.Module, rank: int | None, prompt_toke
         arguments.vllm_gpu_memory_utilization = arguments.vllm_gpu_memory_utilization or _TRL_UTILIZATION
         return None
     free, total = torch.cuda.mem_get_info()
-    made = plan(
-        PolicySize.of(policy),
-        total=total,
-        free=free,
-        micro_batch=arguments.per_device_train_batch_size,
-        sequences=arguments.per_device_train_batch_size * arguments.steps_per_generation,
-        length=length,
-        longest=arguments.vllm_max_model_length or longest,
-        compute_bytes=2 if arguments.bf16 or arguments.fp16 else 4,
-        checkpointing=arguments.gradient_checkpointing,
-        sleeps=arguments.vllm_enable_sleep_mode,
-    )
+    sequences = arguments.per_device_train_batch_size * arguments.steps_per_generation
+    *wider, given = arguments.wider_passes()
+
+    def shares(completions: int) -> Plan:
+        return plan(
+            PolicySize.of(policy),
+            total=total,
+            free=free,
+            micro_batch=completions,
+            sequences=sequences,
+            length=length,
+            longest=arguments.vllm_max_model_length or longest,
+            compute_bytes=2 if arguments.bf16 or arguments.fp16 else 4,
+            checkpointing=arguments.gradient_checkpointing,
+            sleeps=arguments.vllm_enable_sleep_mode,
+        )
+
+    made = shares(given[0])
+    for completions, passes in wider:  # one wide pass takes a small model's time of one narrow pass
+        with contextlib.suppress(UserError):
+            if (roomy := shares(completions)).roomy:
+                arguments.set_passes(completions, passes)
+                made = roomy
+                break
     arguments.vllm_gpu_memory_utilization = made.utilization
     return made
 

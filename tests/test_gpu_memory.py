@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from mua_rl import models
+from mua_rl import grpo, models
 from mua_rl.adapter import Full, LoRA
 from mua_rl.errors import UserError
 from mua_rl.gpu_memory import GIB, PolicySize, plan
+from mua_rl.rollouts import plan_engine
 
 # Llama-3.1-8B with LoRA of rank 32 on the MLP projections, base in bf16.
 LLAMA = PolicySize(16 * 10**9, 8 * 10**9, 57 * 10**6, 32, 4096, 14336, 1024, 128256)
@@ -56,3 +57,43 @@ def test_each_cure_makes_room(option):
 def test_one_longest_sequence_always_has_room():
     made = plan(LLAMA, total=80 * GIB, free=79 * GIB, **{**WORK, "sequences": 1, "longest": 8192})
     assert made.cache == 8192 * 2 * 32 * 1024 * 2
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """An empty GPU of a given size, as far as planning looks at it."""
+
+    def make(gib):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (gib * GIB, gib * GIB))
+
+    arguments, _, _ = grpo.parse(["--max_completion_length", "32", "--report_to", "none"])
+    return make, arguments
+
+
+def test_a_step_is_one_pass_where_the_gpu_has_room_and_the_same_step_either_way(gpu):
+    make, arguments = gpu
+    make(80)
+    before = arguments.generation_batch_size
+    shares = plan_engine(arguments, LoRA(8).attach(models.load_model("embedded")), 8, prompt_tokens=20)
+    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (256, 1)
+    assert arguments.per_device_train_batch_size * arguments.steps_per_generation == before == 256
+    assert arguments.vllm_gpu_memory_utilization == shares.utilization < 0.1
+    assert arguments.vllm_max_model_length == 20 + 32 + 32
+
+
+def test_passes_that_the_user_has_chosen_stay(gpu):
+    make, _ = gpu
+    arguments, _, _ = grpo.parse(
+        ["--per_device_train_batch_size", "8", "--max_completion_length", "32", "--report_to", "none"]
+    )
+    make(80)
+    plan_engine(arguments, LoRA(8).attach(models.load_model("embedded")), 8, prompt_tokens=20)
+    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (8, 4)
+
+
+def test_a_gpu_without_room_is_refused_before_anything_starts(gpu):
+    make, arguments = gpu
+    make(1)
+    with pytest.raises(UserError, match="do not fit on this GPU"):
+        plan_engine(arguments, LoRA(8).attach(models.load_model("embedded")), 8, prompt_tokens=20)
