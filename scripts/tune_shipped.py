@@ -5,8 +5,8 @@
         --name smollm2-arithmetic -- --use_vllm --max_steps 60        # SmolLM2, on a GPU
 
 Runs `python -m mua_rl.grpo` over learning rates 2^-k and seeds; a run that has ended is not repeated. The record's
-learning rate is the smallest whose mean held-out accuracy at the tuned rank lies within one standard error of the
-best: on a plateau the small end is the safe one. `--write` puts the record into the package.
+learning rate is the smallest whose mean held-out accuracy at the tuned rank lies within two standard errors of the
+best (so that the two cannot be told apart): on a plateau the small end is the safe one. `--write` puts the record into the package.
 """
 
 import argparse
@@ -76,8 +76,8 @@ def main() -> None:
         print(f"rank {rank:>4}  lr 2^-{k:<4g}  held-out accuracy {means[rank, k]:.3f}  ({listed})")
     best = max(args.lora, key=lambda k: means[args.rank, k])
     error = max(row["error"] for row in rows if (row["rank"], row["log2_lr"]) == (args.rank, -best))
-    chosen = max(k for k in args.lora if means[args.rank, k] >= means[args.rank, best] - error)
-    print(f"best 2^-{best:g}; smallest within one standard error ({error:.3f}): 2^-{chosen:g}")
+    chosen = max(k for k in args.lora if means[args.rank, k] >= means[args.rank, best] - 2 * error)
+    print(f"best 2^-{best:g}; smallest within two standard errors (of {error:.3f}): 2^-{chosen:g}")
     if args.write:
         folders = [args.out / f"r{args.rank}-lr2^-{chosen:g}-s{seed}" for seed in args.seeds]
         record = LRRecord.load(folders[0])
