@@ -6,11 +6,13 @@
 
 Runs `python -m mua_rl.grpo` over learning rates 2^-k and seeds; a run that has ended is not repeated. The record's
 learning rate is the smallest whose mean held-out accuracy at the tuned rank lies within two standard errors of the
-best (so that the two cannot be told apart): on a plateau the small end is the safe one. `--write` puts the record into the package.
+best (so that the two cannot be told apart): on a plateau the small end is the safe one. `--write` puts the record into
+the package.
 """
 
 import argparse
 import csv
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,6 +30,7 @@ def finished_run(args: argparse.Namespace, rank: str, k: float, seed: int) -> di
     """One row of the grid: the result of the run at learning rate 2^-k, made if it is not there."""
     run = RunFolder(args.out / f"r{rank}-lr2^-{k:g}-s{seed}")
     if run.result() is None:
+        shutil.rmtree(run.path, ignore_errors=True)  # of a run that was cut off: it takes minutes, so it starts anew
         flags = ["--model", args.model, "--rank", rank, "--lr", str(2.0**-k), "--seed", str(seed)]
         flags += ["--save_strategy", "no", "--output_dir", str(run.path), *args.flags]
         with open(args.out / f"{run.path.name}.log", "w") as log:
