@@ -54,7 +54,10 @@ class GRPOTrainer(CorrectedGRPOTrainer):
 
 
 class RunCallback(TrainerCallback):
-    """Writes the metrics, measures held-out accuracy on the way, shows progress, and stops a run that diverges.
+    """Writes the metrics, measures held-out accuracy on the way, and stops a run that diverges.
+
+    A step whose gradient is not finite changes nothing (`gradient_not_finite` in the metrics marks it): one bad batch
+    need not cost the run. After `PATIENCE` of them in a row the run has diverged.
 
     Args:
         run: Where metrics go.
@@ -62,21 +65,38 @@ class RunCallback(TrainerCallback):
         held_out_steps: 0 for never.
     """
 
+    PATIENCE = 3
+
     def __init__(self, run: RunFolder, held_out_metrics: Callable[[], dict[str, float]], held_out_steps: int) -> None:
         self.run = run
         self.held_out_metrics = held_out_metrics
         self.held_out_steps = held_out_steps
         self.used: dict[str, float] = {}
+        self.bad_steps = 0
 
-    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        """Note the learning rates that this very step uses."""
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        """Note the learning rates that this very step uses; drop its gradient where that is not finite.
+
+        Raises:
+            Diverged: It was not in as many steps in a row as patience allows.
+        """
         self.used = {f"lr/{name}": rate for name, rate in learning_rates(optimizer).items()}
+        trained = [p for p in model.parameters() if p.grad is not None]
+        norms = torch._foreach_norm([p.grad for p in trained])
+        if math.isfinite(float(torch.stack(norms).sum())):
+            self.bad_steps = 0
+            return
+        self.bad_steps += 1
+        self.used["gradient_not_finite"] = 1.0
+        for parameter in trained:
+            parameter.grad = None  # the optimizer leaves such parameters alone
+        if self.bad_steps == self.PATIENCE:
+            raise Diverged(
+                f"the gradient was not finite in {self.PATIENCE} steps in a row, up to step {state.global_step + 1}"
+            )
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        """Stop where a weight is no longer finite: what follows would be noise or an error somewhere deep."""
-        norms = torch._foreach_norm([p.detach() for p in model.parameters() if p.requires_grad])
-        if not math.isfinite(float(torch.stack(norms).sum())):
-            raise Diverged(f"a trained weight is no longer finite after step {state.global_step}")
+    def on_step_end(self, args, state, control, **kwargs):
+        """Measure on the way."""
         if self.held_out_steps and state.global_step % self.held_out_steps == 0 and state.global_step < state.max_steps:
             self.run.log(state.global_step, self.held_out_metrics())
 

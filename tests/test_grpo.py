@@ -164,20 +164,35 @@ def test_a_reference_policy_sees_the_adapter_we_attached(tmp_path):
     assert list(config.peft_config) == ["default"]
 
 
-def test_a_diverged_run_says_so_and_leaves_no_record(tmp_path, monkeypatch):
+def poison(monkeypatch, steps):
+    """Make the gradient of the given steps (counted from 0) not a number."""
     step = GRPOTrainer.training_step
 
     def poisoned(self, model, *args):
         loss = step(self, model, *args)
-        next(p for p in model.parameters() if p.requires_grad).grad[0] = float("nan")
+        if self.state.global_step in steps:
+            next(p for p in model.parameters() if p.requires_grad).grad[0] = float("nan")
         return loss
 
     monkeypatch.setattr(GRPOTrainer, "training_step", poisoned)
-    with pytest.raises(Diverged, match="after step 1"):
-        run("--rank", 4, "--lr", 1e-3, "--max_steps", 3, "--output_dir", tmp_path / "r")
+
+
+def test_a_diverged_run_says_so_and_leaves_no_record(tmp_path, monkeypatch):
+    poison(monkeypatch, range(9))
+    with pytest.raises(Diverged, match="3 steps in a row, up to step 3"):
+        run("--rank", 4, "--lr", 1e-3, "--max_steps", 9, "--output_dir", tmp_path / "r")
     assert RunFolder(tmp_path / "r").result()["diverged"]
     with pytest.raises(UserError):
         LRRecord.load(tmp_path / "r")
+
+
+def test_one_bad_gradient_is_left_out_and_marked(tmp_path, monkeypatch):
+    poison(monkeypatch, [1, 2])
+    run_ = run("--rank", 4, "--lr", 1e-3, "--max_steps", 5, "--output_dir", tmp_path / "r")
+    marked = [line["step"] for line in run_.metrics() if "gradient_not_finite" in line]
+    assert marked == [2, 3]
+    weights = load_file(run_.path / "adapter" / "adapter_model.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
 
 
 @pytest.mark.parametrize(
