@@ -125,8 +125,9 @@ class LoRA:
         for name, layer in lora_layers(wrapped):
             a, b = lora_matrices(layer)
             if self.rank > min(fan_in(a), len(b)):
+                layer_name = name.removeprefix("base_model.model.")
                 raise UserError(
-                    f"rank {self.rank} exceeds the size of the layer {name} ({fan_in(a)} → {len(b)}): choose a "
+                    f"rank {self.rank} exceeds the size of the layer {layer_name} ({fan_in(a)} → {len(b)}): choose a "
                     "smaller --rank or other --target-modules, or full finetuning (--rank full)."
                 )
             with torch.no_grad():

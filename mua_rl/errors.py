@@ -1,4 +1,4 @@
-"""The one exception that command lines turn into a single clear line and exit code 2."""
+"""The exceptions that command lines turn into a single clear line: unusable input, and a run that diverged."""
 
 import sys
 from collections.abc import Callable
@@ -6,6 +6,10 @@ from collections.abc import Callable
 
 class UserError(ValueError):
     """Input that cannot be used. The message names the fault and the cure, in one sentence or two."""
+
+
+class Diverged(RuntimeError):
+    """Training has left the finite numbers; the message says where."""
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:

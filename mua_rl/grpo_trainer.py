@@ -10,14 +10,11 @@ from transformers import ProgressCallback, TrainerCallback
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer as trl_grpo_trainer
 
+from mua_rl.errors import Diverged
 from mua_rl.optim import learning_rates, named_groups
 from mua_rl.rollout_correction import CorrectedGRPOTrainer
 from mua_rl.rollouts import replaced
 from mua_rl.run import RunFolder
-
-
-class Diverged(RuntimeError):
-    """Training has left the finite numbers; the message says at which step."""
 
 
 class GRPOTrainer(CorrectedGRPOTrainer):

@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from mua_rl import plots
 from mua_rl.adapter import Adapter, fingerprint
 from mua_rl.arguments import AdapterArguments, Base, parse_arguments, resolve_learning_rate
-from mua_rl.errors import UserError, exit_on_user_error
+from mua_rl.errors import Diverged, UserError, exit_on_user_error
 from mua_rl.policy import LearningRate
 from mua_rl.ppo_arguments import PPOAdapterArguments, PPOArguments, limit_threads
 from mua_rl.ppo_base import SHIPPED, BasePolicy, read_base_policy, shipped_policy
@@ -32,7 +32,7 @@ from mua_rl.ppo_checkpoint import Checkpoints, load_checkpoint
 from mua_rl.ppo_envs import build_envs, evaluation_envs, with_statistics
 from mua_rl.ppo_evaluation import Returns, evaluate
 from mua_rl.ppo_logging import RETURN, make_logger
-from mua_rl.ppo_trainer import PPO, Diverged
+from mua_rl.ppo_trainer import PPO
 from mua_rl.record import LRRecord, check_learning_rate, package_versions
 from mua_rl.rules import Configuration
 from mua_rl.run import ADAPTER_FOLDER, CONFIG, CURVE, RunFolder

@@ -27,7 +27,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from mua_rl.adapter import Adapter, Full, TargetModules, fan_in, lora_layers
-from mua_rl.errors import UserError
+from mua_rl.errors import Diverged, UserError
 from mua_rl.optim import FULL, learning_rates, named_groups, role_of, scale_learning_rates
 from mua_rl.ppo_base import BasePolicy
 from mua_rl.rules import Configuration
@@ -36,10 +36,6 @@ HEAD = "head"
 HEADS = ("action_net", "value_net", "log_std")
 OWN_STATE = ("adapter", "attached", "wrapped", "learner", "target_layers", "widths", "head_learning_rate")
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-class Diverged(RuntimeError):
-    """Training has left the finite numbers; the message says where."""
 
 
 class PPO(stable_baselines3.PPO):

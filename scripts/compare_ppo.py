@@ -286,10 +286,11 @@ def summary(results: list[Result]) -> str:
         if chosen:
             lines[-1] = lines[-1].replace(")", f"; η = 2^{chosen[0]:g})", 1)
     for stage, label in (("tune", f"LoRA r={TUNED_RANK}"), ("tune-fft", "FFT")):
-        for name, task in TASKS.items():
+        for name in TASKS:
             sweep = [r for r in results if (r.task, r.stage) == (name, stage)]
             if sweep:
-                means = {lr: mean_and_error([r.mean for r in sweep if r.log2_lr == lr]) for lr in task.grid if sweep}
+                measured = sorted({r.log2_lr for r in sweep})
+                means = {lr: mean_and_error([r.mean for r in sweep if r.log2_lr == lr]) for lr in measured}
                 lines += [
                     "",
                     f"{name}, {label}, stage 1: "

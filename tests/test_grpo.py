@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from mua_rl import grpo, grpo_arguments, models
 from mua_rl.adapter import lora_layers
 from mua_rl.envs.tasks import get_task
-from mua_rl.errors import UserError
-from mua_rl.grpo_trainer import Diverged, GRPOTrainer
+from mua_rl.errors import Diverged, UserError
+from mua_rl.grpo_trainer import GRPOTrainer
 from mua_rl.heldout import held_out
 from mua_rl.record import LRRecord
 from mua_rl.run import RunFolder
