@@ -7,12 +7,11 @@ the GPU, instead of running out of memory in the middle.
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from mua_rl.errors import UserError
 
 GIB = 2**30
 _ENGINE_WORKSPACE = 2 * GIB  # CUDA graphs, kernels' scratch, and the CUDA context's growth
+_ENGINE_SPARE = 4 * GIB  # on top where nobody else needs it: what the engine does not need for work becomes cache
 _HEAD_CHUNK_TOKENS = 2048  # tokens whose logits the trainer holds at once
 _ENGINE_BATCH_TOKENS = 4096  # `max_num_batched_tokens` as TRL sets it
 _KV_BLOCK = 16  # tokens; vLLM gives out its cache in blocks
@@ -42,9 +41,9 @@ class PolicySize:
     vocabulary: int
 
     @classmethod
-    def of(cls, model: nn.Module) -> "PolicySize":
-        """The sizes of a model with its adapter attached."""
-        config: Any = model.config.get_text_config()
+    def of(cls, model: Any) -> "PolicySize":
+        """The sizes of a language model with its adapter attached."""
+        config = model.config.get_text_config()
         parameters = list(model.parameters())
         heads = config.num_attention_heads
         head = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -151,7 +150,8 @@ def plan(
 
     trainer = weights + optimizer + (0 if sleeps else activations)
     left = int(free * _SAFE) - trainer - engine
-    cache = min(max(wanted, needed), left)
+    wanted = max(wanted, needed)
+    cache = min(wanted, left) + min(_ENGINE_SPARE, max(0, left - wanted) // 2)
     made = Plan(weights, optimizer, activations, engine, max(cache, needed), total, roomy=cache >= wanted)
     if left < needed:
         short = (needed - left) / GIB

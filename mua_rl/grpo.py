@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from datasets import Dataset
 from torch import nn
@@ -24,10 +24,10 @@ from mua_rl import models, plots
 from mua_rl.adapter import Adapter, fingerprint, load_adapter
 from mua_rl.arguments import AdapterArguments, Base, resolve_learning_rate
 from mua_rl.envs.tasks import Task, get_task
-from mua_rl.errors import UserError, exit_on_user_error
+from mua_rl.errors import Diverged, UserError, exit_on_user_error
 from mua_rl.grpo_arguments import PATHS, GRPOArguments, parse
 from mua_rl.grpo_report import announce, report
-from mua_rl.grpo_trainer import Diverged, GRPOTrainer, ProgressBar, RunCallback
+from mua_rl.grpo_trainer import GRPOTrainer, ProgressBar, RunCallback
 from mua_rl.heldout import HeldOutResult, held_out, is_conversational
 from mua_rl.policy import LearningRate
 from mua_rl.record import LRRecord, package_versions
@@ -220,6 +220,7 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
 def _record(setup: Setup, arguments: GRPOArguments, before: float, after: HeldOutResult) -> LRRecord:
     """The LR record of a run that has ended well."""
     assert arguments.generation_batch_size and arguments.num_generations and arguments.steps_per_generation
+    assert arguments.gradient_accumulation_steps
     passes = arguments.steps_per_generation // arguments.gradient_accumulation_steps * arguments.num_iterations
     return LRRecord(
         learning_rate=setup.rate.value,
@@ -276,9 +277,10 @@ def _longest_prompt(tokenizer: PreTrainedTokenizerBase, rows: Dataset, most: int
         return None
     prompts = list(rows["prompt"])
     if isinstance(prompts[0], str):
-        return max(map(len, tokenizer(prompts)["input_ids"]))  # type: ignore[arg-type]
-    tokens = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)
-    return max(map(len, tokens["input_ids"]))  # type: ignore[arg-type,call-overload]
+        tokens: Any = tokenizer(prompts)
+    else:
+        tokens = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)
+    return max(map(len, tokens["input_ids"]))
 
 
 def _open_run(

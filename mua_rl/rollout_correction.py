@@ -115,20 +115,28 @@ class CorrectedGRPOTrainer(trl.GRPOTrainer):
             self.add_callback(_ParityCheck(self))
 
     @property
+    def _mode(self) -> str:
+        """Which of TRL's two books of metrics is open."""
+        assert self.model is not None
+        return "train" if self.model.training else "eval"
+
+    @property
     def corrects_in_loss(self) -> bool:
         """Whether the loss sees each batch with the weights that it was sampled with.
 
         With more optimizer steps per batch than one, TRL's own pass is needed for the ratio of PPO as well.
         """
-        passes = self.args.steps_per_generation * self.num_iterations
-        one_step = self.args.gradient_accumulation_steps % passes == 0
+        args: Any = self.args
+        one_step = args.gradient_accumulation_steps % (args.steps_per_generation * self.num_iterations) == 0
         return self.use_vllm and self.vllm_importance_sampling_correction and one_step
 
     def _tokenize_prompts(self, prompts: list) -> tuple:
         """As TRL's, but each prompt once: a group asks the same one many times."""
-        group = self.num_generations if self.model.training else self.num_generations_eval
+        assert self.num_generations and self.num_generations_eval
+        group = self.num_generations if self._mode == "train" else self.num_generations_eval
         first = prompts[::group]
-        if len(prompts) % group == 0 and prompts == [prompt for prompt in first for _ in range(group)]:
+        repeated = prompts == [prompt for prompt in first for _ in range(group)]
+        if repeated and self.environment_factories is None:  # which may give each repetition its own tools
             prompt_ids, images, fields = super()._tokenize_prompts(first)
             if images is None and not fields:
                 return [list(ids) for ids in prompt_ids for _ in range(group)], images, fields
@@ -166,13 +174,13 @@ class CorrectedGRPOTrainer(trl.GRPOTrainer):
             inputs["importance_sampling_ratio"] = ratio
             self._watch(logps, engine, mask)
             dropped = (ratio == 0).float().mean().item()
-            self._metrics["train" if self.model.training else "eval"]["rollout/dropped"].append(dropped)
+            self._metrics[self._mode]["rollout/dropped"].append(dropped)
         return result
 
     def _watch(self, trainer: torch.Tensor, engine: torch.Tensor, mask: torch.Tensor) -> None:
         mismatch = Mismatch.of(trainer, engine, mask)
         for name, value in mismatch.metrics().items():
-            self._metrics["train" if self.model.training else "eval"][name].append(value)
+            self._metrics[self._mode][name].append(value)
         if mismatch.kl > WARN_KL and not self._warned:
             self._warned = True
             _warn(mismatch, f"at step {self.state.global_step + 1}")
@@ -184,7 +192,8 @@ class CorrectedGRPOTrainer(trl.GRPOTrainer):
         Raises:
             UserError: The engine holds another policy.
         """
-        prompts = self.train_dataset[:_PROBE_PROMPTS]["prompt"]
+        rows: Any = self.train_dataset
+        prompts = rows[:_PROBE_PROMPTS]["prompt"]
         prompt_ids = self._tokenize_prompts(prompts)[0]
         self.vllm_generation.sync_weights()
         completion_ids, engine = answers(self.vllm_generation, prompt_ids)

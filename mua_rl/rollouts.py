@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import requests
 import torch
 from torch import nn
 from trl.generation import vllm_generation
@@ -207,13 +208,13 @@ class AdapterRollouts(_Rollouts):
         return llm
 
     def _sync(self) -> None:
-        if self.mode == "colocate" and self.enable_sleep_mode:
+        if self.mode == "colocate" and self._llm_weights_sleeping:
             self.llm.wake_up(tags=["weights"])
             self._llm_weights_sleeping = False
         number = next(self._versions)
         name = f"mua_rl-{os.getpid()}-{number}"
         folder = self._folders.publish(name, export_tensors(self.model, self.lora_dtype))
-        engine = self.llm if self.mode == "colocate" else self.vllm_client
+        engine: Any = self.llm if self.mode == "colocate" else self.vllm_client
         engine.exchange(name, number, folder)
         if self._published is not None:
             self._folders.drop(self._published)
@@ -223,6 +224,7 @@ class AdapterRollouts(_Rollouts):
 class _AdapterServer(VLLMClient):
     """A `vllm serve` on this machine that reads A and B from the memory file system."""
 
+    LOAD_SECONDS = 120
     START = (
         "VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora "
         "--max-lora-rank {rank} --logprobs-mode processed_logprobs --max-logprobs -1"
@@ -235,18 +237,20 @@ class _AdapterServer(VLLMClient):
         url = generation.server_base_url or f"http://{generation.server_host}:{generation.server_port}"
         try:
             super().__init__(base_url=url, connection_timeout=generation.server_timeout)
-        except ConnectionError as error:
+        except requests.exceptions.ConnectionError as error:
             raise UserError(f"{error} For a LoRA run: {self.start}") from None
-        lora = self.get_server_info().get("lora_config")
-        if not lora:
-            raise UserError(f"the vLLM server at {url} has no LoRA: start it as {self.start}")
+        lora: dict[str, Any] = self.get_server_info().get("lora_config") or {"max_lora_rank": 0}
+        rank = int(lora["max_lora_rank"])
+        if rank < largest_rank(generation.model):
+            raise UserError(f"the vLLM server at {url} takes LoRA up to rank {rank}: start it as {self.start}")
         generation.lora_dtype = getattr(torch, str(lora["lora_dtype"]).removeprefix("torch."))
         self.base = self.model
 
     def exchange(self, name: str, number: int, folder: Path) -> None:
         """Load an adapter under a new name, ask for it from now on, and drop the one before."""
         before, loading = self.model, {"lora_name": name, "lora_path": str(folder)}
-        answer = self.session.post(f"{self.base_url}/v1/load_lora_adapter", json=loading)
+        # Not by the session, which would repeat a refusal for half a minute.
+        answer = requests.post(f"{self.base_url}/v1/load_lora_adapter", json=loading, timeout=self.LOAD_SECONDS)
         if answer.status_code != 200:
             reason = " ".join(answer.text.split())[:200]
             raise UserError(f"the vLLM server did not take the adapter ({reason}): start it as {self.start}")
@@ -261,8 +265,7 @@ def compute_dtype(generation: VLLMGeneration) -> str:
     precision = generation.accelerator.mixed_precision
     if precision in ("bf16", "fp16"):
         return {"bf16": "bfloat16", "fp16": "float16"}[precision]
-    frozen_or_all = next(generation.model.parameters()).dtype
-    return str(frozen_or_all).removeprefix("torch.")
+    return str(next(generation.model.parameters()).dtype).removeprefix("torch.")
 
 
 @contextlib.contextmanager

@@ -25,9 +25,11 @@ def test_sizes_are_those_of_the_model_and_its_adapter():
     assert (full.parameters, full.trained, full.frozen_bytes) == (plain, plain, 0)
 
 
-def test_a_roomy_gpu_gives_every_sequence_its_cache_and_no_more():
+def test_a_roomy_gpu_gives_every_sequence_its_cache_and_something_to_spare():
     made = plan(LLAMA, total=80 * GIB, free=79 * GIB, **WORK)
-    assert made.cache == 64 * 1280 * 2 * 32 * 1024 * 2  # keys and values of 32 layers in bf16
+    cache = 64 * 1280 * 2 * 32 * 1024 * 2  # keys and values of 32 layers in bf16
+    assert cache + 2 * GIB < made.cache <= cache + 4 * GIB
+    assert made.roomy
     assert made.optimizer == 3 * 4 * LLAMA.trained
     assert made.utilization == (made.engine + made.cache) / (80 * GIB)
     assert made.engine > 2 * LLAMA.parameters
@@ -35,9 +37,10 @@ def test_a_roomy_gpu_gives_every_sequence_its_cache_and_no_more():
 
 def test_a_tight_gpu_gets_what_is_left_and_shares_never_exceed_what_is_free():
     roomy = plan(LLAMA, total=80 * GIB, free=79 * GIB, **WORK)
-    tight = plan(LLAMA, total=80 * GIB, free=58 * GIB, **WORK)
+    tight = plan(LLAMA, total=80 * GIB, free=62 * GIB, **WORK)
     assert 0 < tight.cache < roomy.cache
-    assert tight.weights + tight.optimizer + tight.activations + tight.engine + tight.cache <= 58 * GIB
+    assert not tight.roomy
+    assert tight.weights + tight.optimizer + tight.activations + tight.engine + tight.cache <= 62 * GIB
 
 
 def test_what_does_not_fit_is_refused_with_its_numbers_and_cures():
@@ -56,7 +59,7 @@ def test_each_cure_makes_room(option):
 
 def test_one_longest_sequence_always_has_room():
     made = plan(LLAMA, total=80 * GIB, free=79 * GIB, **{**WORK, "sequences": 1, "longest": 8192})
-    assert made.cache == 8192 * 2 * 32 * 1024 * 2
+    assert made.cache >= 8192 * 2 * 32 * 1024 * 2
 
 
 @pytest.fixture
@@ -78,7 +81,7 @@ def test_a_step_is_one_pass_where_the_gpu_has_room_and_the_same_step_either_way(
     shares = plan_engine(arguments, LoRA(8).attach(models.load_model("embedded")), 8, prompt_tokens=20)
     assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (256, 1)
     assert arguments.per_device_train_batch_size * arguments.steps_per_generation == before == 256
-    assert arguments.vllm_gpu_memory_utilization == shares.utilization < 0.1
+    assert arguments.vllm_gpu_memory_utilization == shares.utilization < 0.2
     assert arguments.vllm_max_model_length == 20 + 32 + 32
 
 
