@@ -78,6 +78,11 @@ def plan_engine(arguments: Any, policy: nn.Module, rank: int | None, prompt_toke
     if rank is not None and arguments.vllm_sync == ADAPTER:
         engine_rank(rank)
         check_layers(policy)
+    elif not torch.accelerator.is_available():
+        raise UserError(
+            "vLLM on a CPU packs its weights as it loads them and takes no others later: only LoRA with --vllm_sync "
+            "adapter works there. Drop --use_vllm."
+        )
     longest = int(policy.config.get_text_config().max_position_embeddings)  # type: ignore[operator,union-attr]
     length = longest if prompt_tokens is None else min(longest, prompt_tokens + arguments.max_completion_length)
     if arguments.vllm_max_model_length is None and prompt_tokens is not None:

@@ -42,6 +42,16 @@ def test_a_rank_beyond_vllms_is_refused_with_the_way_out():
         engine_rank(513)
 
 
+@pytest.mark.parametrize("flags", [["--rank", "full"], ["--rank", "8", "--vllm_sync", "merged"]])
+def test_what_a_cpu_engine_cannot_take_is_refused_at_once(flags, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    arguments, adapter_arguments, _ = grpo.parse([*flags, "--report_to", "none"])
+    policy = adapter_arguments.adapter("mlp").attach(models.load_model("embedded"))
+    rank = adapter_arguments.adapter("mlp").rank
+    with pytest.raises(UserError, match="vLLM on a CPU"):
+        rollouts.plan_engine(arguments, policy, rank, prompt_tokens=20)
+
+
 def test_what_is_exported_times_one_is_the_policys_own_weight_change(policy):
     exported = export_tensors(policy, torch.float32)
     for name, layer in lora_layers(policy):
