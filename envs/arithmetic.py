@@ -42,9 +42,9 @@ def solve(problem: Problem) -> int:
     return first + second if operator == "+" else first * second
 
 
-def last_integer_is_right(completions: list, answer: list[int], **_: Any) -> list[float]:
+def last_integer_is_right(completions: list, answer: list[int], **_: Any) -> list[float | None]:
     """1.0 where the last integer of the completion is the answer, else 0.0 (also where there is no integer)."""
-    scores = []
+    scores: list[float | None] = []
     for completion, right in zip(completions, answer, strict=True):
         found = _INTEGER.findall(completion_text(completion))
         # The length limit keeps int() off numbers of thousands of digits, which Python refuses to convert.

@@ -61,13 +61,15 @@ class FunctionReward(CodeReward):
         prompts: Sequence[Any] | None = None,
         completions: Sequence[Any] = (),
         tests: Sequence[Any] = (),
+        entry_point: Sequence[Any] | None = None,
         prelude: Sequence[Any] | None = None,
+        *args: Any,
         **columns: Any,
     ) -> list[float | None]:
         """As `CodeReward`, on `function_body` of each completion."""
         preludes = list(prelude) if prelude is not None else [None] * len(completions)
         bodies = [function_body(*pair) for pair in zip(completions, preludes, strict=True)]
-        return super().__call__(prompts, bodies, tests, prelude=preludes, **columns)
+        return super().__call__(prompts, bodies, tests, entry_point, preludes, *args, **columns)
 
 
 def code_task(

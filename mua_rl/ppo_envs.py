@@ -44,9 +44,8 @@ class FiniteGuard(VecEnvWrapper):
         self.steps += 1
         self._check("reward", rewards)
         self._check("observation", observations)
-        for env in np.flatnonzero(
-            dones
-        ):  # SB3 hands on the next episode's first observation and keeps the last one here
+        # SB3 hands on the next episode's first observation and keeps the last one in the info.
+        for env in map(int, np.flatnonzero(dones)):
             self._check("last observation of an episode", infos[env].get("terminal_observation"), env)
         return observations, rewards, dones, infos
 

@@ -16,7 +16,8 @@ Isolation levels (Linux 5.8 or later, x86_64 or aarch64):
   programs can read whatever the account can: as root, which gives them an id of their own here too, what is open to
   everybody; as an ordinary user, all of the user's files and the trainer's memory, with the tests in it.
 
-Neither holds against a fault of the kernel or the CPU. Memory is bounded by workers times `memory_mb`.
+Neither holds against a fault of the kernel or the CPU. Memory is bounded by workers times
+(`memory_mb` + 1 GiB for the tests' process).
 """
 
 import logging
