@@ -35,12 +35,12 @@ def target_configuration(record: LRRecord, rank: int | None, init: str | None = 
 
 
 def table(record: LRRecord, name: str, init: str | None, alpha: str | None) -> Table:
-    """One row per power-of-two rank up to the width, and one for full finetuning."""
-    source = record.configuration()
+    """One row per power-of-two rank up to the smallest fan-in, and one for full finetuning."""
+    source, largest = record.configuration(), min(record.widths)
     columns = Table(title=f"{name}: {record.learning_rate:.4g} for {source}", title_justify="left")
     for heading in ("rank", "learning rate", "times the record's"):
         columns.add_column(heading, justify="right")
-    ranks = sorted({2**k for k in range(source.width.bit_length()) if 2**k <= source.width} | {source.rank or 1})
+    ranks = sorted({2**k for k in range(largest.bit_length()) if 2**k <= largest} | {source.rank or 1})
     targets = [(str(rank), target_configuration(record, rank, init, alpha)) for rank in ranks]
     for label, target in [*targets, ("full", target_configuration(record, None))]:
         try:

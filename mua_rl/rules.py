@@ -149,7 +149,7 @@ def lr_ratio(source: Configuration, target: Configuration) -> float:
     if target == source:
         return 1.0
     for side in (source, target):
-        if not side.optimizer.lower().startswith("adam"):
+        if not side.optimizer.lower().removeprefix("paged_").startswith("adam"):
             raise TransferError(
                 f"the rules hold for Adam's family, whose steps have one size for every weight, not for "
                 f"{side.optimizer}: tune with AdamW, or tune each configuration by itself."

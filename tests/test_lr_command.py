@@ -26,7 +26,7 @@ def test_one_rank_prints_the_rate_and_the_reason(tmp_path, monkeypatch, capsys):
 def test_the_table_has_every_rank_and_full_finetuning(tmp_path, monkeypatch, capsys):
     make_record(rank=24).save(tmp_path)
     out = run(monkeypatch, capsys, tmp_path)
-    for label in ("1", "24", "512", "full"):
+    for label in ("1", "24", "128", "full"):
         assert any(line.split("│")[1].strip() == label for line in out.splitlines() if line.startswith("│"))
 
 
