@@ -15,6 +15,7 @@ from mua_rl.errors import UserError
 from mua_rl.policy import LearningRate
 from mua_rl.record import LRRecord
 from mua_rl.rules import Configuration
+from mua_rl.run import CONFIG, RunFolder
 
 DEFAULT_RANK = 32
 
@@ -127,6 +128,32 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
         del arguments[position : position + 2]
     given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v != defaults[k]}
     return instances, given
+
+
+def parse_run(adapter_type: type, arguments_type: type, argv: Sequence[str] | None = None) -> tuple[Any, Any, dict]:
+    """The command line of a trainer: `AdapterArguments` (or a kind of it), the trainer's own, and what was given.
+
+    `--resume RUN` brings back the settings of that run; `--learning_rate` is `--lr`.
+
+    Raises:
+        UserError: As `parse_arguments`; or the run cannot be resumed, or the two learning rates differ.
+    """
+    types = (adapter_type, arguments_type)
+    (adapter_arguments, arguments), given = parse_arguments(types, argv)
+    if resume := adapter_arguments.resume:
+        run = RunFolder.open(resume)
+        if extra := sorted(given.keys() - {"resume"}):
+            raise UserError(f"--resume takes the run's own settings: drop {', '.join(extra)}.")
+        if result := run.result():
+            cure = "start anew with a smaller --lr" if result["diverged"] else f"use --start-from {run.path}"
+            raise UserError(f"the run {run.path} has ended{' diverged' * result['diverged']}: {cure}.")
+        (adapter_arguments, arguments), given = parse_arguments(types, ["--config", str(run.path / CONFIG)])
+        adapter_arguments.resume = resume
+    if arguments.learning_rate is not None:
+        if adapter_arguments.lr not in (None, arguments.learning_rate):
+            raise UserError("--lr and --learning_rate differ: they are the same thing, give one of them.")
+        adapter_arguments.lr = arguments.learning_rate
+    return adapter_arguments, arguments, given
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,12 @@ on two CPU cores. The learning rate comes from an LR record; see `--lr-from`.
 
 import logging
 import os
-import re
 import socket
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset
@@ -26,7 +24,7 @@ from mua_rl.adapter import Adapter, fingerprint, load_adapter
 from mua_rl.arguments import AdapterArguments, Base, resolve_learning_rate
 from mua_rl.envs.tasks import Task, get_task
 from mua_rl.errors import Diverged, UserError, exit_on_user_error
-from mua_rl.grpo_arguments import PATHS, GRPOArguments, parse
+from mua_rl.grpo_arguments import GRPOArguments, parse
 from mua_rl.grpo_report import announce, report
 from mua_rl.grpo_trainer import GRPOTrainer, ProgressBar, RunCallback
 from mua_rl.heldout import HeldOutResult, held_out, is_conversational
@@ -34,7 +32,7 @@ from mua_rl.policy import LearningRate
 from mua_rl.record import LRRecord, package_versions
 from mua_rl.rollouts import EngineFailed, generation_class, plan_engine
 from mua_rl.rules import Configuration
-from mua_rl.run import ADAPTER_FOLDER, CURVE, MODEL_FOLDER, RunFolder
+from mua_rl.run import ADAPTER_FOLDER, CURVE, MODEL_FOLDER, RunFolder, open_run
 
 Measure = Callable[[], HeldOutResult]
 
@@ -177,7 +175,8 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
         Diverged: The run left the finite numbers; its folder says so and has no LR record.
     """
     setup = prepare(arguments, adapter_arguments)
-    run, checkpoint = _open_run(arguments, adapter_arguments, setup.adapter, given)
+    name = f"grpo-{arguments.task}-r{setup.adapter.rank or 'full'}"
+    run, checkpoint = open_run(adapter_arguments.resume, arguments.requested_output_dir, name, given)
     arguments.output_dir = str(run.path)
     announce(run, setup.task.name, setup.base.name, setup.policy, setup.configuration, setup.rate)
     trainer, measure = make_trainer(setup, arguments, run)
@@ -284,26 +283,6 @@ def _longest_prompt(tokenizer: PreTrainedTokenizerBase, rows: Dataset, most: int
     else:
         tokens = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)
     return max(map(len, tokens["input_ids"]))
-
-
-def _open_run(
-    arguments: GRPOArguments, adapter_arguments: AdapterArguments, adapter: Adapter, given: dict
-) -> tuple[RunFolder, Path | None]:
-    """A new run folder, or the one to resume with its last checkpoint."""
-    if adapter_arguments.resume is None:
-        rank = adapter.rank or "full"
-        run = RunFolder.create(
-            arguments.requested_output_dir, re.sub(r"[^\w.-]+", "-", f"grpo-{arguments.task}-r{rank}")
-        )
-        # Paths are kept whole, so that the run resumes from any folder.
-        paths = {k: str(Path(str(v)).resolve()) for k, v in given.items() if k in PATHS and Path(str(v)).exists()}
-        run.start({**given, **paths, "output_dir": str(run.path.resolve())})
-        return run, None
-    run = RunFolder.open(adapter_arguments.resume)
-    checkpoint = run.last_checkpoint()
-    run.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
-    print(f"resuming {run.path} from {checkpoint.name if checkpoint else 'the start: it has no checkpoint yet'}")
-    return run, checkpoint
 
 
 def _before(run: RunFolder, measure: Measure) -> float:

@@ -6,11 +6,9 @@ import torch
 from trl import GRPOConfig
 
 from mua_rl import models
-from mua_rl.arguments import AdapterArguments, parse_arguments
+from mua_rl.arguments import AdapterArguments, parse_run
 from mua_rl.errors import UserError
-from mua_rl.run import CONFIG, RunFolder
-
-PATHS = ("model", "lr_from", "start_from")
+from mua_rl.run import RunFolder
 
 
 @dataclass
@@ -115,30 +113,14 @@ class GRPOArguments(GRPOConfig):
 
 
 def parse(argv: list[str] | None = None) -> tuple[GRPOArguments, AdapterArguments, dict]:
-    """Command line to arguments; `--resume RUN` brings back the settings of that run.
+    """Command line to arguments.
 
     Raises:
-        UserError: As `parse_arguments`; or a run that cannot be resumed.
+        UserError: As `parse_run`; or `--start-from` contradicts `--model`.
     """
-    (adapter_arguments, arguments), given = parse_arguments((AdapterArguments, GRPOArguments), argv)
-    if adapter_arguments.resume:
-        run = RunFolder.open(adapter_arguments.resume)
-        if extra := sorted(given.keys() - {"resume"}):
-            raise UserError(f"--resume takes the run's own settings: drop {', '.join(extra)}.")
-        if result := run.result():
-            cure = "start anew with a smaller --lr" if result["diverged"] else f"use --start-from {run.path}"
-            raise UserError(f"the run {run.path} has ended{' diverged' * result['diverged']}: {cure}.")
-        resume = adapter_arguments.resume
-        (adapter_arguments, arguments), given = parse_arguments(
-            (AdapterArguments, GRPOArguments), ["--config", str(run.path / CONFIG)]
-        )
-        adapter_arguments.resume = resume
+    adapter_arguments, arguments, given = parse_run(AdapterArguments, GRPOArguments, argv)
     if adapter_arguments.start_from:
         _inherit(arguments, RunFolder.open(adapter_arguments.start_from), given)
-    if arguments.learning_rate is not None:
-        if adapter_arguments.lr not in (None, arguments.learning_rate):
-            raise UserError("--lr and --learning_rate differ: they are the same thing, give one of them.")
-        adapter_arguments.lr = arguments.learning_rate
     if "num_train_epochs" in given and "max_steps" not in given:
         arguments.max_steps = -1
     return arguments, adapter_arguments, given

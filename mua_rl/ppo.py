@@ -4,7 +4,6 @@ Without flags it adapts the shipped CartPole policy to a pole three times as lon
 rate comes from an LR record; see `--lr_from`.
 """
 
-import re
 import sys
 import time
 import warnings
@@ -23,7 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from mua_rl import plots
 from mua_rl.adapter import Adapter, fingerprint
-from mua_rl.arguments import AdapterArguments, Base, parse_arguments, resolve_learning_rate
+from mua_rl.arguments import AdapterArguments, Base, parse_run, resolve_learning_rate
 from mua_rl.errors import Diverged, UserError, exit_on_user_error
 from mua_rl.policy import LearningRate
 from mua_rl.ppo_arguments import PPOAdapterArguments, PPOArguments, limit_threads
@@ -35,7 +34,7 @@ from mua_rl.ppo_logging import RETURN, make_logger
 from mua_rl.ppo_trainer import PPO
 from mua_rl.record import LRRecord, check_learning_rate, package_versions
 from mua_rl.rules import Configuration
-from mua_rl.run import ADAPTER_FOLDER, CONFIG, CURVE, RunFolder
+from mua_rl.run import ADAPTER_FOLDER, CURVE, RunFolder, open_run
 
 POLICY, STATISTICS = "policy.zip", "vecnormalize.pkl"
 HELD_OUT = "held_out/return"
@@ -144,7 +143,9 @@ def train(arguments: PPOArguments, adapter_arguments: AdapterArguments, given: d
         raise UserError("--wandb passes on what TensorBoard gets: drop --tensorboard_log none.")
     setup = set_up(arguments, adapter_arguments)
     model = setup.model
-    run, checkpoint = _open_run(arguments, adapter_arguments, given)
+    task = arguments.env_id.rpartition(":")[2]
+    name = f"ppo-{task}-r{adapter_arguments.rank or 'full'}"
+    run, checkpoint = open_run(adapter_arguments.resume, arguments.output_dir, name, given)
     console = Console()
     trained = sum(p.numel() for p in model.learner.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.policy.parameters())
@@ -250,22 +251,6 @@ def lr_record(arguments: PPOArguments, setup: Setup, metric: dict) -> LRRecord:
     )
 
 
-def _open_run(
-    arguments: PPOArguments, adapter_arguments: AdapterArguments, given: dict
-) -> tuple[RunFolder, Path | None]:
-    """A new run folder, or the one to resume with its last checkpoint."""
-    if adapter_arguments.resume is None:
-        task = re.sub(r"[^\w.-]+", "-", arguments.env_id.rpartition(":")[2])  # ids hold slashes
-        run = RunFolder.create(arguments.output_dir, f"ppo-{task}-r{adapter_arguments.rank or 'full'}")
-        run.start({**given, "output_dir": str(run.path)})
-        return run, None
-    run = RunFolder.open(adapter_arguments.resume)
-    checkpoint = run.last_checkpoint()
-    run.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
-    print(f"resuming {run.path} from {checkpoint.name if checkpoint else 'the start: it has no checkpoint yet'}")
-    return run, checkpoint
-
-
 def _tensorboard(arguments: PPOArguments, run: RunFolder) -> Path | None:
     if arguments.tensorboard_log == "none":
         return None
@@ -321,29 +306,12 @@ def _report(
 
 
 def parse(argv: list[str] | None = None) -> tuple[PPOArguments, AdapterArguments, dict]:
-    """Command line to arguments; `--resume RUN` brings back the settings of that run.
+    """Command line to arguments.
 
     Raises:
-        UserError: As `parse_arguments`; or a run that cannot be resumed.
+        UserError: As `parse_run`.
     """
-    (arguments, adapter_arguments), given = parse_arguments((PPOArguments, PPOAdapterArguments), argv)
-    if adapter_arguments.resume:
-        if len(given) > 1:
-            raise UserError(
-                f"--resume takes the run's own settings: drop {', '.join(sorted(given.keys() - {'resume'}))}."
-            )
-        run = RunFolder.open(adapter_arguments.resume)
-        if run.result() is not None:
-            raise UserError(f"the run {run.path} has ended: go on from its policy with --start_from {run.path}.")
-        resume = adapter_arguments.resume
-        (arguments, adapter_arguments), given = parse_arguments(
-            (PPOArguments, PPOAdapterArguments), ["--config", str(run.path / CONFIG)]
-        )
-        adapter_arguments.resume = resume
-    if arguments.learning_rate is not None:
-        if adapter_arguments.lr not in (None, arguments.learning_rate):
-            raise UserError("--lr and --learning_rate differ: they are the same thing, give one of them.")
-        adapter_arguments.lr = arguments.learning_rate
+    adapter_arguments, arguments, given = parse_run(PPOAdapterArguments, PPOArguments, argv)
     return arguments, adapter_arguments, given
 
 

@@ -13,6 +13,7 @@ curve.png         the learning curve
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import datetime
@@ -26,6 +27,7 @@ from mua_rl.record import package_versions
 
 CONFIG, VERSIONS, METRICS, RESULT, CURVE = "config.yaml", "versions.json", "metrics.jsonl", "result.json", "curve.png"
 ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
+PATHS = ("model", "base", "vec_normalize", "lr_from", "start_from")
 
 
 class RunFolder:
@@ -129,6 +131,29 @@ class RunFolder:
     def result(self) -> dict[str, Any] | None:
         """The result, or `None` where the run has not ended."""
         return json.loads((self.path / RESULT).read_text()) if _is_json(self.path / RESULT) else None
+
+
+def open_run(
+    resume: str | None, output_dir: str | None, name: str, settings: dict[str, Any]
+) -> tuple[RunFolder, Path | None]:
+    """A new run folder with its settings written down, or the one to resume with its last checkpoint.
+
+    Args:
+        resume: The folder to resume, or `None` for a new one.
+        output_dir: Where a new one goes; `None`: under `runs/`, called after `name`.
+        name: Algorithm, task and rank; what a file name cannot hold is replaced.
+        settings: What was given. Paths in it are kept whole, so that the run resumes from any folder.
+    """
+    if resume is None:
+        run = RunFolder.create(output_dir, re.sub(r"[^\w.-]+", "-", name))
+        paths = {k: str(Path(str(v)).resolve()) for k, v in settings.items() if k in PATHS and Path(str(v)).exists()}
+        run.start({**settings, **paths, "output_dir": str(run.path.resolve())})
+        return run, None
+    run = RunFolder.open(resume)
+    checkpoint = run.last_checkpoint()
+    run.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+    print(f"resuming {run.path} from {checkpoint.name if checkpoint else 'the start: it has no checkpoint yet'}")
+    return run, checkpoint
 
 
 def git_commit() -> str | None:
