@@ -1,6 +1,9 @@
 """The wheel holds what the checkout holds, installs nothing generic, and imports nothing heavy."""
 
+import ast
+import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -93,6 +96,38 @@ def test_the_wheel_trains(installed, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "lr_record.json").exists()
     assert "run folder" in done.stdout
+
+
+def requirement_names(requirements):
+    return {re.split(r"[\[<>=!~; ]", requirement)[0].lower() for requirement in requirements}
+
+
+def third_party_imports(path):
+    """Distributions that a module imports outside functions (where an optional one would be)."""
+    installed = importlib.metadata.packages_distributions()
+    for node in ast.parse(path.read_text()).body:
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+        for name in {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"mua_rl"}:
+            yield installed.get(name, [name])[0].lower()
+
+
+def test_what_a_core_install_imports_is_a_core_dependency():
+    """Found by running the README's first command in an empty environment: an import that only [dev] brought along."""
+    code = """
+import sys, mua_rl.grpo, mua_rl.lr
+from mua_rl.envs import arithmetic
+print(*[m.__file__ for n, m in sys.modules.items() if n.startswith("mua_rl") and getattr(m, "__file__", None)])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    declared = requirement_names(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    missing = {
+        f"{distribution} ({Path(file).name})"
+        for file in done.stdout.split()
+        for distribution in third_party_imports(Path(file))
+        if distribution.replace("_", "-") not in declared
+    }
+    assert missing == set()
 
 
 @pytest.mark.parametrize("module", ["mua_rl", "mua_rl.envs", "mua_rl.rewards", "mua_rl.rules", "mua_rl.policy"])
