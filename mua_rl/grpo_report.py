@@ -1,7 +1,7 @@
 """What a GRPO run shows on the terminal: what it is about to do, and the closing table with what to do next."""
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from mua_rl.policy import LearningRate
@@ -25,7 +25,7 @@ def report(run: RunFolder, rate: LearningRate) -> None:
     assert result is not None
     rewards = [line["reward"] for line in metrics if isinstance(line.get("reward"), float)]
     tenth = max(1, len(rewards) // 10)
-    rows = Table(show_header=False, title="result", title_justify="left")
+    rows = Table("", Column("", overflow="fold"), show_header=False, title="result", title_justify="left")
     rows.add_row("held-out accuracy before", f"{result['held_out/before']:.3f}")
     after = f"{result['held_out/after']:.3f} ± {result['held_out/standard_error']:.3f}"
     rows.add_row("held-out accuracy after", after, style="bold")

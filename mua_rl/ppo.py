@@ -16,7 +16,7 @@ if __name__ == "__main__" and find_spec("stable_baselines3") is None:
     sys.exit(2)
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
@@ -280,7 +280,7 @@ def _report(
 ) -> None:
     """The closing table and what to do next."""
     steps = setup.model.num_timesteps
-    rows = Table(show_header=False, title="result", title_justify="left")
+    rows = Table("", Column("", overflow="fold"), show_header=False, title="result", title_justify="left")
     rows.add_row("held-out return before", f"{before['mean']:.1f} ± {before['std']:.1f} (IQM {before['iqm']:.1f})")
     rows.add_row("held-out return after", f"{after.mean:.1f} ± {after.std:.1f} (IQM {after.iqm:.1f})", style="bold")
     rows.add_row("mean ± standard deviation over", f"{len(after.values)} episodes on seeds not trained on")

