@@ -1,5 +1,6 @@
 """Arguments that every trainer takes, and how they become an adapter and a learning rate."""
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -65,10 +66,16 @@ class AdapterArguments:
         default_rank = "full" if self.start_from else str(DEFAULT_RANK)
         targets: TargetModules = default_targets
         if self.target_modules:
-            targets = self.target_modules[0] if len(self.target_modules) == 1 else self.target_modules
+            names = [name for item in self.target_modules for name in _names(item)]
+            targets = names[0] if len(names) == 1 else names
             if isinstance(targets, str) and targets.isidentifier() and targets != "mlp":
                 targets = [targets]  # PEFT reads a lone string as a regular expression of the full path
         return adapter_for(parse_rank(self.rank or default_rank), self.init, self.alpha, targets)
+
+
+def _names(item: str) -> list[str]:
+    """One target module, or several with commas between; a regular expression may have commas of its own."""
+    return item.split(",") if re.fullmatch(r"[\w.-]+(,[\w.-]+)+", item) else [item]
 
 
 def parse_rank(text: str | int) -> int | None:

@@ -122,6 +122,22 @@ def test_a_config_file_says_the_same_as_flags_and_flags_win(tmp_path, monkeypatc
     assert given == {"rank": 16, "lr": 1e-3, "max_steps": 3, "num_generations": 4, "target_modules": ["up_proj"]}
 
 
+@pytest.mark.parametrize(
+    ("flags", "targets"),
+    [
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        (["q_proj,v_proj"], ["q_proj", "v_proj"]),
+        (["q_proj"], ["q_proj"]),
+        (["all-linear"], "all-linear"),
+        (["mlp"], "mlp"),
+        ([r".*layers\.\d{1,2}\.mlp.*"], r".*layers\.\d{1,2}\.mlp.*"),
+    ],
+)
+def test_target_modules_are_names_with_spaces_or_commas_or_an_expression(flags, targets):
+    _, adapter_arguments, _ = grpo.parse(["--target-modules", *flags])
+    assert adapter_arguments.adapter("mlp").target_modules == targets
+
+
 def test_every_grpo_config_field_is_a_flag():
     from dataclasses import fields
 
