@@ -285,8 +285,11 @@ def _widths(model: nn.Module, targets: TargetModules) -> list[int]:
 
 def _targeted_weights(model: nn.Module, targets: TargetModules) -> Iterator[torch.Tensor]:
     """Weights of the layers that PEFT would adapt, found by PEFT itself on a copy without storage."""
+    weights = [*model.parameters(), *model.buffers()]
+    shapes = {id(weight): torch.empty_like(weight, device="meta") for weight in weights}
+    shapes |= {id(p): nn.Parameter(shapes[id(p)], requires_grad=False) for p in model.parameters()}
     with torch.device("meta"):
-        skeleton = copy.deepcopy(model).to("meta")
+        skeleton = copy.deepcopy(model, shapes)  # a weight that is found among the shapes is not copied
     config: Any = LoraConfig(r=1, target_modules=resolve_targets(model, targets))
     for _, layer in lora_layers(_inject(skeleton, config)):
         yield lora_matrices(layer)[0]

@@ -74,6 +74,18 @@ def test_the_default_targets_are_the_mlp_projections():
     assert LoRA(4).widths(tiny_llama()) == Full().widths(tiny_llama()) == LoRA(4).widths(model) == [64, 128]
 
 
+def test_looking_for_widths_copies_no_weight(monkeypatch):
+    """A second copy of a large model's weights, even for a moment, may not fit."""
+
+    def refuse(*_):
+        raise AssertionError("a weight was copied")
+
+    model = tiny_llama()
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", refuse)
+    assert LoRA(4).widths(model) == [64, 128]
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
 def test_all_linear_spares_the_head():
     names = {
         name.rpartition(".")[2] for name, _ in lora_layers(LoRA(4, target_modules="all-linear").attach(tiny_llama()))
