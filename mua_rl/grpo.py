@@ -303,9 +303,6 @@ def main() -> None:
     arguments, adapter_arguments, given = parse()
     try:
         train(arguments, adapter_arguments, given)
-    except Diverged as error:
-        print(f"mua_rl: the run diverged: {error}; try a quarter of the learning rate with --lr.", file=sys.stderr)
-        sys.exit(3)
     except EngineFailed as error:
         print(f"mua_rl: {error}; go on with --resume and the run folder.", file=sys.stderr)
         sys.exit(4)

@@ -320,11 +320,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     limit_threads()
     arguments, adapter_arguments, given = parse()
-    try:
-        train(arguments, adapter_arguments, given)
-    except Diverged as error:
-        print(f"mua_rl: the run diverged: {error}; try a quarter of the learning rate with --lr.", file=sys.stderr)
-        sys.exit(3)
+    train(arguments, adapter_arguments, given)
 
 
 if __name__ == "__main__":
