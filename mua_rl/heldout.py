@@ -42,7 +42,7 @@ class HeldOutResult:
         return metrics
 
 
-def is_conversational(tokenizer: PreTrainedTokenizerBase) -> bool:
+def is_conversational(tokenizer: Any) -> bool:
     """Whether the policy wants prompts as chat messages."""
     return tokenizer.chat_template is not None
 
