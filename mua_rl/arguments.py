@@ -177,6 +177,10 @@ class Base:
     fingerprint: str
     record: LRRecord | None = None
 
+    def is_base_of(self, record: LRRecord) -> bool:
+        """Whether a record is of this base, or of the one that the run it comes from started with."""
+        return record.base_fingerprint in (self.fingerprint, self.record and self.record.base_fingerprint)
+
 
 def resolve_learning_rate(
     arguments: AdapterArguments, target: Configuration, base: Base, algorithm: str
@@ -191,41 +195,39 @@ def resolve_learning_rate(
         if arguments.lr_from:
             raise UserError("--lr and --lr-from exclude each other: give one of them.")
         return policy.given(arguments.lr)
+    record, source = find_record(arguments, base, algorithm)
+    rate = policy.transfer(record, target, source)
+    if base.is_base_of(record):
+        return rate
+    return LearningRate(
+        rate.value, f"a guess, since no record fits {base.name} (tune it, or give --lr or --lr-from): {rate.reason}"
+    )
+
+
+def find_record(arguments: AdapterArguments, base: Base, algorithm: str) -> tuple[LRRecord, str]:
+    """The record that a learning rate comes from, and its name for the reader.
+
+    `--lr-from`, else the record of `--start-from`, else the shipped one of the very base model, else the first shipped
+    one of the algorithm, which is of another base (`Base.is_base_of`) and gives a guess.
+
+    Raises:
+        UserError: The record of `--lr-from` is of another base model or algorithm, or there is no record at all.
+    """
     if arguments.lr_from:
         record = LRRecord.load(arguments.lr_from)
-        known = {base.fingerprint} | ({base.record.base_fingerprint} if base.record else set())
-        if record.base_fingerprint not in known:
+        if not base.is_base_of(record):
             raise UserError(
                 f"{arguments.lr_from} is the record of another base model ({record.base_model}), and this one is "
                 f"{base.name}: tune on it, or give a learning rate with --lr."
             )
         if record.algorithm != algorithm:
             raise UserError(f"{arguments.lr_from} is the record of a {record.algorithm} run, not of {algorithm}.")
-        return policy.transfer(record, target, arguments.lr_from)
+        return record, arguments.lr_from
     if base.record:
-        return policy.transfer(base.record, target, f"the record of {arguments.start_from}")
-    return shipped_learning_rate(target, base, algorithm)
-
-
-def shipped_learning_rate(target: Configuration, base: Base, algorithm: str) -> LearningRate:
-    """The learning rate that the records inside the package support.
-
-    A record of the very base model gives it by the rules. For any other base model the first record of the algorithm
-    is taken over, scaled by the width; the reason says that this is a guess.
-
-    Raises:
-        UserError: No shipped record can give it.
-    """
+        return base.record, f"the record of {arguments.start_from}"
     folder = Path(str(files("mua_rl"))) / "assets" / "records"
-    records = [(path, LRRecord.load(path)) for path in sorted(folder.glob("*.json"))]
-    records = [(path, record) for path, record in records if record.algorithm == algorithm]
-    for path, record in records:
-        if record.base_fingerprint == base.fingerprint:
-            return policy.transfer(record, target, f"the shipped record {path.stem}")
-    for path, record in records:
-        rate = policy.transfer(record, target, f"the shipped record {path.stem}")
-        return LearningRate(
-            rate.value,
-            f"a guess, since no record fits {base.name} (tune it, or give --lr or --lr-from): {rate.reason}",
-        )
-    raise UserError(f"there is no record for {base.name}: give a learning rate with --lr or --lr-from.")
+    shipped = [(LRRecord.load(path), f"the shipped record {path.stem}") for path in sorted(folder.glob("*.json"))]
+    shipped = [(record, name) for record, name in shipped if record.algorithm == algorithm]
+    if not shipped:
+        raise UserError(f"there is no record for {base.name}: give a learning rate with --lr or --lr-from.")
+    return next(((record, name) for record, name in shipped if base.is_base_of(record)), shipped[0])

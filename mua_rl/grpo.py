@@ -214,12 +214,13 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
         "optimizer step",
     )
     if not worse:
-        _record(setup, arguments, before, after).save(run.path)
+        metric = {"name": "held-out accuracy", "before": before, "after": after.accuracy}
+        lr_record(arguments, setup, metric).save(run.path)
     report(run, setup.rate)
     return run
 
 
-def _record(setup: Setup, arguments: GRPOArguments, before: float, after: HeldOutResult) -> LRRecord:
+def lr_record(arguments: GRPOArguments, setup: Setup, metric: dict) -> LRRecord:
     """The LR record of a run that has ended well."""
     assert arguments.generation_batch_size and arguments.num_generations and arguments.steps_per_generation
     assert arguments.gradient_accumulation_steps
@@ -253,7 +254,7 @@ def _record(setup: Setup, arguments: GRPOArguments, before: float, after: HeldOu
             "completions_per_prompt": arguments.num_generations,
             "optimizer_steps_per_batch": passes,
         },
-        metric={"name": "held-out accuracy", "before": before, "after": after.accuracy},
+        metric=metric,
         seeds=[arguments.seed],
         versions=package_versions(),
         note=setup.rate.reason,
