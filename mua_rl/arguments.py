@@ -57,20 +57,24 @@ class AdapterArguments:
         default=None, metadata={"help": "Folder of an interrupted run to go on with, from its last checkpoint."}
     )
 
+    @property
+    def chosen_rank(self) -> str:
+        """`--rank`, or its default."""
+        return self.rank or ("full" if self.start_from else str(DEFAULT_RANK))
+
     def adapter(self, default_targets: TargetModules) -> Adapter:
         """The adapter that was asked for.
 
         Raises:
             UserError: The rank, the multiplier or the initialisation is none.
         """
-        default_rank = "full" if self.start_from else str(DEFAULT_RANK)
         targets: TargetModules = default_targets
         if self.target_modules:
             names = [name for item in self.target_modules for name in _names(item)]
             targets = names[0] if len(names) == 1 else names
             if isinstance(targets, str) and targets.isidentifier() and targets != "mlp":
                 targets = [targets]  # PEFT reads a lone string as a regular expression of the full path
-        return adapter_for(parse_rank(self.rank or default_rank), self.init, self.alpha, targets)
+        return adapter_for(parse_rank(self.chosen_rank), self.init, self.alpha, targets)
 
 
 def _names(item: str) -> list[str]:

@@ -119,11 +119,20 @@ def parse(argv: list[str] | None = None) -> tuple[GRPOArguments, AdapterArgument
         UserError: As `parse_run`; or `--start-from` contradicts `--model`.
     """
     adapter_arguments, arguments, given = parse_run(AdapterArguments, GRPOArguments, argv)
+    complete(arguments, adapter_arguments, given)
+    return arguments, adapter_arguments, given
+
+
+def complete(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: dict) -> None:
+    """Fill in, and note among what was given, what `--start-from` and `--num_train_epochs` imply.
+
+    Raises:
+        UserError: `--start-from` names no run, or contradicts `--model`.
+    """
     if adapter_arguments.start_from:
         _inherit(arguments, RunFolder.open(adapter_arguments.start_from), given)
     if "num_train_epochs" in given and "max_steps" not in given:
         arguments.max_steps = -1
-    return arguments, adapter_arguments, given
 
 
 def _inherit(arguments: GRPOArguments, earlier: RunFolder, given: dict) -> None:

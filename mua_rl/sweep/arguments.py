@@ -1,0 +1,227 @@
+"""What `python -m mua_rl.sweep` can be asked: the sweep's own flags, and every flag of the trainer beside them."""
+
+import argparse
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from mua_rl.arguments import AdapterArguments, parse_arguments, parse_rank
+from mua_rl.errors import UserError
+from mua_rl.rules import AlphaRule
+from mua_rl.run import CONFIG, RunFolder
+
+PER_ARM = ("rank", "init", "alpha", "lr", "learning_rate", "lr_from", "seed", "output_dir")
+"""Settings of the trainer that each run gets from the sweep."""
+WITHOUT_EFFECT = (
+    "lr_from", "output_dir", "report_to", "tensorboard_log", "wandb", "progress_bar", "verbose", "save_strategy",
+    "save_steps", "save_total_limit",
+)  # fmt: skip
+"""Settings that may change while a study goes on: what a run reaches does not depend on them."""
+
+
+@dataclass
+class SweepArguments:
+    """The sweep's own flags."""
+
+    algo: str = field(default="grpo", metadata={"help": "Which trainer.", "choices": ["grpo", "ppo"]})
+    ranks: list[str] | None = field(
+        default=None,
+        metadata={"help": "LoRA ranks, and full for full finetuning; each gives a curve. Default: 32, for ppo 8."},
+    )
+    schemes: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Init[A] or Init[B] with a multiplier: B (Init[B], α = 1; default), A, A/r (Init[A], α = 1/r), "
+            "B/sqrt(r), A*0.5."
+        },
+    )
+    seeds: int = field(default=2, metadata={"help": "Seeds near the optimum, counted from --seed; elsewhere one."})
+    grid: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "log2 of the smallest and largest LR to begin with, as in -14 -10. Default: around the record's."
+        },
+    )
+    resolution: float = field(default=1.0, metadata={"help": "Octaves between LRs at the optimum: 1, or 0.5."})
+    side_by_side: str = field(
+        default="auto",
+        metadata={"help": "Train arms in one process where they can be.", "choices": ["auto", "on", "off"]},
+    )
+    workers: int = field(default=1, metadata={"help": "Runs (or groups of arms side by side) at once."})
+    study: str | None = field(
+        default=None,
+        metadata={
+            "help": "Optuna storage: a file, or a URL that several machines reach. Default: in the output folder."
+        },
+    )
+    study_name: str | None = field(
+        default=None, metadata={"help": "Of the study in its storage. Default: algorithm, model and task."}
+    )
+    early_stop: bool = field(default=True, metadata={"help": "End runs early that cannot be the best."})
+    keep_weights: bool = field(default=False, metadata={"help": "Keep what each run trained, not its metrics alone."})
+    time_limit: float | None = field(default=None, metadata={"help": "Seconds after which no further run is started."})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.resolution <= 4:
+            raise UserError(f"--resolution takes octaves above 0 and up to 4, as in 1 or 0.5, not {self.resolution}.")
+        for name in ("seeds", "workers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+        if self.time_limit is not None and not self.time_limit > 0:
+            raise UserError(f"--time_limit takes a number of seconds above 0, not {self.time_limit}.")
+        if self.grid is not None and not (len(self.grid) == 2 and -24 <= self.grid[0] <= self.grid[1] <= -1):
+            raise UserError(
+                f"--grid takes log2 of the smallest and the largest learning rate, between -24 and -1, as in -14 -10; "
+                f"{' '.join(f'{value:g}' for value in self.grid)} is empty or none."
+            )
+
+
+@dataclass(frozen=True)
+class Request:
+    """A command line, read.
+
+    Attributes:
+        sweep: The sweep's own flags.
+        trainer, adapter: The trainer's arguments.
+        given: The trainer's settings that were given, as a `--config` file of its says them; without `PER_ARM`.
+        everything: All that was given, which the output folder keeps.
+        curves: (rank, init, alpha) of each curve, as in `Arm`.
+    """
+
+    sweep: SweepArguments
+    trainer: Any
+    adapter: AdapterArguments
+    given: dict[str, Any]
+    everything: dict[str, Any]
+    curves: list[tuple[int | None, str, str]]
+
+    @property
+    def task(self) -> str:
+        """Of the trainer."""
+        return self.trainer.task if self.sweep.algo == "grpo" else self.trainer.env_id
+
+    @property
+    def steps(self) -> int:
+        """Steps of one run as its metrics count them; -1 where that is not known before."""
+        return self.trainer.max_steps if self.sweep.algo == "grpo" else self.trainer.total_timesteps
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of the arms."""
+        return tuple(range(self.trainer.seed, self.trainer.seed + self.sweep.seeds))
+
+    def comparable(self) -> dict[str, Any]:
+        """What all runs of a study must have in common."""
+        own = {f.name for f in fields(SweepArguments)} | {"rank", "init", "alpha"}
+        settings = {k: v for k, v in self.everything.items() if k not in own and k not in WITHOUT_EFFECT}
+        return {"algo": self.sweep.algo, **settings}
+
+
+def parse(argv: list[str] | None = None) -> Request:
+    """Command line to request.
+
+    Raises:
+        UserError: As `mua_rl.arguments.parse_arguments`; or flags that contradict each other, or what is no rank or
+            scheme.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    algorithm = _algorithm(argv)
+    types = (SweepArguments, *trainer_types(algorithm))
+    (sweep, adapter, trainer), given = parse_arguments(types, argv)
+    if adapter.resume:
+        folder = RunFolder.open(adapter.resume)
+        if extra := sorted(given.keys() - {"resume", "algo"}):
+            raise UserError(f"--resume takes the sweep's own settings: drop {', '.join(extra)}.")
+        if "algo" not in folder.settings():
+            raise UserError(f"{adapter.resume} is no sweep: go on with it by python -m mua_rl.grpo or mua_rl.ppo.")
+        return parse(["--config", str(folder.path / CONFIG), "--output_dir", adapter.resume])
+    if adapter.lr is not None or trainer.learning_rate is not None:
+        raise UserError("a sweep finds the learning rate: drop --lr; --grid says where to look, and --lr-from too.")
+    if algorithm == "grpo":
+        from mua_rl.grpo_arguments import complete
+
+        complete(trainer, adapter, given)
+    return Request(
+        sweep=sweep,
+        trainer=trainer,
+        adapter=adapter,
+        given=_of_trainer(given),
+        everything={**given, "algo": algorithm},
+        curves=_curves(sweep, adapter, given),
+    )
+
+
+def trainer_types(algorithm: str) -> tuple[type[AdapterArguments], type]:
+    """The arguments of a trainer; imported when asked for, since either needs packages that the other does not."""
+    if algorithm == "grpo":
+        from mua_rl.grpo_arguments import GRPOArguments
+
+        return AdapterArguments, GRPOArguments
+    from importlib.util import find_spec
+
+    if find_spec("stable_baselines3") is None:
+        raise UserError("PPO needs stable-baselines3 and gymnasium: pip install 'mua-rl[control]'.")
+    from mua_rl.ppo_arguments import PPOAdapterArguments, PPOArguments
+
+    return PPOAdapterArguments, PPOArguments
+
+
+def parse_scheme(text: str) -> tuple[str, str]:
+    """(init, multiplier) of a scheme: `B` is ("B", "1"), `A/r` is ("A", "1/r"), `A*16/r` is ("A", "16/r").
+
+    Raises:
+        UserError: It is none.
+    """
+    init, rule = text.strip()[:1].upper(), text.strip()[1:]
+    try:
+        if init not in ("A", "B"):
+            raise ValueError("it begins with neither A nor B")
+        return init, str(AlphaRule.parse(f"1{rule}" if rule.startswith("/") else rule.lstrip("*") or "1"))
+    except ValueError as error:
+        raise UserError(f"--schemes takes B, A, A/r and the like, not {text!r}: {error}") from None
+
+
+def _curves(sweep: SweepArguments, adapter: AdapterArguments, given: dict[str, Any]) -> list:
+    """Each combination of ranks and schemes once; FFT has no scheme."""
+    if sweep.ranks is not None and "rank" in given:
+        raise UserError("--rank and --ranks exclude each other: give --ranks.")
+    if sweep.schemes is not None and given.keys() & {"init", "alpha"}:
+        raise UserError("--schemes stands for --init and --alpha: give one or the other.")
+    ranks = [parse_rank(rank) for rank in sweep.ranks or [adapter.chosen_rank]]
+    try:
+        default = (adapter.init, str(AlphaRule.parse(adapter.alpha)))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    schemes = [parse_scheme(scheme) for scheme in sweep.schemes] if sweep.schemes else [default]
+    curves = [(rank, *scheme) if rank else (None, "B", "1") for rank in ranks for scheme in schemes]
+    return list(dict.fromkeys(curves))
+
+
+def _of_trainer(given: dict[str, Any]) -> dict[str, Any]:
+    own = {f.name for f in fields(SweepArguments)}
+    return {k: v for k, v in given.items() if k not in own and k not in PER_ARM and k != "resume"}
+
+
+def _algorithm(argv: list[str]) -> str:
+    """`--algo`, from the flags or the `--config` file: it decides which other flags there are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--algo")
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--resume", type=Path)
+    try:
+        flags, _ = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error} (--help lists the flags).") from None
+    config = flags.config or (flags.resume / CONFIG if flags.resume else None)
+    if flags.algo is None and config is not None and config.is_file():
+        import yaml
+
+        try:
+            settings = yaml.safe_load(config.read_text())
+        except yaml.YAMLError as error:
+            raise UserError(f"the --config file is no YAML: {' '.join(str(error).split())}.") from None
+        flags.algo = settings.get("algo") if isinstance(settings, dict) else None
+    if (algorithm := flags.algo or "grpo") not in ("grpo", "ppo"):
+        raise UserError(f"--algo takes grpo or ppo, not {algorithm!r}.")
+    return algorithm

@@ -1,0 +1,194 @@
+"""Which arms a sweep runs next: a pure function of what its arms have reached so far.
+
+So a sweep that was cut off goes on as planned, whoever goes on with it. For each curve (a rank and its scheme, or FFT):
+
+1. scan powers of two with the first seed, and go on past the end that is best, until the best lies between others;
+2. halve the distance to its neighbours, until that is the resolution;
+3. give all learning rates within an octave of the best every seed; go back to 1 where that moves the best.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from mua_rl.sweep.arm import Arm, Outcome
+
+LOWEST, HIGHEST = -24.0, -1.0
+"""log2 of the learning rates between which a search stays."""
+KNOWN_SPAN, UNKNOWN_SPAN = 2.0, 4.0
+"""Octaves to either side of where a scan begins: around a record's learning rate, and around a guess."""
+NEAR = 1.0
+"""Octaves from the best within which every seed is run."""
+
+Points = dict[float, list[Outcome]]
+"""Outcomes of one curve by log2 η."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """The search for the best learning rate of one curve.
+
+    Attributes:
+        rank, init, alpha: The curve, as in `Arm`.
+        scan: log2 of the learning rates to begin with, ascending.
+        step: Octaves between them, and by which the scan is extended.
+        resolution: Octaves between the best and its neighbours at the end.
+        seeds: The first finds the best; all of them are run near it.
+    """
+
+    rank: int | None
+    init: str
+    alpha: str
+    scan: tuple[float, ...]
+    step: float
+    resolution: float
+    seeds: tuple[int, ...]
+
+    def arm(self, log2_lr: float, seed: int) -> Arm:
+        """One run of the curve."""
+        return Arm(self.rank, self.init, self.alpha, log2_lr, seed)
+
+    def points(self, outcomes: Mapping[Arm, Outcome]) -> Points:
+        """The outcomes that are of this curve."""
+        curve, points = self.arm(0.0, 0).curve, Points()
+        for arm, outcome in outcomes.items():
+            if arm.curve == curve:
+                points.setdefault(arm.log2_lr, []).append(outcome)
+        return points
+
+    def next_arms(self, outcomes: Mapping[Arm, Outcome]) -> list[Arm]:
+        """What to run next; all of it can run at once. Nothing once the optimum is found (or cannot be: `verdict`)."""
+        points = self.points(outcomes)
+        new = [lr for lr in self.scan if lr not in points] or self._new_learning_rates(points)
+        if new:
+            return [self.arm(lr, self.seeds[0]) for lr in new]
+        best = best_of(points)
+        if best is None:
+            return []
+        near = [lr for lr in sorted(points) if abs(lr - best) <= max(NEAR, self.resolution) and is_good(points[lr])]
+        return [arm for seed in self.seeds for lr in near if (arm := self.arm(lr, seed)) not in outcomes]
+
+    def verdict(self, outcomes: Mapping[Arm, Outcome]) -> str:
+        """What is wrong with the best learning rate so far, in a few words; "" for nothing."""
+        points = self.points(outcomes)
+        best = best_of(points)
+        if best is None:
+            return "every run diverged or was stopped"
+        if not has_learnt(points[best]):
+            return "no run got better than the base by more than its noise"
+        if len(points) > 1 and best in (min(points), max(points)):
+            side = "smallest" if best == min(points) else "largest"
+            return f"the best learning rate is the {side} that was tried, 2^{best:g}"
+        return ""
+
+    def _new_learning_rates(self, points: Points) -> list[float]:
+        """log2 of learning rates to try after those of `points`."""
+        lrs, best = sorted(points), best_of(points)
+        below = [max(LOWEST, lrs[0] - self.step)] if lrs[0] > LOWEST else []
+        above = [min(HIGHEST, lrs[-1] + self.step)] if lrs[-1] < HIGHEST else []
+        if best is None:
+            return below
+        learnt = has_learnt(points[best])
+        if not learnt:  # too small a rate moves nothing: what may be lies above, up to where training breaks
+            if is_good(points[lrs[-1]]):
+                return above
+            last_good = max(lr for lr in lrs if is_good(points[lr]))
+            return self._between(last_good, lrs[lrs.index(last_good) + 1])
+        if best == lrs[0]:
+            return below
+        if best == lrs[-1]:
+            return above
+        position = lrs.index(best)
+        return [lr for pair in pairwise(lrs[position - 1 : position + 2]) for lr in self._between(*pair)]
+
+    def _between(self, low: float, high: float) -> list[float]:
+        """The middle of two learning rates that are further apart than the resolution."""
+        return [(low + high) / 2] if high - low > 1.001 * self.resolution else []
+
+
+def scan_around(centre: float, known: bool, resolution: float) -> tuple[tuple[float, ...], float]:
+    """Where a search begins without a range: the scan's log2 learning rates, ascending, and the octaves between them.
+
+    Args:
+        centre: log2 of the learning rate that a record gives; a multiple of `resolution` near it is taken.
+        known: Whether the record is of this base and scheme, or gives but a guess; then the scan is wide and coarse.
+        resolution: In octaves.
+    """
+    step, span = _step(1.0 if known else 2.0, resolution), KNOWN_SPAN if known else UNKNOWN_SPAN
+    middle = resolution * round(centre / resolution)
+    arms = max(1, round(span / step))
+    return _within_bounds([middle + k * step for k in range(-arms, arms + 1)]), step
+
+
+def scan_range(low: float, high: float, resolution: float) -> tuple[tuple[float, ...], float]:
+    """As `scan_around`, over a range that was asked for."""
+    step = _step(1.0, resolution)
+    return _within_bounds([low + k * step for k in range(int((high - low) / step + 1e-9) + 1)]), step
+
+
+def _step(most: float, resolution: float) -> float:
+    """The largest step up to `most` that ends at the resolution when it is halved."""
+    return resolution * 2.0 ** max(0, math.floor(math.log2(most / resolution)))
+
+
+def _within_bounds(lrs: Sequence[float]) -> tuple[float, ...]:
+    return tuple(sorted({min(max(lr, LOWEST), HIGHEST) for lr in lrs}))
+
+
+def is_good(outcomes: Sequence[Outcome]) -> bool:
+    """Whether all runs at a learning rate went to their end and none diverged."""
+    return not any(o.diverged or o.stopped or not math.isfinite(o.metric) for o in outcomes)
+
+
+def has_learnt(outcomes: Sequence[Outcome]) -> bool:
+    """Whether the runs at a learning rate got better than the base by more than two standard errors."""
+    error = statistics.fmean(o.error if math.isfinite(o.error) else 0.0 for o in outcomes) / len(outcomes) ** 0.5
+    return statistics.fmean(o.metric - o.before for o in outcomes) > 2 * error
+
+
+def best_of(points: Points) -> float | None:
+    """log2 of the best learning rate: the highest mean metric, of equals the smallest rate; `None` if all are bad."""
+    good = {lr: statistics.fmean(o.metric for o in found) for lr, found in points.items() if is_good(found)}
+    return min(good, key=lambda lr: (-good[lr], lr)) if good else None
+
+
+RewardCurve = Sequence[tuple[int, float]]
+"""(step, mean training reward), ascending."""
+PATIENCE = 0.4
+"""Share of a run's steps before which it is not judged."""
+ENOUGH_PEERS = 3
+
+
+def why_hopeless(curve: RewardCurve, peers: Sequence[RewardCurve], steps: int) -> str:
+    """Why a run need not go on; "" where it should.
+
+    After `PATIENCE` of its steps a run is hopeless whose reward has fallen below its start by more than twice its
+    noise, or has risen less than half as much as the median of at least `ENOUGH_PEERS` others of its curve had by the
+    same step.
+
+    Args:
+        curve: The run's rewards so far.
+        peers: Those of other runs of its curve.
+        steps: Of a whole run.
+    """
+    if not curve or curve[-1][0] < PATIENCE * steps:
+        return ""
+    step = curve[-1][0]
+    gain, noise = _gain(curve, steps)
+    if gain < -2 * noise:
+        return f"the reward fell by {-gain:.3g} in {step:,} of {steps:,} steps"
+    reached = [_gain([point for point in peer if point[0] <= step], steps)[0] for peer in peers if peer[-1][0] >= step]
+    if len(reached) >= ENOUGH_PEERS and gain + 2 * noise < (median := statistics.median(reached)) / 2:
+        return f"the reward rose by {gain:.3g} in {step:,} steps, the median of its peers by {median:.3g}"
+    return ""
+
+
+def _gain(curve: RewardCurve, steps: int) -> tuple[float, float]:
+    """Mean reward of the newest tenth of a run less that of its first tenth, and its standard error."""
+    rewards = [reward for _, reward in curve]
+    n = max(3, round(len(curve) * steps / max(1, curve[-1][0]) / 10))
+    first, last = rewards[:n], rewards[-n:]
+    variance = sum(statistics.variance(window) / len(window) for window in (first, last) if len(window) > 1)
+    return statistics.fmean(last) - statistics.fmean(first), math.sqrt(variance)

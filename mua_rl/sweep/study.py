@@ -1,0 +1,259 @@
+"""The study of a sweep: which arms wait, run and are done, kept by Optuna where many processes can share it.
+
+Optuna stores and hands out; what is tried is decided in `mua_rl.sweep.search`. Each arm is one Optuna trial, enqueued
+with fixed parameters. A trial is popped by one worker alone, which signs it and gives signs of life while it runs
+(Optuna's own heartbeat covers `Study.optimize` on relational storages only); a trial whose worker is dead is given up,
+and its arm planned anew. Two workers that plan at once may enqueue an arm twice: the earlier trial counts.
+"""
+
+import fcntl
+import json
+import threading
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages.journal import BaseJournalFileLock, JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from mua_rl.errors import UserError
+from mua_rl.rules import AlphaRule
+from mua_rl.sweep.arm import Arm, Outcome
+from mua_rl.sweep.search import Search, is_good
+from mua_rl.sweep.worker import Heartbeat, Watch, Worker
+
+ARM, OUTCOME, WORKER, SETTINGS, FACTS, SIGN = "arm", "outcome", "worker", "settings", "facts", "sign of life: "
+PARAMETERS: dict[str, BaseDistribution] = {
+    "rank": IntDistribution(0, 1_000_000),
+    "init": CategoricalDistribution(["A", "B"]),
+    "alpha_constant": FloatDistribution(0, 1e9),
+    "alpha_exponent": FloatDistribution(-100, 100),
+    "log2_lr": FloatDistribution(-100, 0),
+    "seed": IntDistribution(0, 2**32),
+}
+"""What Optuna's own tools show of a trial; rank 0 is FFT."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An arm that this worker has to run.
+
+    Attributes:
+        trial: Optuna's, which this worker has popped.
+    """
+
+    arm: Arm
+    trial: optuna.Trial
+
+
+class Study:
+    """A sweep's study, as one process sees it.
+
+    Args:
+        study: Optuna's.
+    """
+
+    def __init__(self, study: optuna.Study) -> None:
+        self.study = study
+        self.worker = Worker.this_process()
+        self.watch = Watch(self._signs)
+
+    @classmethod
+    def open(cls, location: str, name: str, settings: dict[str, Any]) -> "Study":
+        """The study `name` at a storage URL of Optuna's or in a file, made where it is not there.
+
+        Raises:
+            UserError: It cannot be opened, or it is of runs with other settings.
+        """
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        try:
+            study = optuna.create_study(
+                study_name=name,
+                storage=location if "://" in location else _file_storage(Path(location)),
+                direction="maximize",
+                load_if_exists=True,
+                sampler=optuna.samplers.RandomSampler(0),  # never used: every parameter is fixed
+            )
+        except Exception as error:  # of the file system, of Optuna, of SQLAlchemy or of a driver
+            raise UserError(f"the study {location} cannot be opened: {_first_line(error)}.") from None
+        settings = json.loads(json.dumps(settings))
+        known = study.user_attrs.get(SETTINGS)
+        if known is None:
+            study.set_user_attr(SETTINGS, settings)
+        elif differing := sorted(k for k in known.keys() | settings.keys() if known.get(k) != settings.get(k)):
+            listed = ", ".join(f"{k}: {known.get(k, 'default')} → {settings.get(k, 'default')}" for k in differing)
+            raise UserError(
+                f"the study {name!r} in {location} has runs with other settings ({listed}): choose another "
+                "--output_dir or --study_name, or give the settings it has."
+            )
+        return cls(study)
+
+    def facts(self, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What the study knows of its base; found once, then kept."""
+        if FACTS not in self.study.user_attrs:
+            self.study.set_user_attr(FACTS, find())
+        return self.study.user_attrs[FACTS]
+
+    def outcomes(self) -> dict[Arm, Outcome]:
+        """What has been reached so far."""
+        return _outcomes(self._trials())
+
+    def counts(self) -> tuple[int, int]:
+        """How many arms are done, and how many there are as far as planned."""
+        trials = self._trials()
+        return len(_outcomes(trials)), len({_arm(trial) for trial in trials if trial.state is not TrialState.FAIL})
+
+    def plan(self, searches: Iterable[Search]) -> bool:
+        """Enqueue what the searches want next; a curve's next arms are decided when none of it is under way.
+
+        Returns:
+            Whether there is anything left to run or to wait for.
+        """
+        trials = self._trials()
+        outcomes = _outcomes(trials)
+        open_curves = {_arm(trial).curve for trial in trials if not trial.state.is_finished()}
+        planned = [
+            arm for s in searches if s.arm(0.0, 0).curve not in open_curves for arm in s.next_arms(outcomes)
+        ]  # fmt: skip
+        for arm in planned:
+            self.study.enqueue_trial(_parameters(arm), user_attrs={ARM: asdict(arm)})
+        return bool(open_curves or planned)
+
+    def claim(self, at_most: int, group: Callable[[Arm], Hashable]) -> list[Claim]:
+        """Take waiting arms, up to `at_most` of one group, for this worker alone."""
+        claims: list[Claim] = []
+        while len(claims) < at_most:
+            waiting = self._trials(TrialState.WAITING)
+            if not waiting or (claims and group(_arm(waiting[0])) != group(claims[0].arm)):
+                break
+            trial = self.study.ask(PARAMETERS)
+            if ARM not in trial.user_attrs:  # others took what was waiting, and Optuna made one up
+                self.study.tell(trial, state=TrialState.FAIL)
+                break
+            trial.set_user_attr(WORKER, self.worker.as_dict())
+            arm = Arm(**trial.user_attrs[ARM])
+            earlier = [t for t in self._trials() if t.number < trial.number and t.state is not TrialState.FAIL]
+            if any(_arm(t) == arm for t in earlier):
+                self.study.tell(trial, state=TrialState.FAIL)
+                continue
+            claims.append(Claim(arm, trial.number))
+        return claims
+
+    def finish(self, claim: Claim, outcome: Outcome) -> bool:
+        """Keep what an arm has reached.
+
+        Returns:
+            Whether it counts: not where this worker was taken for dead, and the arm given to another.
+        """
+        try:
+            claim.trial.set_user_attr(OUTCOME, asdict(outcome))
+        except UpdateFinishedTrialError:
+            return False
+        return self._end(claim.trial.number, outcome)
+
+    def release(self, claim: Claim) -> None:
+        """Give an arm back that did not end, to be planned again."""
+        self._end(claim.trial.number, None)
+
+    def reap(self) -> None:
+        """Give up the trials of dead workers; one that had its outcome written down already is ended with it."""
+        for trial in self._trials(TrialState.RUNNING):
+            signed = trial.user_attrs.get(WORKER)
+            # One that died before it could sign is known by its trial: it never gives a sign.
+            worker = Worker(**signed) if signed else Worker(f"of trial {trial.number}", "", 0, "")
+            if worker.name == self.worker.name or self.watch.is_alive(worker):
+                continue
+            self._end(trial.number, Outcome(**found) if (found := trial.user_attrs.get(OUTCOME)) else None)
+
+    def heartbeat(self) -> Heartbeat:
+        """Signs of life of this worker, for as long as the context lasts."""
+        count = iter(range(2**62))
+        return Heartbeat(lambda: self.study.set_user_attr(SIGN + self.worker.name, next(count)))
+
+    def _signs(self) -> dict[str, Any]:
+        return {k.removeprefix(SIGN): v for k, v in self.study.user_attrs.items() if k.startswith(SIGN)}
+
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """Trials of arms, in the order in which they were enqueued."""
+        trials = self.study.get_trials(deepcopy=False, states=states or None)
+        return [trial for trial in trials if ARM in trial.user_attrs]
+
+    def _end(self, number: int, outcome: Outcome | None) -> bool:
+        """End a trial, without an outcome as failed; whether it was under way still."""
+        try:
+            if outcome is None:
+                self.study.tell(number, state=TrialState.FAIL)
+            elif is_good([outcome]):
+                self.study.tell(number, outcome.metric)
+            else:
+                self.study.tell(number, state=TrialState.PRUNED)
+        except (UpdateFinishedTrialError, ValueError):  # another worker has ended it
+            return False
+        return True
+
+
+class _ProcessLock(BaseJournalFileLock):
+    """A lock that the kernel takes back from a process that dies with it, where Optuna's own wait half a minute."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.threads = threading.Lock()
+        self.file: TextIO | None = None
+
+    def acquire(self) -> bool:
+        """Wait for it."""
+        self.threads.acquire()
+        self.file = open(self.path, "w")  # noqa: SIM115  # closed by release
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+        return True
+
+    def release(self) -> None:
+        """Let others have it."""
+        assert self.file is not None
+        self.file.close()
+        self.threads.release()
+
+
+def _file_storage(path: Path) -> optuna.storages.JournalStorage:
+    """Optuna's journal in a file, mended where a crash has torn its last line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = _ProcessLock(path.with_name(f"{path.name}.lock"))
+    lock.acquire()
+    try:
+        with open(path, "ab+") as journal:
+            journal.seek(0)
+            text = journal.read()
+            journal.truncate(text.rfind(b"\n") + 1)
+    finally:
+        lock.release()
+    return optuna.storages.JournalStorage(JournalFileBackend(str(path.resolve()), lock))
+
+
+def _arm(trial: FrozenTrial) -> Arm:
+    return Arm(**trial.user_attrs[ARM])
+
+
+def _outcomes(trials: Sequence[FrozenTrial]) -> dict[Arm, Outcome]:
+    ended = (TrialState.COMPLETE, TrialState.PRUNED)
+    return {_arm(trial): Outcome(**trial.user_attrs[OUTCOME]) for trial in trials if trial.state in ended}
+
+
+def _parameters(arm: Arm) -> dict[str, Any]:
+    """The values of `PARAMETERS`."""
+    alpha = AlphaRule.parse(arm.alpha)
+    return {
+        "rank": arm.rank or 0,
+        "init": arm.init,
+        "alpha_constant": alpha.constant,
+        "alpha_exponent": -alpha.gamma,
+        "log2_lr": arm.log2_lr,
+        "seed": arm.seed,
+    }
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,107 @@
+"""Who runs a trial, and whether it still does: what tells a long run from one whose process is dead."""
+
+import contextlib
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+BEAT_SECONDS = 15.0
+"""Between two signs of life."""
+SILENCE_SECONDS = 8 * BEAT_SECONDS
+"""Without a sign of life, after which a worker elsewhere is taken for dead."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A process that runs trials.
+
+    Attributes:
+        name: Its own, among all workers ever.
+        place: The kernel and the process namespace in which `pid` means something; "" where there is no telling.
+        pid, started: The process, and when its kernel says that it began, since process ids come back.
+    """
+
+    name: str
+    place: str
+    pid: int
+    started: str
+
+    @classmethod
+    def this_process(cls) -> "Worker":
+        """The calling process, under a new name."""
+        pid = os.getpid()
+        return cls(uuid.uuid4().hex, _place(), pid, _start_of(pid))
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return asdict(self)
+
+
+class Watch:
+    """Tells which workers live. One in the same place is looked up; any other must give signs of life.
+
+    No two clocks are compared: what counts is how long this process has seen no new sign.
+
+    Args:
+        signs: Gives the newest sign of life of each worker, by name.
+    """
+
+    def __init__(self, signs: Callable[[], dict[str, Any]]) -> None:
+        self.signs = signs
+        self.here = _place()
+        self.seen: dict[str, tuple[Any, float]] = {}
+
+    def is_alive(self, worker: Worker) -> bool:
+        """Whether the process is there, or at least has not been silent for long."""
+        if self.here and worker.place == self.here:
+            return _start_of(worker.pid) == worker.started
+        sign = self.signs().get(worker.name)
+        if worker.name not in self.seen or self.seen[worker.name][0] != sign:
+            self.seen[worker.name] = (sign, time.monotonic())
+        return time.monotonic() - self.seen[worker.name][1] < SILENCE_SECONDS
+
+
+class Heartbeat:
+    """Calls `beat` every `BEAT_SECONDS` until it is stopped, from a thread of its own; a context manager."""
+
+    def __init__(self, beat: Callable[[], None]) -> None:
+        self.beat = beat
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "Heartbeat":
+        self.beat()
+        self.thread.start()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+    def _run(self) -> None:
+        while not self.over.wait(BEAT_SECONDS):
+            with contextlib.suppress(Exception):  # a database that is busy for a moment; the next beat tries again
+                self.beat()
+
+
+def _place() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _start_of(pid: int) -> str:
+    """When a process began, in the kernel's ticks; "" where there is none, or only its zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    state, started = fields[0], fields[19]
+    return "" if state in "ZX" else started
