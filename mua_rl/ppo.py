@@ -109,7 +109,7 @@ def set_up(arguments: PPOArguments, adapter_arguments: AdapterArguments) -> Setu
 def training_envs(arguments: PPOArguments, pretrained: BasePolicy | None) -> VecEnv:
     """Environments to train in, normalised where the base policy or the arguments say so."""
     n_envs = arguments.n_envs or (pretrained.n_envs if pretrained else 8)
-    envs = _bare_envs(arguments, n_envs, arguments.seed)
+    envs = bare_envs(arguments, n_envs, arguments.seed)
     if arguments.vec_normalize == "new":
         return VecNormalize(envs, gamma=arguments.gamma or (pretrained.options["gamma"] if pretrained else 0.99))
     if pretrained is None or pretrained.vec_normalize is None or arguments.vec_normalize == "none":
@@ -117,7 +117,8 @@ def training_envs(arguments: PPOArguments, pretrained: BasePolicy | None) -> Vec
     return with_statistics(envs, pretrained.vec_normalize)
 
 
-def _bare_envs(arguments: PPOArguments, n_envs: int, seed: int) -> VecEnv:
+def bare_envs(arguments: PPOArguments, n_envs: int, seed: int) -> VecEnv:
+    """Environments as the arguments describe them, without statistics."""
     return build_envs(
         arguments.env_id,
         n_envs,
@@ -163,7 +164,7 @@ def train(arguments: PPOArguments, adapter_arguments: AdapterArguments, given: d
         )
     training = model.get_env()
     assert training is not None
-    held_out = evaluation_envs(_bare_envs(arguments, min(8, arguments.eval_episodes), 0), training)
+    held_out = evaluation_envs(bare_envs(arguments, min(8, arguments.eval_episodes), 0), training)
     before = _before(run, model, held_out, arguments.eval_episodes)
     if arguments.wandb:
         import wandb
