@@ -1,0 +1,95 @@
+"""What a sweep has to know of its base policy before the first arm: where to look, and what its LR record will say."""
+
+import copy
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from mua_rl import policy
+from mua_rl.arguments import find_record
+from mua_rl.errors import UserError
+from mua_rl.record import LRRecord
+from mua_rl.rules import best_lr_order
+from mua_rl.sweep.arguments import Request
+from mua_rl.sweep.search import Search, scan_around, scan_range
+
+Curve = tuple[int | None, str, str]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of a base policy and the runs that start from it; kept in the study, so that they are found once.
+
+    Attributes:
+        template: The LR record of a run of the sweep, but for the learning rate, what it reached and its seeds.
+        source: The record that the search begins with.
+        source_name: For the reader.
+        known: Whether `source` is of this very base.
+    """
+
+    template: LRRecord
+    source: LRRecord
+    source_name: str
+    known: bool
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Facts":
+        """What `asdict` of it was."""
+        return cls(**{**data, "template": LRRecord(**data["template"]), "source": LRRecord(**data["source"])})
+
+    def record_of(self, curve: Curve) -> LRRecord:
+        """The template, for a curve."""
+        rank, init, alpha = curve
+        if rank is None:
+            return replace(self.template, scheme="FFT", rank=None, alpha="1")
+        return replace(self.template, scheme=f"Init[{init}]", rank=rank, alpha=alpha)
+
+    def search(self, curve: Curve, request: Request) -> Search:
+        """The search for a curve's optimum."""
+        resolution = request.sweep.resolution
+        if request.sweep.grid is not None:
+            scan, step = scan_range(*request.sweep.grid, resolution)
+        else:
+            scan, step = scan_around(*self._centre(curve), resolution)
+        return Search(*curve, scan, step, resolution, request.seeds)
+
+    def _centre(self, curve: Curve) -> tuple[float, bool]:
+        """log2 of the learning rate to look around, and whether it is more than a guess."""
+        target = self.record_of(curve).configuration()
+        try:
+            return math.log2(policy.transfer(self.source, target).value), self.known
+        except UserError:  # the theory has only the exponents, which do for a guess
+            ratio = best_lr_order(target) / best_lr_order(self.source.configuration())
+            return math.log2(self.source.learning_rate * ratio), False
+
+
+def find_facts(request: Request) -> Facts:
+    """Load the base and attach the largest LoRA that is asked for, which shows that all of them fit.
+
+    Raises:
+        UserError: The trainer cannot use what was given.
+    """
+    ranks = [rank for rank, _, _ in request.curves if rank is not None]
+    arguments = copy.copy(request.trainer)
+    # The learning rate is a placeholder: the template's is replaced.
+    adapter = replace(request.adapter, rank=str(max(ranks, default="full")), lr=1e-3, lr_from=None)
+    metric = {"name": f"held-out {'accuracy' if request.sweep.algo == 'grpo' else 'return'}"}
+    if request.sweep.algo == "grpo":
+        from mua_rl import grpo
+
+        grpo_setup = grpo.prepare(arguments, adapter)
+        base, template = grpo_setup.base, grpo.lr_record(arguments, grpo_setup, metric)
+    else:
+        from mua_rl import ppo
+
+        ppo_setup = ppo.set_up(arguments, adapter)
+        base, template = ppo_setup.base, ppo.lr_record(arguments, ppo_setup, metric)
+        if (envs := ppo_setup.model.get_env()) is not None:
+            envs.close()
+    source, source_name = find_record(request.adapter, base, request.sweep.algo)
+    return Facts(template, source, source_name, base.is_base_of(source))
+
+
+def as_dict(facts: Facts) -> dict[str, Any]:
+    """As JSON takes it."""
+    return asdict(facts)

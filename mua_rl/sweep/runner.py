@@ -1,0 +1,244 @@
+"""How arms are run: each as a run of its own in a process of its own, or several side by side in one process."""
+
+import math
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import yaml
+
+from mua_rl.errors import UserError
+from mua_rl.run import ADAPTER_FOLDER, MODEL_FOLDER, RunFolder
+from mua_rl.sweep.arguments import Request
+from mua_rl.sweep.arm import Arm, Outcome
+from mua_rl.sweep.search import why_hopeless
+
+POLL_SECONDS = 0.5
+DIVERGED = 3
+"""Exit code of a trainer whose run left the finite numbers (`mua_rl.errors.exit_on_user_error`)."""
+REWARD = {"grpo": "reward", "ppo": "rollout/ep_rew_mean"}
+"""What a line of a run's metrics calls its training reward."""
+WEIGHTS = ("checkpoint-*", MODEL_FOLDER, ADAPTER_FOLDER, "policy.zip")
+"""What a run folder holds of trained weights."""
+
+
+class Stopped(Exception):
+    """The sweep ends, and what runs with it."""
+
+
+class Runner(Protocol):
+    """Runs arms.
+
+    Attributes:
+        at_once: The most arms that `run` takes.
+    """
+
+    at_once: int
+
+    def group(self, arm: Arm) -> Hashable:
+        """Arms of one group can be run by one call."""
+
+    def run(self, arms: Sequence[Arm]) -> list[Outcome]:
+        """What the arms reach, in order.
+
+        Raises:
+            UserError: A run failed, other than by diverging; the message says how.
+            Stopped: The sweep ends.
+        """
+
+
+class Single:
+    """Runs an arm as `python -m mua_rl.grpo` or `mua_rl.ppo`, in a run folder under `runs/`, with a log beside it.
+
+    A run that had ended before is read, not repeated; one that was cut off goes on from its checkpoint.
+
+    Args:
+        request: What was asked.
+        folder: The sweep's.
+        environment: Variables of the processes, beside this one's.
+        stop: Set from outside, it ends what runs.
+    """
+
+    at_once = 1
+
+    def __init__(self, request: Request, folder: Path, environment: dict[str, str], stop: threading.Event) -> None:
+        self.request, self.environment, self.stop = request, environment, stop
+        self.die_with_parent = die_with_parent()
+        self.runs = folder / "runs"
+        self.runs.mkdir(parents=True, exist_ok=True)
+        self.config = folder / "trainer.yaml"
+        scratch = self.config.with_name(f".trainer.{os.getpid()}.{threading.get_ident()}")
+        scratch.write_text(yaml.safe_dump(request.given, sort_keys=True, allow_unicode=True))
+        os.replace(scratch, self.config)
+
+    def group(self, arm: Arm) -> Hashable:
+        """See `Runner.group`: every arm is by itself."""
+        return arm
+
+    def run(self, arms: Sequence[Arm]) -> list[Outcome]:
+        """See `Runner.run`."""
+        return [self._run(arm) for arm in arms]
+
+    def _run(self, arm: Arm) -> Outcome:
+        folder = RunFolder(self.runs / run_name(arm))
+        started, stopped = time.monotonic(), ""
+        if folder.result() is None:
+            stopped = self._execute(arm, folder)
+        outcome = read_outcome(folder, self.request.sweep.algo, stopped, time.monotonic() - started)
+        if not self.request.sweep.keep_weights:
+            remove_weights(folder)
+        return outcome
+
+    def _execute(self, arm: Arm, folder: RunFolder) -> str:
+        """Run to the end; why it was stopped early, or "".
+
+        Raises:
+            UserError: The process failed.
+            Stopped: The sweep ends.
+        """
+        if folder.last_checkpoint():
+            flags = ["--resume", str(folder.path)]
+        else:
+            shutil.rmtree(folder.path, ignore_errors=True)  # cut off before there was anything to go on from
+            flags = ["--config", str(self.config), *arm_flags(arm), "--output_dir", str(folder.path)]
+        log = folder.path.with_name(f"{folder.path.name}.log")
+        with open(log, "a") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", f"mua_rl.{self.request.sweep.algo}", *flags],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, **self.environment},
+                preexec_fn=self.die_with_parent,  # or a killed sweep's run would go on beside its own repetition
+            )
+            try:
+                while process.poll() is None:
+                    if self.stop.wait(POLL_SECONDS):
+                        raise Stopped
+                    if reason := self._why_hopeless(arm, folder):
+                        return reason
+            finally:
+                _end(process)
+        if process.returncode not in (0, DIVERGED):
+            last = " | ".join(log.read_text().strip().splitlines()[-3:])
+            raise UserError(f"the run {folder.path.name} failed with code {process.returncode} (see {log}): {last}")
+        return ""
+
+    def _why_hopeless(self, arm: Arm, folder: RunFolder) -> str:
+        if not self.request.sweep.early_stop or self.request.steps < 1:
+            return ""
+        curve = reward_curve(folder, self.request.sweep.algo)
+        if not curve or curve[-1][0] >= self.request.steps:
+            return ""
+        same_curve = run_name(arm).partition("-lr")[0]
+        others = [RunFolder(path) for path in self.runs.glob(f"{same_curve}-lr*") if path.is_dir()]
+        peers = [reward_curve(other, self.request.sweep.algo) for other in others if other.path != folder.path]
+        return why_hopeless(curve, [peer for peer in peers if peer], self.request.steps)
+
+
+def run_name(arm: Arm) -> str:
+    """Of an arm's run folder."""
+    curve = f"r{arm.rank}-{arm.init}-{arm.alpha}" if arm.rank else "full"
+    return re.sub(r"[^\w.-]+", "-", f"{curve}-lr{arm.log2_lr:g}-s{arm.seed}")
+
+
+def arm_flags(arm: Arm) -> list[str]:
+    """What makes a trainer run an arm."""
+    flags = ["--rank", str(arm.rank or "full"), "--lr", repr(arm.learning_rate), "--seed", str(arm.seed)]
+    return [*flags, "--init", arm.init, "--alpha", arm.alpha] if arm.rank else flags
+
+
+def reward_curve(folder: RunFolder, algorithm: str) -> list[tuple[int, float]]:
+    """(step, mean training reward) from a run's metrics."""
+    key = REWARD[algorithm]
+    return [(line["step"], line[key]) for line in folder.metrics() if isinstance(line.get(key), (int, float))]
+
+
+def read_outcome(folder: RunFolder, algorithm: str, stopped: str, seconds: float) -> Outcome:
+    """What a run that has ended, or was stopped, says of itself.
+
+    Args:
+        seconds: Wall time, where the run was not there before.
+    """
+    result, curve = folder.result() or {}, reward_curve(folder, algorithm)
+    rewards = [reward for _, reward in curve]
+    step = max((line["step"] for line in folder.metrics()), default=0)
+    before = _before(folder, result)
+    if "held_out/after" not in result:
+        if not stopped:
+            return Outcome.of_divergence(before, step, seconds, str(result.get("reason", "the run diverged")))
+        after, error = math.nan, math.nan
+    elif isinstance(result["held_out/after"], dict):  # of PPO
+        returns = result["held_out/after"]
+        after, error = returns["mean"], returns["std"] / returns["episodes"] ** 0.5
+    else:
+        after, error = result["held_out/after"], result["held_out/standard_error"]
+    return Outcome(
+        metric=after,
+        error=error,
+        before=before,
+        reward_mean=statistics.fmean(rewards) if rewards else math.nan,
+        reward_last=statistics.fmean(rewards[-math.ceil(len(rewards) / 10) :]) if rewards else math.nan,
+        diverged=bool(result.get("diverged", False)),
+        stopped=stopped,
+        steps=step,
+        seconds=max(seconds, result.get("seconds", 0.0)),
+    )
+
+
+def remove_weights(folder: RunFolder) -> None:
+    """Delete what a run trained: a sweep is after its learning rate alone."""
+    for pattern in WEIGHTS:
+        for path in folder.path.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def environments(workers: int) -> list[dict[str, str]]:
+    """Variables for the processes of each worker, that share out the cores and the GPUs of this machine."""
+    import torch
+
+    cores = str(max(1, (os.cpu_count() or 1) // workers))
+    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": cores}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(k) for k in range(torch.cuda.device_count())]
+    if workers == 1 or len(gpus) < 2:  # one run may take all GPUs; several share the one there is
+        return [threads] * workers
+    return [{**threads, "CUDA_VISIBLE_DEVICES": gpus[k % len(gpus)]} for k in range(workers)]
+
+
+def die_with_parent() -> Callable[[], None] | None:
+    """What a new process calls to be killed when the thread that made it ends, however that comes (Linux alone)."""
+    if sys.platform != "linux":
+        return None
+    from mua_rl.rewards.sandbox import isolation
+
+    return isolation.die_with_parent
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End a process, at first kindly."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _before(folder: RunFolder, result: dict) -> float:
+    """The held-out metric before training: of the result, or, where there is none, of the metrics."""
+    before = result.get("held_out/before")
+    if before is None:
+        keys = ("held_out/accuracy", "held_out/return")
+        first = [line[key] for line in folder.metrics() if line["step"] == 0 for key in keys if key in line]
+        before = first[0] if first else math.nan
+    return float(before["mean"] if isinstance(before, dict) else before)

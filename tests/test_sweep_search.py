@@ -1,0 +1,205 @@
+"""Which arms a sweep runs, on response curves made up for it."""
+
+import math
+import random
+
+import pytest
+
+from mua_rl.sweep.arm import Arm, Outcome
+from mua_rl.sweep.search import (
+    HIGHEST,
+    LOWEST,
+    Search,
+    best_of,
+    scan_around,
+    scan_range,
+    why_hopeless,
+)
+
+
+def outcome(metric, *, before=0.4, error=0.01, diverged=False, stopped=""):
+    return Outcome(metric, error, before, metric, metric, diverged, stopped, 100, 1.0)
+
+
+def curve_with_optimum_at(optimum, breaks_at=math.inf, width=3.0, noise=0.0):
+    """Metric against log2 η: a hill over a base of 0.4; training diverges at `breaks_at` and above."""
+
+    def respond(arm):
+        if arm.log2_lr >= breaks_at:
+            return Outcome.of_divergence(0.4, 10, 1.0, "not finite")
+        draw = random.Random(repr((arm.log2_lr, arm.seed))).gauss(0, noise)
+        return outcome(0.4 + 0.5 * math.exp(-(((arm.log2_lr - optimum) / width) ** 2)) + draw)
+
+    return respond
+
+
+def search(scan, step=1.0, resolution=1.0, seeds=(1, 2), rank=8):
+    return Search(rank, "B", "1", tuple(scan), step, resolution, seeds)
+
+
+def run(search, respond, limit=100):
+    """All outcomes of a search, and the rounds in which they came."""
+    outcomes, rounds = {}, []
+    while arms := search.next_arms(outcomes):
+        assert not set(arms) & outcomes.keys(), "an arm is never repeated"
+        rounds.append(arms)
+        outcomes |= {arm: respond(arm) for arm in arms}
+        assert len(outcomes) < limit
+    return outcomes, rounds
+
+
+def rates(outcomes, seed):
+    return sorted(arm.log2_lr for arm in outcomes if arm.seed == seed)
+
+
+def test_a_search_around_a_good_guess_scans_once_and_then_adds_seeds_next_to_the_best():
+    outcomes, rounds = run(search(range(-13, -8)), curve_with_optimum_at(-11))
+    assert rates(outcomes, 1) == [-13, -12, -11, -10, -9]
+    assert rates(outcomes, 2) == [-12, -11, -10]
+    assert len(rounds) == 2
+
+
+def test_a_best_rate_at_either_end_is_gone_past_until_it_lies_between_others():
+    for optimum in (-17, -5):
+        found = search(range(-13, -8))
+        outcomes, _ = run(found, curve_with_optimum_at(optimum, width=6.0))
+        assert best_of(found.points(outcomes)) == optimum
+        assert {optimum - 1, optimum, optimum + 1} <= set(rates(outcomes, 2))
+        assert found.verdict(outcomes) == ""
+
+
+def test_a_coarse_scan_is_refined_to_the_resolution_around_the_best():
+    found = search(range(-19, -2, 4), step=4.0, resolution=0.5)
+    outcomes, _ = run(found, curve_with_optimum_at(-8.5, width=4.0))
+    assert best_of(found.points(outcomes)) == -8.5
+    assert {-9, -8.5, -8} <= set(rates(outcomes, 1))
+    assert len(rates(outcomes, 1)) < 14  # and not on a fine grid everywhere
+
+
+def test_a_diverged_rate_is_never_the_best_and_bounds_the_search_from_above():
+    found = search(range(-13, -8))
+    outcomes, _ = run(found, curve_with_optimum_at(-8, breaks_at=-9))
+    assert best_of(found.points(outcomes)) == -10
+    assert max(rates(outcomes, 1)) == -9
+    assert found.verdict(outcomes) == ""
+
+
+def test_where_everything_diverges_the_search_goes_down_until_something_trains():
+    found = search(range(-6, -1))
+    outcomes, _ = run(found, curve_with_optimum_at(-10, breaks_at=-8))
+    assert best_of(found.points(outcomes)) == -10
+
+
+def test_rates_too_small_to_move_anything_send_the_search_up_though_noise_has_a_best_among_them():
+    found = search(range(-22, -17))
+    outcomes, _ = run(found, curve_with_optimum_at(-9, width=2.0, noise=0.002), limit=60)
+    assert best_of(found.points(outcomes)) == -9
+    assert min(rates(outcomes, 1)) == -22  # and not down after the noise
+
+
+def test_a_gap_between_nothing_learnt_and_divergence_is_searched_to_the_resolution():
+    found = search((-12, -10, -8, -6), step=2.0, resolution=0.5)
+    outcomes, _ = run(found, curve_with_optimum_at(-7.5, breaks_at=-7, width=0.3))
+    assert best_of(found.points(outcomes)) == -7.5
+
+
+def test_a_task_that_no_rate_learns_ends_and_says_so():
+    found = search(range(-13, -8))
+    outcomes, _ = run(found, lambda arm: outcome(0.4) if arm.log2_lr < -6 else outcome(0.1, diverged=True))
+    assert "no run got better" in found.verdict(outcomes)
+
+
+def test_a_search_stays_within_bounds_and_reports_an_optimum_at_them():
+    rising, falling = search(range(-5, 0)), search(range(-23, -19))
+    outcomes, _ = run(rising, lambda arm: outcome(0.6 + 0.01 * arm.log2_lr))
+    assert rising.verdict(outcomes) == f"the best learning rate is the largest that was tried, 2^{HIGHEST:g}"
+    outcomes, _ = run(falling, lambda arm: outcome(0.6 - 0.01 * arm.log2_lr))
+    assert falling.verdict(outcomes) == f"the best learning rate is the smallest that was tried, 2^{LOWEST:g}"
+
+
+def test_a_lucky_first_seed_at_a_wrong_rate_is_found_out_by_the_other_seeds():
+    respond = curve_with_optimum_at(-11)
+
+    def lucky(arm):
+        return outcome(0.95) if (arm.log2_lr, arm.seed) == (-13, 1) else respond(arm)
+
+    found = search(range(-14, -8), seeds=(1, 2, 3))
+    outcomes, _ = run(found, lucky)
+    assert best_of(found.points(outcomes)) == -11
+    assert set(rates(outcomes, 3)) >= {-12, -11, -10}
+
+
+def test_the_plan_depends_on_outcomes_alone_not_on_the_order_in_which_they_came():
+    found, respond = search(range(-19, -2, 4), step=4.0, resolution=0.5), curve_with_optimum_at(-8.5, noise=0.05)
+    everything, _ = run(found, respond)
+    for seed in range(5):
+        arms = list(everything)
+        random.Random(seed).shuffle(arms)
+        some = {arm: everything[arm] for arm in arms}
+        assert found.next_arms(some) == []
+        assert best_of(found.points(some)) == best_of(found.points(everything))
+
+
+def test_arms_of_other_curves_do_not_count():
+    found = search(range(-13, -8))
+    others = {Arm(16, "B", "1", lr, 1): outcome(0.9) for lr in range(-13, -8)}
+    assert [arm.log2_lr for arm in found.next_arms(others)] == [-13, -12, -11, -10, -9]
+
+
+def test_of_equal_rates_the_smaller_is_the_best():
+    assert best_of({-9.0: [outcome(0.9)], -10.0: [outcome(0.9)], -11.0: [outcome(0.5)]}) == -10
+
+
+@pytest.mark.parametrize("stopped", [outcome(0.9, stopped="hopeless"), outcome(math.nan), outcome(0.9, diverged=True)])
+def test_a_rate_with_one_run_that_was_stopped_or_diverged_is_not_the_best(stopped):
+    assert best_of({-9.0: [outcome(0.9), stopped], -10.0: [outcome(0.5)]}) == -10
+
+
+def test_scans_are_powers_of_two_that_halving_takes_to_the_resolution():
+    assert scan_around(-11.2, known=True, resolution=1) == ((-13, -12, -11, -10, -9), 1)
+    assert scan_around(-11.2, known=False, resolution=1) == ((-15, -13, -11, -9, -7), 2)
+    assert scan_around(-11.2, known=True, resolution=0.5) == ((-13, -12, -11, -10, -9), 1)
+    assert scan_range(-14, -10, 1) == ((-14, -13, -12, -11, -10), 1)
+    assert scan_range(-14, -14, 1) == ((-14,), 1)
+    lrs, step = scan_around(-8, known=False, resolution=0.75)
+    assert math.log2(step / 0.75).is_integer()
+    assert -8.25 in lrs
+
+
+def test_a_scan_at_the_bounds_stays_within_them():
+    assert min(scan_around(-23, known=False, resolution=1)[0]) == LOWEST
+    assert max(scan_around(-2, known=True, resolution=1)[0]) == HIGHEST
+
+
+def rising(rate, steps, noise=0.02, start=0.4):
+    draw = random.Random(rate)
+    return [(k + 1, start + rate * k + draw.gauss(0, noise)) for k in range(steps)]
+
+
+def test_a_run_that_falls_below_its_start_is_hopeless_but_not_before_it_had_time():
+    assert why_hopeless(rising(-0.002, 50), [], 100).startswith("the reward fell")
+    assert why_hopeless(rising(-0.002, 30), [], 100) == ""
+    assert why_hopeless(rising(0.0, 50), [], 100) == ""
+
+
+def test_a_run_far_behind_its_peers_is_hopeless_but_not_with_too_few_of_them_or_in_their_noise():
+    peers = [rising(rate, 100) for rate in (0.003, 0.004, 0.005)]
+    assert "peers" in why_hopeless(rising(0.0005, 50), peers, 100)
+    assert why_hopeless(rising(0.0005, 50), peers[:2], 100) == ""
+    assert why_hopeless(rising(0.003, 50), peers, 100) == ""
+    assert why_hopeless(rising(0.0005, 50, noise=0.5), peers, 100) == ""
+
+
+def test_peers_count_at_the_same_step_only():
+    late = [[(step, 0.4 if step < 60 else 0.9) for step in range(1, 101)] for _ in range(3)]
+    assert why_hopeless(rising(0.0, 50, noise=0.0), late, 100) == ""
+    short = [rising(0.01, 20) for _ in range(3)]
+    assert why_hopeless(rising(0.0, 50), short, 100) == ""
+
+
+def test_returns_below_zero_are_judged_by_their_gain():
+    assert (
+        why_hopeless([(k, -1000 + 5 * k) for k in range(50)], [[(k, -1000 + 6 * k) for k in range(100)]] * 3, 100) == ""
+    )
+    fallen = [(k, -300 - 5 * k + 7 * (k % 3)) for k in range(50)]
+    assert why_hopeless(fallen, [], 100).startswith("the reward fell")
