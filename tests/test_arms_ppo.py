@@ -1,0 +1,334 @@
+"""PPO side by side: an arm does what its single run does, whatever the other arms do."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+stable_baselines3 = pytest.importorskip("stable_baselines3")
+from stable_baselines3.common.env_util import make_vec_env  # noqa: E402
+from stable_baselines3.common.logger import Logger  # noqa: E402
+from stable_baselines3.common.vec_env import VecNormalize  # noqa: E402
+
+from mua_rl.arms.ppo import SideBySide, ppo_options, train_side_by_side  # noqa: E402
+from mua_rl.arms.ppo_policy import StackedPolicy, build_policy  # noqa: E402
+from mua_rl.arms.ppo_rollouts import generalized_advantages  # noqa: E402
+from mua_rl.arms.ppo_update import (  # noqa: E402
+    Rollout,
+    StackedAdam,
+    clipped,
+    gradient_and_kl,
+    loss_and_kl,
+    update,
+)
+from mua_rl.errors import UserError  # noqa: E402
+from mua_rl.ppo_arguments import PPOArguments  # noqa: E402
+from mua_rl.ppo_base import read_base_policy  # noqa: E402
+from mua_rl.ppo_trainer import PPO  # noqa: E402
+from mua_rl.sweep.arm import Arm  # noqa: E402
+
+CARTPOLE, PENDULUM = "mua_rl/CartPole-LongPole-v0", "mua_rl/Pendulum-HighGravity-v0"
+FFT = Arm(None, "B", "1", -8.0, 3)
+LORA = Arm(4, "B", "1", -8.0, 3)
+
+
+def make_base(folder, env_id, activation=torch.nn.Tanh, normalize=False):
+    """A small policy with random weights, as a base."""
+    envs = make_vec_env(env_id, n_envs=2, seed=0)
+    options = dict(n_steps=32, batch_size=16, n_epochs=2, seed=1, device="cpu")
+    kwargs = {"net_arch": [16, 16], "activation_fn": activation}
+    envs = VecNormalize(envs) if normalize else envs
+    model = stable_baselines3.PPO("MlpPolicy", envs, policy_kwargs=kwargs, **options)
+    model.learn(64)
+    model.save(folder / "policy.zip")
+    if normalize:
+        envs.save(str(folder / "vecnormalize.pkl"))
+    return read_base_policy(folder / "policy.zip")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return {env_id: make_base(tmp_path_factory.mktemp("base"), env_id) for env_id in (CARTPOLE, PENDULUM)}
+
+
+def arguments(env_id=CARTPOLE, **changes):
+    return PPOArguments(env_id=env_id, **{"total_timesteps": 192, "eval_episodes": 4, **changes})
+
+
+def single_run(base, arm, options=None, env_id=CARTPOLE):
+    """The trainer that trains one arm, after a rollout of its own."""
+    given = arguments(env_id, seed=arm.seed, **(options or {}))
+    envs = make_vec_env(env_id, n_envs=2, seed=arm.seed)
+    model = PPO.from_base(
+        base, envs, adapter=arm.adapter("hidden"), device="cpu", learning_rate=given.schedule(arm.learning_rate),
+        **given.sb3_options(),
+    )  # fmt: skip
+    model.set_logger(Logger(None, []))
+    callback = model._setup_learn(given.total_timesteps)[1]
+    model.collect_rollouts(model.get_env(), callback, model.rollout_buffer, model.n_steps)
+    model._update_current_progress_remaining(model.num_timesteps, given.total_timesteps)
+    return model
+
+
+def stacked(model, base, arms):
+    env = model.get_env()
+    return StackedPolicy(build_policy(base, env.observation_space, env.action_space), arms)
+
+
+def buffer_as_rollout(model, arms=1):
+    """SB3's rollout buffer, in its own flattened order, the same for every arm."""
+    list(model.rollout_buffer.get(None))  # flattens it
+    buffer = model.rollout_buffer
+    fields = (buffer.observations, buffer.actions, buffer.log_probs, buffer.values, buffer.advantages, buffer.returns)
+    tensors = [torch.as_tensor(field) for field in fields]
+    discrete = isinstance(model.action_space, stable_baselines3.common.policies.spaces.Discrete)
+    tensors = [t.flatten() if i >= 2 or (i == 1 and discrete) else t for i, t in enumerate(tensors)]
+    if discrete:
+        tensors[1] = tensors[1].long()
+    return Rollout(*(t.expand(arms, *t.shape).clone() for t in tensors))
+
+
+def named_gradients(policy, gradient, arm=0):
+    return {name: value[arm] for name, value in policy.weights(gradient).items()}
+
+
+def sb3_name(name):
+    layer, _, kind = name.rpartition(".")
+    return f"{layer}.{kind}.default.weight" if kind.startswith("lora") else name
+
+
+def assert_same_weights(policy, model, rank, arm=0, **tolerance):
+    """What the arm trains equals what the single run's learner trains."""
+    theirs = dict(model.learner.named_parameters())
+    for name, value in named_gradients(policy, policy.trained, arm).items():
+        if name.endswith("lora_A"):
+            value = value[:rank]
+        if name.endswith("lora_B"):
+            value = value[:, :rank]
+        torch.testing.assert_close(value, theirs[sb3_name(name)].detach(), **tolerance)
+    trained = {name for name, parameter in theirs.items() if parameter.requires_grad}
+    assert {sb3_name(name) for name in policy.shapes} == trained
+
+
+# The same numbers as the single run
+
+
+@pytest.mark.parametrize("init", ["A", "B"])
+def test_arms_start_where_their_single_runs_start(bases, init):
+    arms = [Arm(rank, init, "1/r", -8.0, seed) for rank, seed in ((2, 0), (4, 0), (4, 7))]
+    base = bases[PENDULUM]
+    for k, arm in enumerate(arms):
+        model = single_run(base, arm, env_id=PENDULUM)
+        policy = stacked(model, base, arms)
+        assert_same_weights(policy, model, arm.rank, k, rtol=0, atol=0)
+        for name, value in model.policy.state_dict().items():
+            assert torch.equal(policy.state_dict(k)[name], value), name
+    assert policy.multipliers.tolist() == [0.5, 0.25, 0.25]
+
+
+def test_full_finetuning_starts_from_the_base_and_trains_everything(bases):
+    model = single_run(bases[CARTPOLE], FFT)
+    assert_same_weights(stacked(model, bases[CARTPOLE], [FFT]), model, None, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("env_id", [CARTPOLE, PENDULUM])
+def test_advantages_and_returns_are_sb3s(bases, env_id):
+    model = single_run(bases[env_id], LORA, env_id=env_id)
+    buffer = model.rollout_buffer
+    ended = np.concatenate([buffer.episode_starts[1:], model._last_episode_starts[None]])
+    last = model.policy.predict_values(torch.as_tensor(model._last_obs)).detach().numpy().T
+    values = torch.as_tensor(np.concatenate([buffer.values, last]))[None]
+    ours = generalized_advantages(
+        torch.as_tensor(buffer.rewards)[None], values, torch.as_tensor(ended)[None] > 0, model.gamma, model.gae_lambda
+    )
+    torch.testing.assert_close(ours[0], torch.as_tensor(buffer.advantages), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("arm", [LORA, replace(LORA, init="A", alpha="1/r"), FFT], ids=["B", "A", "FFT"])
+@pytest.mark.parametrize(
+    ("env_id", "options"),
+    [
+        (CARTPOLE, {}),
+        (PENDULUM, {}),
+        (CARTPOLE, {"ent_coef": 0.02, "clip_range_vf": 0.1, "normalize_advantage": False, "max_grad_norm": 0.05}),
+        (PENDULUM, {"target_kl": 1e-4, "n_epochs": 4}),
+        (PENDULUM, {"batch_size": 24, "head_lr": 0.01}),
+    ],
+    ids=["discrete", "box", "options", "stops-early", "partial-batch"],
+)
+def test_an_update_on_sb3s_own_rollout_gives_sb3s_weights(bases, arm, env_id, options, monkeypatch):
+    base = bases[env_id]
+    model = single_run(base, arm, {k: v for k, v in options.items() if k != "head_lr"}, env_id)
+    model.attach(head_learning_rate=options.get("head_lr"))
+    policy, settings = stacked(model, base, [arm]), ppo_options(arguments(env_id, **options), base)
+    rollout, count = buffer_as_rollout(model), model.n_steps * model.n_envs
+    order = torch.stack([torch.randperm(count) for _ in range(settings.n_epochs)])
+    orders = iter(order.numpy())
+    monkeypatch.setattr(np.random, "permutation", lambda size: next(orders))
+    model.train()
+    factor = 1 - 0.9 * model.num_timesteps / 192
+    rates = factor * torch.tensor([[arm.learning_rate, options.get("head_lr", arm.learning_rate)]])
+    before, adam = policy.trained.clone(), StackedAdam(policy, (0.9, 0.999), 1e-5)
+    update(policy, adam, rollout, order[None], rates, torch.tensor([True]), settings)
+    assert not torch.equal(before, policy.trained)
+    assert_same_weights(policy, model, arm.rank, rtol=1e-4, atol=2e-5)
+    if "target_kl" in options:
+        assert 0 < int(adam.steps) < settings.n_epochs * math.ceil(count / settings.batch_size)
+
+
+@pytest.mark.parametrize("arm", [LORA, FFT], ids=["LoRA", "FFT"])
+def test_loss_and_gradients_are_sb3s_to_rounding(bases, arm):
+    """Against autograd through SB3's policy, on the first minibatch."""
+    model = single_run(bases[PENDULUM], arm, env_id=PENDULUM)
+    policy, settings = stacked(model, bases[PENDULUM], [arm]), ppo_options(arguments(PENDULUM), bases[PENDULUM])
+    batch = next(buffer_as_rollout(model).minibatches(16))
+    loss, _ = loss_and_kl(policy, policy.trained, batch, settings)
+    values, log_prob, _ = model.learner.evaluate_actions(batch.observations[0], batch.actions[0])
+    advantages = (batch.advantages[0] - batch.advantages[0].mean()) / (batch.advantages[0].std() + 1e-8)
+    ratio = (log_prob - batch.log_probs[0]).exp()
+    surrogate = torch.min(advantages * ratio, advantages * ratio.clamp(0.8, 1.2)).mean()
+    expected = -surrogate + 0.5 * torch.nn.functional.mse_loss(batch.returns[0], values.flatten())
+    torch.testing.assert_close(loss[0], expected, rtol=1e-6, atol=1e-6)
+    expected.backward()
+    theirs = dict(model.learner.named_parameters())
+    for name, gradient in named_gradients(policy, gradient_and_kl(policy, batch, settings)[0]).items():
+        torch.testing.assert_close(gradient, theirs[sb3_name(name)].grad, rtol=1e-4, atol=1e-5)
+
+
+def test_adam_is_torchs_with_a_rate_and_a_count_of_steps_for_each_arm(bases):
+    arms = [Arm(None, "B", "1", rate, 0) for rate in (-8.0, -6.0, -7.0)]
+    model = single_run(bases[CARTPOLE], FFT)
+    policy, generator = stacked(model, bases[CARTPOLE], arms), torch.Generator().manual_seed(0)
+    ours = StackedAdam(policy, (0.9, 0.999), 1e-5)
+    single = [torch.nn.Parameter(row.clone()) for row in policy.trained]
+    theirs = [
+        torch.optim.Adam(
+            [{"params": [parameter], "lr": arm.learning_rate}],
+            eps=1e-5,
+        )
+        for parameter, arm in zip(single, arms, strict=True)
+    ]
+    rates = torch.tensor([[arm.learning_rate] * 2 for arm in arms])
+    for step in range(12):
+        gradient = torch.randn(policy.trained.shape, generator=generator)
+        on = torch.tensor([True, step % 3 != 0, step < 5])
+        ours.step(policy.trained, clipped(gradient, 0.5, on), rates, on, policy.body)
+        for k in on.nonzero().flatten():
+            single[k].grad = gradient[k].clone()
+            torch.nn.utils.clip_grad_norm_([single[k]], 0.5)
+            theirs[k].step()
+    torch.testing.assert_close(policy.trained, torch.stack([p.detach() for p in single]), rtol=1e-5, atol=1e-6)
+
+
+# Arms are independent
+
+
+def trained(arms, base, given):
+    trainer = SideBySide(given, arms, base)
+    return trainer, trainer.learn()
+
+
+@pytest.mark.parametrize("env_id", [CARTPOLE, PENDULUM])
+@pytest.mark.parametrize("full", [False, True], ids=["LoRA", "FFT"])
+def test_an_arm_among_others_equals_the_arm_alone(bases, env_id, full):
+    arms = [Arm(None if full else rank, "B", "1", lr, seed) for rank, lr, seed in ((2, -7, 0), (4, -8, 1), (3, -6, 2))]
+    given = arguments(env_id, total_timesteps=448)  # 224 steps of each environment: Pendulum's episodes end at 200
+    together, outcomes = trained(arms, bases[env_id], given)
+    for k, arm in enumerate(arms):
+        alone, (outcome,) = trained([arm], bases[env_id], given)
+        for name, value in alone.policy.state_dict(0).items():
+            torch.testing.assert_close(together.policy.state_dict(k)[name], value, rtol=1e-4, atol=1e-5)
+        for field in ("metric", "reward_mean", "reward_last", "before", "steps"):
+            assert getattr(outcomes[k], field) == pytest.approx(getattr(outcome, field), rel=1e-3)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["LoRA", "FFT"])
+def test_an_arm_at_a_rate_of_ten_changes_nothing_in_the_others(bases, full):
+    arms = [Arm(None if full else 4, "B", "1", lr, seed) for lr, seed in ((-8, 0), (-7, 1), (-6, 2))]
+    wild = [arms[0], replace(arms[1], log2_lr=math.log2(10)), arms[2]]
+    given = arguments(target_kl=0.0)
+    calm, disturbed = (trained(group, bases[CARTPOLE], given)[0].policy.trained for group in (arms, wild))
+    assert torch.equal(calm[[0, 2]], disturbed[[0, 2]])
+    assert not torch.equal(calm[1], disturbed[1])
+
+
+def test_an_arm_that_leaves_the_finite_numbers_is_dropped_and_the_others_go_on(bases):
+    arms = [replace(LORA, log2_lr=lr) for lr in (-8.0, 100.0, -7.0)]
+    trainer, outcomes = trained(arms, bases[CARTPOLE], arguments(target_kl=0.0))
+    assert trainer.alive.tolist() == [True, False, True]
+    assert outcomes[1].diverged and math.isnan(outcomes[1].metric) and "environment step 64" in outcomes[1].stopped
+    assert not math.isnan(outcomes[0].metric) and outcomes[0].steps == 192
+    _, calm = trained([arms[0], arms[2]], bases[CARTPOLE], arguments(target_kl=0.0))
+    assert [outcomes[k].metric for k in (0, 2)] == pytest.approx([outcome.metric for outcome in calm])
+
+
+def test_smaller_ranks_stay_zero_beyond_their_rank(bases):
+    trainer, _ = trained([replace(LORA, rank=2), LORA], bases[CARTPOLE], arguments())
+    for name, value in trainer.policy.weights().items():
+        if "lora_A" in name:
+            assert not value[0, 2:].any() and value[0, :2].any() and value[1, 2:].any()
+        if "lora_B" in name:
+            assert not value[0, :, 2:].any() and value[0, :, :2].any()
+
+
+# Environments, files, refusals
+
+
+def test_environments_that_are_no_tensors_train_too_with_statistics_of_each_arms_own(tmp_path):
+    env_id = "MountainCarContinuous-v0"
+    base = make_base(tmp_path, env_id, activation=torch.nn.ReLU, normalize=True)
+    arms = [replace(LORA, seed=seed) for seed in (0, 1)]
+    given = arguments(env_id, eval_episodes=2)
+    together, outcomes = trained(arms, base, given)
+    assert all(math.isfinite(outcome.metric) for outcome in outcomes)
+    alone, _ = trained([arms[1]], base, given)
+    for name, value in alone.policy.state_dict(0).items():
+        torch.testing.assert_close(together.policy.state_dict(1)[name], value, rtol=1e-4, atol=1e-5)
+    means = [envs.obs_rms.mean for envs in together.vec_envs]
+    np.testing.assert_allclose(means[1], alone.vec_envs[0].obs_rms.mean, rtol=1e-5)
+    assert not np.allclose(means[0], means[1])
+
+
+def test_the_same_task_as_tensors_and_under_gymnasium_gives_the_same_kind_of_run(bases):
+    """A wrapper that does nothing takes the tensors away."""
+    wrapped = arguments(wrapper="gymnasium.wrappers:OrderEnforcing")
+    for given, vec_envs in ((arguments(), 0), (wrapped, 1)):
+        trainer, (outcome,) = trained([LORA], bases[CARTPOLE], given)
+        assert len(trainer.vec_envs) == vec_envs
+        assert outcome.steps == 192 and 5 < outcome.reward_mean < 60 and outcome.before > 5
+
+
+@pytest.mark.parametrize("arm", [LORA, FFT], ids=["LoRA", "FFT"])
+@pytest.mark.parametrize("env_id", [CARTPOLE, PENDULUM])
+def test_plain_sb3_loads_what_is_saved_and_acts_alike(bases, env_id, arm, tmp_path):
+    trainer, _ = trained([replace(arm, seed=0), arm], bases[env_id], arguments(env_id))
+    trainer.save(1, tmp_path / "policy.zip")
+    plain = stable_baselines3.PPO.load(tmp_path / "policy.zip", device="cpu")
+    observations = np.stack([plain.observation_space.sample() for _ in range(50)]).clip(-2, 2)
+    distribution = trainer.policy.distribution(
+        trainer.policy.weights(), torch.as_tensor(observations).expand(2, -1, -1)
+    )
+    mode = distribution.mode[1]
+    if env_id == PENDULUM:
+        mode = mode.clamp(-2, 2)
+    np.testing.assert_allclose(plain.predict(observations, deterministic=True)[0], mode.detach(), atol=1e-5)
+
+
+def test_what_has_no_stacked_form_is_refused_and_the_message_says_to_run_singly(bases):
+    base = bases[CARTPOLE]
+    with pytest.raises(UserError, match="two groups"):
+        train_side_by_side(arguments(), [LORA, FFT], base)
+    with pytest.raises(UserError, match="one by one"):
+        train_side_by_side(
+            arguments(rollout_buffer_class="stable_baselines3.common.buffers:RolloutBuffer"), [LORA], base
+        )
+    with pytest.raises(UserError, match="no arms"):
+        train_side_by_side(arguments(), [], base)
+    with pytest.raises(UserError, match="rank 17 exceeds"):
+        train_side_by_side(arguments(), [replace(LORA, rank=17)], base)
+    with pytest.raises(UserError, match="no environment"):
+        train_side_by_side(arguments("NoSuchTask-v0"), [LORA], base)
+    with pytest.raises(UserError, match="trained with observations"):
+        train_side_by_side(arguments(PENDULUM), [LORA], base)
