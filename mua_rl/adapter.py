@@ -130,12 +130,16 @@ class LoRA:
                     f"rank {self.rank} exceeds the size of the layer {layer_name} ({fan_in(a)} → {len(b)}): choose a "
                     "smaller --rank or other --target-modules, or full finetuning (--rank full)."
                 )
-            with torch.no_grad():
-                random, zero = (a, b) if self.init == "A" else (b, a)
-                zero.zero_()
-                # 1/n for A and 1/r for B; a grouped convolution's B sums over r/groups.
-                random.copy_(torch.randn(random.shape, generator=generator) / math.sqrt(fan_in(random)))
+            self.draw(a, b, generator)
         return wrapped
+
+    @torch.no_grad()
+    def draw(self, a: torch.Tensor, b: torch.Tensor, generator: torch.Generator) -> None:
+        """Fill the A and B of a layer with starting values, the random one from a generator on the CPU."""
+        random, zero = (a, b) if self.init == "A" else (b, a)
+        zero.zero_()
+        # 1/n for A and 1/r for B; a grouped convolution's B sums over r/groups.
+        random.copy_(torch.randn(random.shape, generator=generator) / math.sqrt(fan_in(random)))
 
     def configuration(self, model: nn.Module, optimizer: str = "adamw") -> Configuration:
         """See `Adapter.configuration`."""
@@ -277,19 +281,26 @@ def _widths(model: nn.Module, targets: TargetModules) -> list[int]:
     """Fan-ins of the targeted layers of a plain or LoRA-carrying model."""
     found: set[int] = {fan_in(lora_matrices(layer)[0]) for _, layer in lora_layers(model)}
     if not found:
-        found = {fan_in(weight) for weight in _targeted_weights(model, targets)}
+        found = {fan_in(weight) for _, weight in targeted_layers(model, targets)}
     if not found:
         raise UserError(f"no layer of the model matches the target modules {targets!r}.")
     return sorted(found)
 
 
-def _targeted_weights(model: nn.Module, targets: TargetModules) -> Iterator[torch.Tensor]:
-    """Weights of the layers that PEFT would adapt, found by PEFT itself on a copy without storage."""
+def targeted_layers(model: nn.Module, targets: TargetModules) -> Iterator[tuple[str, torch.Tensor]]:
+    """Layers of a plain model that PEFT would adapt, found by PEFT itself on a copy without storage.
+
+    Yields:
+        Each layer's name, and the A that a LoRA of rank 1 would have, a shape without values.
+
+    Raises:
+        UserError: There is none.
+    """
     weights = [*model.parameters(), *model.buffers()]
     shapes = {id(weight): torch.empty_like(weight, device="meta") for weight in weights}
     shapes |= {id(p): nn.Parameter(shapes[id(p)], requires_grad=False) for p in model.parameters()}
     with torch.device("meta"):
         skeleton = copy.deepcopy(model, shapes)  # a weight that is found among the shapes is not copied
     config: Any = LoraConfig(r=1, target_modules=resolve_targets(model, targets))
-    for _, layer in lora_layers(_inject(skeleton, config)):
-        yield lora_matrices(layer)[0]
+    for name, layer in lora_layers(_inject(skeleton, config)):
+        yield name.removeprefix("base_model.model."), lora_matrices(layer)[0]
