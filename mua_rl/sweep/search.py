@@ -46,15 +46,20 @@ class Search:
     resolution: float
     seeds: tuple[int, ...]
 
+    @property
+    def curve(self) -> tuple[int | None, str, str]:
+        """See `Arm.curve`."""
+        return self.arm(0.0, 0).curve
+
     def arm(self, log2_lr: float, seed: int) -> Arm:
         """One run of the curve."""
         return Arm(self.rank, self.init, self.alpha, log2_lr, seed)
 
     def points(self, outcomes: Mapping[Arm, Outcome]) -> Points:
         """The outcomes that are of this curve."""
-        curve, points = self.arm(0.0, 0).curve, Points()
+        points = Points()
         for arm, outcome in outcomes.items():
-            if arm.curve == curve:
+            if arm.curve == self.curve:
                 points.setdefault(arm.log2_lr, []).append(outcome)
         return points
 

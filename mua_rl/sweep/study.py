@@ -10,6 +10,7 @@ import fcntl
 import json
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,7 +18,7 @@ from typing import Any, TextIO
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.storages.journal import BaseJournalFileLock, JournalFileBackend
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from mua_rl.errors import UserError
@@ -55,10 +56,12 @@ class Study:
 
     Args:
         study: Optuna's.
+        lock: Held while arms are planned and claimed. A database server needs none: Optuna locks its rows. On SQLite,
+            which has no such locks, two processes would at times pop one trial.
     """
 
-    def __init__(self, study: optuna.Study) -> None:
-        self.study = study
+    def __init__(self, study: optuna.Study, lock: AbstractContextManager) -> None:
+        self.study, self.lock = study, lock
         self.worker = Worker.this_process()
         self.watch = Watch(self._signs)
 
@@ -90,7 +93,8 @@ class Study:
                 f"the study {name!r} in {location} has runs with other settings ({listed}): choose another "
                 "--output_dir or --study_name, or give the settings it has."
             )
-        return cls(study)
+        path = _file_of(location)
+        return cls(study, _ProcessLock(path.with_name(f"{path.name}.claims")) if path else nullcontext())
 
     def facts(self, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What the study knows of its base; found once, then kept."""
@@ -113,34 +117,34 @@ class Study:
         Returns:
             Whether there is anything left to run or to wait for.
         """
-        trials = self._trials()
-        outcomes = _outcomes(trials)
-        open_curves = {_arm(trial).curve for trial in trials if not trial.state.is_finished()}
-        planned = [
-            arm for s in searches if s.arm(0.0, 0).curve not in open_curves for arm in s.next_arms(outcomes)
-        ]  # fmt: skip
-        for arm in planned:
-            self.study.enqueue_trial(_parameters(arm), user_attrs={ARM: asdict(arm)})
+        with self.lock:
+            trials = self._trials()
+            outcomes = _outcomes(trials)
+            open_curves = {_arm(trial).curve for trial in trials if not trial.state.is_finished()}
+            closed = [search for search in searches if search.curve not in open_curves]
+            planned = [arm for search in closed for arm in search.next_arms(outcomes)]
+            for arm in planned:
+                self.study.enqueue_trial(_parameters(arm), user_attrs={ARM: asdict(arm)})
         return bool(open_curves or planned)
 
     def claim(self, at_most: int, group: Callable[[Arm], Hashable]) -> list[Claim]:
         """Take waiting arms, up to `at_most` of one group, for this worker alone."""
         claims: list[Claim] = []
-        while len(claims) < at_most:
-            waiting = self._trials(TrialState.WAITING)
-            if not waiting or (claims and group(_arm(waiting[0])) != group(claims[0].arm)):
-                break
-            trial = self.study.ask(PARAMETERS)
-            if ARM not in trial.user_attrs:  # others took what was waiting, and Optuna made one up
-                self.study.tell(trial, state=TrialState.FAIL)
-                break
-            trial.set_user_attr(WORKER, self.worker.as_dict())
-            arm = Arm(**trial.user_attrs[ARM])
-            earlier = [t for t in self._trials() if t.number < trial.number and t.state is not TrialState.FAIL]
-            if any(_arm(t) == arm for t in earlier):
-                self.study.tell(trial, state=TrialState.FAIL)
-                continue
-            claims.append(Claim(arm, trial.number))
+        with self.lock:
+            while len(claims) < at_most:
+                waiting = self._trials(TrialState.WAITING)
+                if not waiting or (claims and group(_arm(waiting[0])) != group(claims[0].arm)):
+                    break
+                trial = self.study.ask(PARAMETERS)
+                if ARM not in trial.user_attrs:  # others took what was waiting, and Optuna made one up
+                    self.study.tell(trial, state=TrialState.FAIL)
+                    break
+                trial.set_user_attr(WORKER, self.worker.as_dict())
+                claim = Claim(Arm(**trial.user_attrs[ARM]), trial)
+                if self._came_earlier(claim):
+                    self.release(claim)
+                else:
+                    claims.append(claim)
         return claims
 
     def finish(self, claim: Claim, outcome: Outcome) -> bool:
@@ -174,6 +178,11 @@ class Study:
         count = iter(range(2**62))
         return Heartbeat(lambda: self.study.set_user_attr(SIGN + self.worker.name, next(count)))
 
+    def _came_earlier(self, claim: Claim) -> bool:
+        """Whether another trial has the arm of a claim, enqueued before it and not given up."""
+        others = [t for t in self._trials() if t.number < claim.trial.number and t.state is not TrialState.FAIL]
+        return any(_arm(other) == claim.arm for other in others)
+
     def _signs(self) -> dict[str, Any]:
         return {k.removeprefix(SIGN): v for k, v in self.study.user_attrs.items() if k.startswith(SIGN)}
 
@@ -196,13 +205,19 @@ class Study:
         return True
 
 
-class _ProcessLock(BaseJournalFileLock):
+class _ProcessLock:
     """A lock that the kernel takes back from a process that dies with it, where Optuna's own wait half a minute."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.threads = threading.Lock()
         self.file: TextIO | None = None
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *details: object) -> None:
+        self.release()
 
     def acquire(self) -> bool:
         """Wait for it."""
@@ -222,15 +237,18 @@ def _file_storage(path: Path) -> optuna.storages.JournalStorage:
     """Optuna's journal in a file, mended where a crash has torn its last line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = _ProcessLock(path.with_name(f"{path.name}.lock"))
-    lock.acquire()
-    try:
-        with open(path, "ab+") as journal:
-            journal.seek(0)
-            text = journal.read()
-            journal.truncate(text.rfind(b"\n") + 1)
-    finally:
-        lock.release()
-    return optuna.storages.JournalStorage(JournalFileBackend(str(path.resolve()), lock))
+    with lock, open(path, "ab+") as journal:
+        journal.seek(0)
+        journal.truncate(journal.read().rfind(b"\n") + 1)
+    return optuna.storages.JournalStorage(JournalFileBackend(str(path.resolve()), lock))  # type: ignore[arg-type]
+
+
+def _file_of(location: str) -> Path | None:
+    """The file that a study is in, `None` for a database server."""
+    if "://" not in location:
+        return Path(location)
+    kind, _, path = location.partition(":///")
+    return Path(path.partition("?")[0]) if kind.startswith("sqlite") and path else None
 
 
 def _arm(trial: FrozenTrial) -> Arm:
