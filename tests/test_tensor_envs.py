@@ -102,7 +102,9 @@ def test_an_arms_starts_depend_on_its_own_generator_alone():
 @pytest.mark.parametrize("env_id", [family.env_id() for family in CLASSIC])
 def test_starts_are_spread_like_gymnasiums(env_id):
     task, env = tensor_task(env_id), gymnasium.make(env_id)
-    ours = task.dynamics.observe(task.starts([4000], torch.Generator().manual_seed(0))).numpy()
+    ours = task.dynamics.observe(
+        task.starts(task.random_numbers(4000, generator=torch.Generator().manual_seed(0)))
+    ).numpy()
     theirs = np.stack([env.reset(seed=seed)[0] for seed in range(1000)])
     np.testing.assert_allclose(ours.mean(0), theirs.mean(0), atol=0.15 * max(1e-9, theirs.std(0).max()))
     np.testing.assert_allclose(ours.std(0), theirs.std(0), rtol=0.1)

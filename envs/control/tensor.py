@@ -62,7 +62,7 @@ class CartPole:
         env = self.env
         _, x_dot, theta, theta_dot = state.unbind(-1)
         cosine, sine = theta.cos(), theta.sin()
-        force = (action * 2 - 1) * env.force_mag
+        force = (action * 2 - 1).double() * env.force_mag
         push = (force + env.polemass_length * theta_dot.square() * sine) / env.total_mass
         inertia = env.length * (4.0 / 3.0 - env.masspole * cosine.square() / env.total_mass)
         theta_acceleration = (env.gravity * sine - cosine * push) / inertia
@@ -90,7 +90,7 @@ class Acrobot:
     def step(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Dynamics`."""
         env = self.env
-        torque = (action - 1) * float(env.AVAIL_TORQUE[2])
+        torque = (action - 1).double() * float(env.AVAIL_TORQUE[2])
         k_1 = self._derivative(state, torque)
         k_2 = self._derivative(state + env.dt / 2 * k_1, torque)
         k_3 = self._derivative(state + env.dt / 2 * k_2, torque)
@@ -176,12 +176,15 @@ class Task:
     observation_space: gymnasium.spaces.Space
     action_space: gymnasium.spaces.Space
 
-    def starts(self, size: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Random starts of episodes, `[*size, S]`, on the generator's device."""
-        low = torch.tensor(self.dynamics.start_low, dtype=torch.float64, device=generator.device)
-        high = torch.tensor(self.dynamics.start_high, dtype=torch.float64, device=generator.device)
-        uniform = torch.rand(*size, len(low), generator=generator, dtype=torch.float64, device=generator.device)
-        return low + (high - low) * uniform
+    def random_numbers(self, *size: int, generator: torch.Generator) -> Tensor:
+        """What `starts` makes starts of, float64 `[*size, S]` in [0, 1)."""
+        return torch.rand(*size, len(self.dynamics.start_low), generator=generator, dtype=torch.float64)
+
+    def starts(self, random_numbers: Tensor) -> Tensor:
+        """Starts of episodes, as many as there are rows of random numbers `[…, S]`."""
+        low = random_numbers.new_tensor(self.dynamics.start_low)
+        high = random_numbers.new_tensor(self.dynamics.start_high)
+        return low + (high - low) * random_numbers
 
 
 def tensor_task(env_id: str, env_kwargs: dict[str, Any] | None = None) -> Task | None:
@@ -268,8 +271,8 @@ class TensorEnvs:
     def _starts(self) -> Tensor:
         """A start for every environment, `[K, E, S]`; drawn for `STARTS` steps at a time, on the CPU."""
         if self.drawn % STARTS == 0:
-            size = (STARTS, self.envs_per_arm)
-            self.starts = torch.stack([self.task.starts(size, one) for one in self.generators], 1).to(self.device)
+            drawn = [self.task.random_numbers(STARTS, self.envs_per_arm, generator=one) for one in self.generators]
+            self.starts = self.task.starts(torch.stack(drawn, 1).to(self.device))
         self.drawn += 1
         return self.starts[(self.drawn - 1) % STARTS]
 

@@ -126,14 +126,13 @@ class SideBySide:
             steps += self.transitions
             self._iterate(steps)
             lost = self.alive & ~self.policy.trained.isfinite().all(1)
-            self.policy.trained = torch.where(
-                lost.unsqueeze(1), initial, self.policy.trained
-            )  # it only acts on
+            self.policy.trained = torch.where(lost.unsqueeze(1), initial, self.policy.trained)  # it only acts on
             self.alive &= ~lost
             self.lost_at |= {k: steps for k in lost.nonzero().flatten().tolist()}
         after = [Returns(values) for values in self._arm_returns()]
         seconds = (time.perf_counter() - start) / len(self.arms)
-        return [self._outcome(k, before, after[k], steps, seconds) for k in range(len(self.arms))]
+        curves = torch.stack(self.returns, 1).double().cpu()
+        return [self._outcome(k, before, after[k], curves[k], steps, seconds) for k in range(len(self.arms))]
 
     def _iterate(self, steps: int) -> None:
         """One rollout, up to `steps` environment steps of each arm, and the update on it."""
@@ -168,12 +167,11 @@ class SideBySide:
         held_out = evaluation_envs(bare_envs(self.arguments, min(8, episodes), 0), training)
         return evaluate(policy, held_out, episodes).values
 
-    def _outcome(self, arm: int, before: Returns, after: Returns, steps: int, seconds: float) -> Outcome:
+    def _outcome(self, arm: int, before: Returns, after: Returns, curve: Tensor, steps: int, seconds: float) -> Outcome:
         if arm in self.lost_at:
             at = self.lost_at[arm]
             reason = f"a weight is no longer finite in the update after environment step {at}"
             return Outcome.of_divergence(before.mean, at, seconds, reason)
-        curve = torch.stack(self.returns)[:, arm].double()
         return Outcome(
             metric=after.mean,
             error=after.standard_error,

@@ -5,13 +5,14 @@ and an action.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
+from torch.distributions import Categorical, Independent
 
 from mua_rl.arms.ppo_policy import StackedPolicy, Weights
 from mua_rl.arms.ppo_update import Options, Rollout
@@ -66,7 +67,7 @@ class GymnasiumEnvs:
             self._tensor(returns),
         )
 
-    def _tensor(self, values: Sequence | np.ndarray) -> Tensor:
+    def _tensor(self, values: Any) -> Tensor:
         return torch.as_tensor(np.stack(values), dtype=torch.float32, device=self.device)
 
 
@@ -88,15 +89,12 @@ class Collector:
         """`n_steps` steps of every environment, and the mean return `[K]` of the episodes that ended (NaN: none)."""
         weights, space = policy.weights(), policy.policy.action_space
         noises = self._noise(space)
+        bounds = action_bounds(space, noises.device)
         observations, actions, log_probs, steps = [], [], [], []
         for noise in noises:
             distribution = policy.distribution(weights, self.observation)
-            if isinstance(space, spaces.Discrete):
-                cumulative = distribution.probs.cumsum(-1)[..., :-1]
-                action = allowed = (noise.unsqueeze(-1) >= cumulative).sum(-1)
-            else:
-                action = distribution.mean + distribution.stddev * noise
-                allowed = action.clamp(*self._bounds(space))
+            action = sample(distribution, noise)
+            allowed = action if bounds is None else action.clamp(*bounds)
             observations.append(self.observation)
             actions.append(action)
             log_probs.append(distribution.log_prob(action))
@@ -122,11 +120,6 @@ class Collector:
             drawn = [torch.randn(*size, *space.shape, generator=generator) for generator in self.generators]  # type: ignore[misc]
         return torch.stack(drawn, 1).to(self.observation.device)
 
-    def _bounds(self, space: spaces.Space) -> tuple[Tensor, Tensor]:
-        assert isinstance(space, spaces.Box)
-        device = self.observation.device
-        return torch.as_tensor(space.low, device=device), torch.as_tensor(space.high, device=device)
-
     def _values_at_time_limits(self, policy: StackedPolicy, weights: Weights, met: Step) -> Tensor:
         """Value `[K, T, E]` of the last observation where the time limit ended an episode, else 0."""
         values = torch.zeros_like(met.reward)
@@ -135,6 +128,20 @@ class Collector:
             last = met.final_observation[:, steps]
             values[:, steps] = policy.values(weights, last.flatten(1, 2)).unflatten(1, last.shape[1:3])
         return values * met.truncated
+
+
+def sample(distribution: Categorical | Independent, noise: Tensor) -> Tensor:
+    """Actions of a distribution, from numbers in [0, 1) `[K, E]` or, for a Gaussian, normal ones `[K, E, A]`."""
+    if isinstance(distribution, Categorical):
+        return (noise.unsqueeze(-1) >= distribution.probs.cumsum(-1)[..., :-1]).sum(-1)
+    return distribution.base_dist.loc + distribution.base_dist.scale * noise
+
+
+def action_bounds(space: spaces.Space, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Lower and upper bounds of the actions of a Box, `[A]` each; None for other spaces."""
+    if not isinstance(space, spaces.Box):
+        return None
+    return torch.as_tensor(space.low, device=device), torch.as_tensor(space.high, device=device)
 
 
 def generalized_advantages(rewards: Tensor, values: Tensor, ended: Tensor, gamma: float, gae_lambda: float) -> Tensor:
@@ -164,18 +171,16 @@ def generalized_advantages(rewards: Tensor, values: Tensor, ended: Tensor, gamma
 @torch.no_grad()
 def held_out_returns(policy: StackedPolicy, task: Task, episodes: int) -> Tensor:
     """Returns `[K, episodes]` under deterministic actions, from the same held-out starts for every arm."""
-    weights, space = policy.weights(), policy.policy.action_space
-    starts = task.starts([episodes], torch.Generator().manual_seed(HELD_OUT_SEED))
-    state = starts.to(policy.trained.device).expand(len(policy), *starts.shape)
+    weights = policy.weights()
+    drawn = task.random_numbers(episodes, generator=torch.Generator().manual_seed(HELD_OUT_SEED))
+    starts = task.starts(drawn.to(policy.trained.device))
+    state = starts.expand(len(policy), *starts.shape)
+    bounds = action_bounds(policy.policy.action_space, state.device)
     going = torch.ones(state.shape[:-1], dtype=torch.bool, device=state.device)
     returns = torch.zeros(state.shape[:-1], device=state.device)
     for step in range(task.max_episode_steps):
-        distribution = policy.distribution(weights, task.dynamics.observe(state))
-        if isinstance(space, spaces.Box):
-            low, high = (torch.as_tensor(bound, device=state.device) for bound in (space.low, space.high))
-            action = distribution.mean.clamp(low, high)
-        else:
-            action = distribution.logits.argmax(-1)
+        action = policy.distribution(weights, task.dynamics.observe(state)).mode
+        action = action if bounds is None else action.clamp(*bounds)
         state, reward, terminated = task.dynamics.step(state, action)
         returns += reward * going
         going &= ~terminated

@@ -158,14 +158,14 @@ def update(
     for epoch in range(options.n_epochs):
         if not len(arms):
             return
-        some, moments = policy.take(arms), adam.take(arms)
+        some, moments, some_rates = policy.take(arms), adam.take(arms), rates[arms]
         on = torch.ones_like(arms, dtype=torch.bool)
         for batch in rollout.take(arms, order[arms, epoch]).minibatches(options.batch_size):
             gradient, kl = gradient_and_kl(some, batch, options)
             if options.target_kl is not None:
                 on = on & ~(kl > 1.5 * options.target_kl)
             gradient = clipped(gradient, options.max_grad_norm, on)
-            moments.step(some.trained, gradient, rates[arms], on, policy.body)
+            moments.step(some.trained, gradient, some_rates, on, policy.body)
         policy.trained[arms] = some.trained
         adam.put(arms, moments)
         arms = arms[on]
