@@ -146,14 +146,19 @@ def open_run(
     """
     if resume is None:
         run = RunFolder.create(output_dir, re.sub(r"[^\w.-]+", "-", name))
-        paths = {k: str(Path(str(v)).resolve()) for k, v in settings.items() if k in PATHS and Path(str(v)).exists()}
-        run.start({**settings, **paths, "output_dir": str(run.path.resolve())})
+        run.start({**with_whole_paths(settings), "output_dir": str(run.path.resolve())})
         return run, None
     run = RunFolder.open(resume)
     checkpoint = run.last_checkpoint()
     run.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
     print(f"resuming {run.path} from {checkpoint.name if checkpoint else 'the start: it has no checkpoint yet'}")
     return run, checkpoint
+
+
+def with_whole_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that mean the same from any folder."""
+    paths = {k: str(Path(str(v)).resolve()) for k, v in settings.items() if k in PATHS and Path(str(v)).exists()}
+    return {**settings, **paths}
 
 
 def git_commit() -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 from mua_rl.arguments import AdapterArguments, parse_arguments, parse_rank
 from mua_rl.errors import UserError
 from mua_rl.rules import AlphaRule
-from mua_rl.run import CONFIG, RunFolder
+from mua_rl.run import CONFIG, RunFolder, with_whole_paths
 
 PER_ARM = ("rank", "init", "alpha", "lr", "learning_rate", "lr_from", "seed", "output_dir")
 """Settings of the trainer that each run gets from the sweep."""
@@ -142,6 +142,7 @@ def parse(argv: list[str] | None = None) -> Request:
         from mua_rl.grpo_arguments import complete
 
         complete(trainer, adapter, given)
+    given = with_whole_paths(given)
     return Request(
         sweep=sweep,
         trainer=trainer,

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mua_rl import policy
@@ -88,8 +88,3 @@ def find_facts(request: Request) -> Facts:
             envs.close()
     source, source_name = find_record(request.adapter, base, request.sweep.algo)
     return Facts(template, source, source_name, base.is_base_of(source))
-
-
-def as_dict(facts: Facts) -> dict[str, Any]:
-    """As JSON takes it."""
-    return asdict(facts)

@@ -4,7 +4,8 @@ So a sweep that was cut off goes on as planned, whoever goes on with it. For eac
 
 1. scan powers of two with the first seed, and go on past the end that is best, until the best lies between others;
 2. halve the distance to its neighbours, until that is the resolution;
-3. give all learning rates within an octave of the best every seed; go back to 1 where that moves the best.
+3. give all learning rates within an octave of the best every seed; go back to 1 where that moves the best;
+4. go on past an end of the grid where the fitted curve (`mua_rl.sweep.optimum`) may still rise.
 """
 
 import math
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from mua_rl.sweep.arm import Arm, Outcome
+from mua_rl.sweep.optimum import estimate_optimum
 
 LOWEST, HIGHEST = -24.0, -1.0
 """log2 of the learning rates between which a search stays."""
@@ -73,7 +75,8 @@ class Search:
         if best is None:
             return []
         near = [lr for lr in sorted(points) if abs(lr - best) <= max(NEAR, self.resolution) and is_good(points[lr])]
-        return [arm for seed in self.seeds for lr in near if (arm := self.arm(lr, seed)) not in outcomes]
+        seeded = [arm for seed in self.seeds for lr in near if (arm := self.arm(lr, seed)) not in outcomes]
+        return seeded or [self.arm(lr, self.seeds[0]) for lr in self._beyond_the_edge(outcomes)]
 
     def verdict(self, outcomes: Mapping[Arm, Outcome]) -> str:
         """What is wrong with the best learning rate so far, in a few words; "" for nothing."""
@@ -91,12 +94,12 @@ class Search:
     def _new_learning_rates(self, points: Points) -> list[float]:
         """log2 of learning rates to try after those of `points`."""
         lrs, best = sorted(points), best_of(points)
-        below = [max(LOWEST, lrs[0] - self.step)] if lrs[0] > LOWEST else []
-        above = [min(HIGHEST, lrs[-1] + self.step)] if lrs[-1] < HIGHEST else []
+        below, above = self._beyond(lrs)
         if best is None:
             return below
-        learnt = has_learnt(points[best])
-        if not learnt:  # too small a rate moves nothing: what may be lies above, up to where training breaks
+        if not has_learnt(
+            points[best]
+        ):  # too small a rate moves nothing: what may be lies above, up to where training breaks
             if is_good(points[lrs[-1]]):
                 return above
             last_good = max(lr for lr in lrs if is_good(points[lr]))
@@ -107,6 +110,21 @@ class Search:
             return above
         position = lrs.index(best)
         return [lr for pair in pairwise(lrs[position - 1 : position + 2]) for lr in self._between(*pair)]
+
+    def _beyond_the_edge(self, outcomes: Mapping[Arm, Outcome]) -> list[float]:
+        """log2 of the next learning rate past an end where the fit may have its optimum; nothing where none has."""
+        points = self.points(outcomes)
+        best = best_of(points)
+        if best is None or len(points) < 2 or not has_learnt(points[best]):
+            return []
+        below, above = self._beyond(sorted(points))
+        return {"left": below, "right": above, "": []}[estimate_optimum(runs_of(outcomes, self.curve)).edge]
+
+    def _beyond(self, lrs: list[float]) -> tuple[list[float], list[float]]:
+        """log2 of the next learning rate below and above those there are, as far as the bounds leave any."""
+        below = [max(LOWEST, lrs[0] - self.step)] if lrs[0] > LOWEST else []
+        above = [min(HIGHEST, lrs[-1] + self.step)] if lrs[-1] < HIGHEST else []
+        return below, above
 
     def _between(self, low: float, high: float) -> list[float]:
         """The middle of two learning rates that are further apart than the resolution."""
@@ -151,6 +169,15 @@ def has_learnt(outcomes: Sequence[Outcome]) -> bool:
     """Whether the runs at a learning rate got better than the base by more than two standard errors."""
     error = statistics.fmean(o.error if math.isfinite(o.error) else 0.0 for o in outcomes) / len(outcomes) ** 0.5
     return statistics.fmean(o.metric - o.before for o in outcomes) > 2 * error
+
+
+def runs_of(outcomes: Mapping[Arm, Outcome], curve: tuple[int | None, str, str]) -> list[tuple[float, float, int]]:
+    """The runs of a curve as `estimate_optimum` takes them; one that was stopped counts as one that diverged."""
+    return sorted(
+        (arm.log2_lr, outcome.metric if is_good([outcome]) else math.nan, arm.seed)
+        for arm, outcome in outcomes.items()
+        if arm.curve == curve
+    )
 
 
 def best_of(points: Points) -> float | None:

@@ -28,6 +28,7 @@ from mua_rl.sweep.search import Search, is_good
 from mua_rl.sweep.worker import Heartbeat, Watch, Worker
 
 ARM, OUTCOME, WORKER, SETTINGS, FACTS, SIGN = "arm", "outcome", "worker", "settings", "facts", "sign of life: "
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 PARAMETERS: dict[str, BaseDistribution] = {
     "rank": IntDistribution(0, 1_000_000),
     "init": CategoricalDistribution(["A", "B"]),
@@ -105,6 +106,11 @@ class Study:
     def outcomes(self) -> dict[Arm, Outcome]:
         """What has been reached so far."""
         return _outcomes(self._trials())
+
+    def machines(self) -> dict[Arm, str]:
+        """What the arms that are done ran on."""
+        done = self._trials(*ENDED)
+        return {_arm(trial): trial.user_attrs[WORKER]["machine"] for trial in done if WORKER in trial.user_attrs}
 
     def counts(self) -> tuple[int, int]:
         """How many arms are done, and how many there are as far as planned."""
@@ -256,8 +262,7 @@ def _arm(trial: FrozenTrial) -> Arm:
 
 
 def _outcomes(trials: Sequence[FrozenTrial]) -> dict[Arm, Outcome]:
-    ended = (TrialState.COMPLETE, TrialState.PRUNED)
-    return {_arm(trial): Outcome(**trial.user_attrs[OUTCOME]) for trial in trials if trial.state in ended}
+    return {_arm(trial): Outcome(**trial.user_attrs[OUTCOME]) for trial in trials if trial.state in ENDED}
 
 
 def _parameters(arm: Arm) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import threading
 import time
 import uuid
@@ -24,18 +25,21 @@ class Worker:
         name: Its own, among all workers ever.
         place: The kernel and the process namespace in which `pid` means something; "" where there is no telling.
         pid, started: The process, and when its kernel says that it began, since process ids come back.
+        machine: For the reader: seconds compare on one machine only.
     """
 
     name: str
     place: str
     pid: int
     started: str
+    machine: str = ""
 
     @classmethod
     def this_process(cls) -> "Worker":
         """The calling process, under a new name."""
         pid = os.getpid()
-        return cls(uuid.uuid4().hex, _place(), pid, _start_of(pid))
+        machine = f"{platform.node()}, {platform.machine()}, {os.cpu_count()} cores"
+        return cls(uuid.uuid4().hex, _place(), pid, _start_of(pid), machine)
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON takes it."""

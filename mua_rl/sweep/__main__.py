@@ -1,0 +1,220 @@
+"""`python -m mua_rl.sweep --algo grpo|ppo …`: find the best learning rate, at one rank or many; every flag of the
+trainer is a flag of the sweep too.
+
+Without flags it tunes LoRA of rank 32 on the embedded model and task, all learning rates side by side. The same command
+goes on with a sweep that was cut off, and more processes with `--resume FOLDER`, here or on machines that share the
+study, help with one that runs.
+"""
+
+import math
+import os
+import sys
+import threading
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mua_rl.errors import UserError, exit_on_user_error
+from mua_rl.run import CONFIG, RunFolder, open_run
+from mua_rl.sweep.arguments import Request, parse
+from mua_rl.sweep.arm import Arm, Outcome
+from mua_rl.sweep.base import Facts, find_facts
+from mua_rl.sweep.closing import CSV, make_record, show, write_csv
+from mua_rl.sweep.runner import Runner, Single, environments
+from mua_rl.sweep.search import Search
+from mua_rl.sweep.side_by_side import Chosen, OnStep, SideBySide, why_not
+from mua_rl.sweep.study import Study
+from mua_rl.sweep.work import work_together
+
+STUDY = "study.journal"
+
+
+def open_folder(request: Request) -> Path:
+    """The folder of the sweep: a new one, or the one that `--output_dir` names, if it is empty or a sweep's.
+
+    Raises:
+        UserError: It is of something else.
+    """
+    output_dir = request.everything.get("output_dir")
+    if output_dir is not None and (Path(output_dir) / CONFIG).exists():
+        if "algo" not in RunFolder(output_dir).settings():
+            raise UserError(f"{output_dir} is the folder of something else than a sweep: choose another --output_dir.")
+        return Path(output_dir)
+    name = f"sweep-{request.sweep.algo}-{request.task.rpartition(':')[2]}"
+    return open_run(None, output_dir, name, request.everything)[0].path
+
+
+def choose_runners(
+    request: Request, folder: Path, stop: threading.Event, on_step: OnStep, console: Console
+) -> list[Runner]:
+    """One runner for each worker.
+
+    Raises:
+        UserError: `--side_by_side on`, and the arms cannot be trained so.
+    """
+    workers, mode = request.sweep.workers, request.sweep.side_by_side
+    singly = {True: True, False: True}
+    for curve in {curve[0] is None: curve for curve in request.curves}.values():
+        if mode == "off":
+            continue
+        if reason := why_not(request, curve):
+            if mode == "on":
+                raise UserError(f"--side_by_side on: {reason}")
+            console.print(f"{'LoRA' if curve[0] else 'FFT'} runs go one by one: {reason}", highlight=False)
+        singly[curve[0] is None] = bool(reason)
+    runners: list[Runner] = []
+    for environment in environments(workers):
+        single = Single(request, folder, environment, stop)
+        if all(singly.values()):
+            runners.append(single)
+        else:
+            together = SideBySide(request, on_step, environment if workers > 1 else None)
+            runners.append(Chosen(together, single, singly))
+    return runners
+
+
+class Display:
+    """A bar over the arms, and one line for each that has ended.
+
+    Args:
+        study: Whose arms are counted.
+        console: Where to.
+    """
+
+    def __init__(self, study: Study, console: Console) -> None:
+        self.study, self.console = study, console
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.bar = self.progress.add_task("runs", total=None)
+
+    def on_step(self, step: int, steps: int) -> None:
+        """Show how far a group of arms is."""
+        self.progress.update(self.bar, description=f"runs (step {step} of {steps})")
+
+    def on_outcome(self, arm: Arm, outcome: Outcome) -> None:
+        """Show an arm's outcome."""
+        done, planned = self.study.counts()
+        self.progress.update(self.bar, completed=done, total=planned, description="runs")
+        name = f"r = {arm.rank}, Init[{arm.init}], α = {arm.alpha}" if arm.rank else "FFT"
+        if outcome.diverged:
+            end = f"diverged{f' ({outcome.stopped})' if outcome.stopped else ''}"
+        elif outcome.stopped:
+            end = f"stopped: {outcome.stopped}"
+        else:
+            end = f"{outcome.before:.4g} → {outcome.metric:.4g} ± {outcome.error:.2g}"
+        self.progress.console.print(
+            f"{done:3d} of {planned}  {name}, 2^{arm.log2_lr:g}, seed {arm.seed}: {end}  ({outcome.seconds:.0f} s)",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def sweep(request: Request, console: Console) -> Path:
+    """A sweep from request to record, or this process's part of one.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        UserError: Something that was given cannot be used, or a run failed.
+    """
+    deadline = time.monotonic() + (request.sweep.time_limit or math.inf)
+    folder = open_folder(request)
+    location = request.sweep.study or str(folder / STUDY)
+    name = (
+        request.sweep.study_name or f"{request.sweep.algo} {request.task} {request.everything.get('model', '')}".strip()
+    )
+    study = Study.open(location, name, request.comparable())
+    facts = Facts.from_dict(study.facts(lambda: asdict(find_facts(request))))
+    searches = [facts.search(curve, request) for curve in request.curves]
+    announce(request, facts, searches, folder, location, console)
+    display, stop = Display(study, console), threading.Event()
+    runners = choose_runners(request, folder, stop, display.on_step, console)
+
+    def write_down(arm: Arm, outcome: Outcome) -> None:
+        write_csv(folder / CSV, request.task, facts, study.outcomes(), study.machines())
+        display.on_outcome(arm, outcome)
+
+    with display.progress:
+        complete = work_together(study, searches, runners, write_down, deadline, stop)
+    outcomes = study.outcomes()
+    write_csv(folder / CSV, request.task, facts, outcomes, study.machines())
+    show(searches, outcomes, facts, console)
+    if not complete:
+        console.print(f"[yellow]Time is up[/]: python -m mua_rl.sweep --resume {folder} goes on.", soft_wrap=True)
+        return folder
+    conclude(request, facts, searches, outcomes, folder, console)
+    return folder
+
+
+def announce(
+    request: Request, facts: Facts, searches: list[Search], folder: Path, study: str, console: Console
+) -> None:
+    """What is about to be done."""
+    source = f"{facts.source_name} ({facts.source.learning_rate:.4g} for {facts.source.configuration()})"
+    console.print(
+        f"[bold]{request.task}[/] with {facts.template.base_model}: {len(searches)} "
+        f"curve{'s'[: len(searches) > 1]}, learning rates in steps of {request.sweep.resolution:g} "
+        f"octave{'s'[: request.sweep.resolution != 1]}, {request.sweep.seeds} seed{'s'[: request.sweep.seeds > 1]} "
+        f"near the optimum\nthe search begins around {source}{'' if facts.known else ', a guess'}\n"
+        f"folder {folder}, study {study}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def conclude(
+    request: Request,
+    facts: Facts,
+    searches: list[Search],
+    outcomes: dict[Arm, Outcome],
+    folder: Path,
+    console: Console,
+) -> None:
+    """Write the LR record of the first LoRA curve, and say what to run with it."""
+    first = next((search for search in searches if search.rank is not None), searches[0])
+    record = make_record(facts, first, outcomes)
+    if record is None:
+        console.print(
+            f"[bold red]No learning rate was found[/]: {first.verdict(outcomes)}, so no LR record was written.",
+            soft_wrap=True,
+        )
+        return
+    record.save(folder)
+    same = "".join(
+        f" --{key} {request.given[key]}" for key in ("model", "task", "env_id", "base") if key in request.given
+    )
+    command = f"python -m mua_rl.{request.sweep.algo}{same}"
+    console.print(
+        f"LR record: {record.learning_rate:.4g} for {record.configuration()}, in {folder}\n"
+        f"every run: {folder / CSV}\n"
+        f"the learning rate at other ranks: python -m mua_rl.lr {folder}\n"
+        f"full finetuning at it: {command} --rank full --lr-from {folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def main() -> None:
+    """The command line."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    request = parse()
+    if request.sweep.algo == "grpo":
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+    try:
+        sweep(request, Console())
+    except KeyboardInterrupt:
+        print("mua_rl: interrupted; the same command goes on, or --resume with the folder.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,152 @@
+"""Arms side by side in one process, by `mua_rl.arms`; and which arms go side by side, which singly."""
+
+import copy
+import os
+import sys
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+from mua_rl.errors import UserError
+from mua_rl.sweep.arguments import Request
+from mua_rl.sweep.arm import Arm, Outcome
+from mua_rl.sweep.runner import Runner, Single, die_with_parent
+from mua_rl.sweep.search import RewardCurve, why_hopeless
+
+AT_ONCE = {"grpo": 8, "ppo": 32}
+"""The most arms in one process: more of them gain little by then, and take memory."""
+
+OnStep = Callable[[int, int], None]
+"""Told of a step that arms have taken together, and of how many there will be."""
+
+
+class SideBySide:
+    """Trains arms side by side, in this process or, so that several groups can train at once, in one of its own.
+
+    Args:
+        request: What was asked.
+        on_step: Told of progress; by GRPO in this process alone.
+        environment: Variables of a process of its own; `None`: this process.
+    """
+
+    def __init__(
+        self, request: Request, on_step: OnStep | None = None, environment: dict[str, str] | None = None
+    ) -> None:
+        self.at_once = AT_ONCE[request.sweep.algo]
+        self.request, self.on_step = request, on_step
+        self.peers: dict[Arm, RewardCurve] = {}
+        self.pool = None
+        if environment is not None:
+            self.pool = ProcessPoolExecutor(
+                1, mp_context=get_context("spawn"), initializer=_enter, initargs=(environment,)
+            )
+
+    def group(self, arm: Arm) -> Hashable:
+        """See `Runner.group`: LoRA arms go together, whatever their ranks, and FFT arms do."""
+        return "side by side", arm.rank is None
+
+    def run(self, arms: Sequence[Arm]) -> list[Outcome]:
+        """See `Runner.run`."""
+        if self.pool is not None:
+            return self.pool.submit(_train, self.request, list(arms), None, None).result()
+        return _train(self.request, list(arms), self.on_step, self.peers)
+
+
+class Chosen:
+    """Side by side what goes side by side, and the rest singly.
+
+    Args:
+        together, single: The two ways.
+        singly: Whether arms of full finetuning (True) and of LoRA (False) must be run singly.
+    """
+
+    def __init__(self, together: SideBySide, single: Single, singly: dict[bool, bool]) -> None:
+        self.together, self.single, self.singly = together, single, singly
+        self.at_once = together.at_once
+
+    def group(self, arm: Arm) -> Hashable:
+        """See `Runner.group`."""
+        return self._runner(arm).group(arm)
+
+    def run(self, arms: Sequence[Arm]) -> list[Outcome]:
+        """See `Runner.run`."""
+        return self._runner(arms[0]).run(arms)
+
+    def _runner(self, arm: Arm) -> Runner:
+        return self.single if self.singly[arm.rank is None] else self.together
+
+
+def why_not(request: Request, curve: tuple[int | None, str, str]) -> str:
+    """Why arms of a curve cannot be trained side by side; "" where they can."""
+    arm = Arm(*curve, log2_lr=-10.0, seed=0)
+    try:
+        if request.sweep.algo == "grpo":
+            from mua_rl.arms import grpo
+
+            grpo.check(request.trainer, [arm])
+        else:
+            from mua_rl.arms import ppo
+
+            for envs in ppo.SideBySide(request.trainer, [arm], *_ppo_base(request)).vec_envs:
+                envs.close()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _train(
+    request: Request, arms: list[Arm], on_step: OnStep | None, peers: dict[Arm, RewardCurve] | None
+) -> list[Outcome]:
+    """Train a group.
+
+    Args:
+        peers: Reward curves of arms that were trained before, to which these are added.
+    """
+    if request.sweep.algo == "ppo":
+        from mua_rl.arms import ppo
+        from mua_rl.ppo_arguments import limit_threads
+
+        limit_threads()
+        return ppo.train_side_by_side(request.trainer, arms, *_ppo_base(request))
+    from mua_rl.arms import grpo
+
+    curves: dict[Arm, RewardCurve] = {} if peers is None else peers
+    steps = request.trainer.max_steps
+
+    def keep_going(arm: Arm, history: list[dict[str, float]]) -> str | None:
+        curves[arm] = [(step, metrics["reward"]) for step, metrics in enumerate(history, 1)]
+        others = [curve for other, curve in curves.items() if other != arm and other.curve == arm.curve]
+        return why_hopeless(curves[arm], others, steps) or None
+
+    return grpo.train_side_by_side(
+        copy.copy(request.trainer),
+        arms,
+        request.adapter.adapter("mlp").target_modules,
+        on_step=(lambda step, _: on_step(step, steps)) if on_step else None,
+        keep_going=keep_going if request.sweep.early_stop else None,
+        start_from=request.adapter.start_from,
+    )
+
+
+def _ppo_base(request: Request) -> tuple[Any, Any]:
+    """The base policy and the target modules.
+
+    Raises:
+        UserError: There is no base policy.
+    """
+    from mua_rl import ppo
+
+    base, name, _ = ppo.find_base(request.trainer, request.adapter.start_from)
+    if base is None:
+        raise UserError(f"{name} has no stacked form: run it singly.")
+    return base, request.adapter.adapter("hidden").target_modules
+
+
+def _enter(environment: dict[str, str]) -> None:
+    """Called first in a process of a group's own."""
+    if parent_dies := die_with_parent():
+        parent_dies()
+    os.environ.update(environment)
+    if (threads := os.environ.get("OMP_NUM_THREADS")) and "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(int(threads))
