@@ -13,6 +13,7 @@ Three things keep what is far from the top from bending it:
 - a single diverged run among others at a learning rate counts as the curve's worst.
 """
 
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -113,7 +114,7 @@ def estimate_optimum(points: Iterable[tuple[float, float, int]], higher_is_bette
     Raises:
         UserError: There are fewer than two learning rates, or most runs diverged at each of them.
     """
-    points = list(points)
+    points = sorted(points, key=lambda point: (point[0], point[2]))
     lrs, values = (np.array([point[i] for point in points], dtype=float) for i in (0, 1))
     seeds = np.array([point[2] for point in points])
     sign = 1.0 if higher_is_better else -1.0
@@ -136,7 +137,8 @@ def estimate_optimum(points: Iterable[tuple[float, float, int]], higher_is_bette
     scale = (highest - low) or 1.0
     top = _find_top(grid, index, (values - low) / scale, seeds, (means - low) / scale, last)
 
-    x, curves, cliffs = _draw(top)
+    # Seeded by the runs: the same at each call, and not the same for two curves, whose draws must be independent.
+    x, curves, cliffs = _draw(top, np.random.default_rng(zlib.crc32(lrs.tobytes() + values.tobytes())))
     draws = x[np.argmax(np.where(x[:, None] <= cliffs, curves, -np.inf), axis=0)]
     beyond = RESOLUTION / 2  # the draws lie on a grid
     low_end, high_end = np.quantile(draws, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2]) + np.array([-beyond, beyond])
@@ -204,9 +206,8 @@ def _remove_seed_effects(
     return solution[: lr.max() + 1], (float(left @ left), max(freedom, 0.0))
 
 
-def _draw(top: _Top) -> tuple[Array, Array, Array]:
+def _draw(top: _Top, rng: np.random.Generator) -> tuple[Array, Array, Array]:
     """Learning rates `[X]`, curves drawn from the fit `[X, DRAWS]`, and where each ends `[DRAWS]`."""
-    rng = np.random.default_rng(0)
     lengths, amplitudes, noises = (v.ravel() for v in np.meshgrid(_LENGTHS, _AMPLITUDES, _NOISES, indexing="ij"))
     covariance = _kernel(top.x, top.x, lengths, amplitudes)
     variance = noises[:, None] ** 2 / top.runs + _LOW_NOISE**2 * top.is_low + 1e-8
@@ -228,7 +229,8 @@ def _draw(top: _Top) -> tuple[Array, Array, Array]:
         left -= between @ np.linalg.solve(covariance[i], between.T)
         root = np.linalg.cholesky(left + 1e-6 * np.eye(len(x)))
         curves.append(mean[:, None] + root @ rng.standard_normal((len(x), drawn[i])))
-    return x, np.concatenate(curves, axis=1), rng.uniform(top.x[-1], top.end, DRAWS)
+    shuffled = np.concatenate(curves, axis=1)[:, rng.permutation(DRAWS)]
+    return x, shuffled, rng.uniform(top.x[-1], top.end, DRAWS)
 
 
 def _kernel(a: Array, b: Array, lengths: Array, amplitudes: Array) -> Array:
