@@ -1,7 +1,11 @@
 """The exceptions that command lines turn into a single clear line: unusable input, and a run that diverged."""
 
 import sys
+import time
 from collections.abc import Callable
+from typing import NoReturn
+
+_MAIN_FIRST = 10.0  # seconds
 
 
 class UserError(ValueError):
@@ -17,8 +21,19 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"mua_rl: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(f"mua_rl: error: {error}", 2)
     except Diverged as error:
-        print(f"mua_rl: the run diverged: {error}; try a quarter of the learning rate with --lr.", file=sys.stderr)
-        sys.exit(3)
+        _leave(f"mua_rl: the run diverged: {error}; try a quarter of the learning rate with --lr.", 3)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    """One line for all processes of a run: the launcher ends the others when the main one has spoken.
+
+    Where it does not, the fault is this process's alone, and it speaks.
+    """
+    from mua_rl import processes
+
+    if not processes.is_main():
+        time.sleep(_MAIN_FIRST)
+    print(message, file=sys.stderr)
+    sys.exit(code)

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from mua_rl import models, plots
+from mua_rl import models, plots, processes
 from mua_rl.adapter import Adapter, fingerprint, load_adapter
 from mua_rl.arguments import AdapterArguments, Base, resolve_learning_rate
 from mua_rl.envs.tasks import Task, get_task
@@ -27,7 +27,7 @@ from mua_rl.errors import Diverged, UserError, exit_on_user_error
 from mua_rl.grpo_arguments import GRPOArguments, parse
 from mua_rl.grpo_report import announce, report
 from mua_rl.grpo_trainer import GRPOTrainer, ProgressBar, RunCallback
-from mua_rl.heldout import HeldOutResult, held_out, is_conversational
+from mua_rl.heldout import HeldOutResult, gather, held_out, is_conversational
 from mua_rl.policy import LearningRate
 from mua_rl.record import LRRecord, package_versions
 from mua_rl.rollouts import EngineFailed, generation_class, plan_engine
@@ -125,7 +125,7 @@ def prepare(arguments: GRPOArguments, adapter_arguments: AdapterArguments) -> Se
     rate = resolve_learning_rate(adapter_arguments, configuration, base, "grpo")
     widths = adapter.widths(model)
     policy = adapter.attach(model, seed=arguments.seed)
-    rows = _rows(task, is_conversational(tokenizer), arguments.held_out_problems)
+    rows = splits(task, is_conversational(tokenizer), arguments.held_out_problems)
     arguments.learning_rate = rate.value
     if arguments.max_completion_length is None:
         arguments.max_completion_length = task.max_completion_length
@@ -133,7 +133,7 @@ def prepare(arguments: GRPOArguments, adapter_arguments: AdapterArguments) -> Se
         arguments.reward_weights = list(task.reward_weights)
     if arguments.use_vllm:
         shares = plan_engine(arguments, policy, adapter.rank, _longest_prompt(tokenizer, rows[0]))
-        if shares is not None:
+        if shares is not None and processes.is_main():
             print(f"mua_rl: GPU memory as planned: {shares}")
     return Setup(task, adapter, tokenizer, base, policy, configuration, widths, rate, *rows)
 
@@ -143,8 +143,10 @@ def make_trainer(setup: Setup, arguments: GRPOArguments, run: RunFolder) -> tupl
 
     def measure() -> HeldOutResult:
         assert arguments.max_completion_length is not None
-        return held_out(
-            trainer.model, setup.tokenizer, setup.task, setup.held_out_rows, arguments.max_completion_length
+        rows = setup.held_out_rows
+        own = rows.select(processes.share_of(len(rows)))
+        return gather(
+            held_out(trainer.model, setup.tokenizer, setup.task, own, arguments.max_completion_length), len(rows)
         )
 
     trainer = GRPOTrainer(
@@ -176,9 +178,14 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
     """
     setup = prepare(arguments, adapter_arguments)
     name = f"grpo-{arguments.task}-r{setup.adapter.rank or 'full'}"
-    run, checkpoint = open_run(adapter_arguments.resume, arguments.requested_output_dir, name, given)
+    if arguments.batch_is_given:
+        given = {**given, "completions_per_step": arguments.completions_per_step}
+    run, checkpoint = processes.on_main(
+        lambda: open_run(adapter_arguments.resume, arguments.requested_output_dir, name, given)
+    )
     arguments.output_dir = str(run.path)
-    announce(run, setup.task.name, setup.base.name, setup.policy, setup.configuration, setup.rate)
+    if processes.is_main():
+        announce(run, setup.task.name, setup.base.name, setup.policy, setup.configuration, setup.rate)
     trainer, measure = make_trainer(setup, arguments, run)
     before = _before(run, measure)
     start = time.perf_counter()
@@ -186,12 +193,28 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Diverged as error:
         rate = setup.rate.value
-        run.finish({"diverged": True, "reason": str(error), "held_out/before": before, "learning_rate": rate})
+        if processes.is_main():
+            run.finish({"diverged": True, "reason": str(error), "held_out/before": before, "learning_rate": rate})
         raise
     seconds = time.perf_counter() - start
     after = measure()
     trainer.save_model(str(run.path / setup.adapter.saved_as))
-    run.log(trainer.state.global_step, after.metrics())
+    if processes.is_main():
+        close(run, setup, arguments, before, after, seconds, trainer.state.global_step)
+    return run
+
+
+def close(
+    run: RunFolder,
+    setup: Setup,
+    arguments: GRPOArguments,
+    before: float,
+    after: HeldOutResult,
+    seconds: float,
+    steps: int,
+) -> None:
+    """Write and show what a run that has ended came to; its record last, and only where it has not got worse."""
+    run.log(steps, after.metrics())
     worse = after.accuracy + 2 * after.standard_error < before
     run.finish(
         {
@@ -203,7 +226,7 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
             "learning_rate": setup.rate.value,
             "reason": setup.rate.reason,
             "seconds": seconds,
-            "steps": trainer.state.global_step,
+            "steps": steps,
         }
     )
     plots.learning_curve(
@@ -217,7 +240,6 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
         metric = {"name": "held-out accuracy", "before": before, "after": after.accuracy}
         lr_record(arguments, setup, metric).save(run.path)
     report(run, setup.rate)
-    return run
 
 
 def lr_record(arguments: GRPOArguments, setup: Setup, metric: dict) -> LRRecord:
@@ -261,7 +283,7 @@ def lr_record(arguments: GRPOArguments, setup: Setup, metric: dict) -> LRRecord:
     )
 
 
-def _rows(task: Task, conversational: bool, held_out_problems: int | None) -> tuple[Dataset, Dataset]:
+def splits(task: Task, conversational: bool, held_out_problems: int | None) -> tuple[Dataset, Dataset]:
     """The two splits of a task, the held-out one cut to its first rows where that is asked for."""
     train_rows, held_out_rows = task.train(conversational), task.held_out(conversational)
     for split, rows in (("train", train_rows), ("held-out", held_out_rows)):
@@ -288,11 +310,15 @@ def _longest_prompt(tokenizer: PreTrainedTokenizerBase, rows: Dataset, most: int
 
 def _before(run: RunFolder, measure: Measure) -> float:
     """Held-out accuracy before the first step; measured once, also where a run is resumed."""
-    known = [line["held_out/accuracy"] for line in run.metrics() if line["step"] == 0 and "held_out/accuracy" in line]
-    if known:
-        return known[0]
+
+    def known() -> list[float]:
+        return [m["held_out/accuracy"] for m in run.metrics() if m["step"] == 0 and "held_out/accuracy" in m]
+
+    if earlier := processes.on_main(known):
+        return earlier[0]
     result = measure()
-    run.log(0, result.metrics())
+    if processes.is_main():
+        run.log(0, result.metrics())
     return result.accuracy
 
 

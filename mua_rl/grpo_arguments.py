@@ -1,11 +1,12 @@
 """The arguments of `python -m mua_rl.grpo`: TRL's, with the paper's defaults, and ours."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from trl import GRPOConfig
 
-from mua_rl import models
+from mua_rl import models, processes
 from mua_rl.arguments import AdapterArguments, parse_run
 from mua_rl.errors import UserError
 from mua_rl.run import RunFolder
@@ -51,7 +52,14 @@ class GRPOArguments(GRPOConfig):
         metadata={"help": "Completions per forward pass. Default: 64, beside a vLLM engine as many as have room."},
     )
     gradient_accumulation_steps: int | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Forward passes per optimizer step. Default: what makes 256 completions."}
+        default=None, metadata={"help": "Forward passes per optimizer step. Default: 4, of all processes together."}
+    )
+    completions_per_step: int | None = field(
+        default=None,
+        metadata={
+            "help": "Completions per optimizer step, of all processes together. Default: what the two flags above "
+            "make, 256 without them."
+        },
     )
     max_completion_length: int | None = field(default=None, metadata={"help": "In tokens. Default: the task's."})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay."})
@@ -87,12 +95,39 @@ class GRPOArguments(GRPOConfig):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         self.passes_are_open = self.per_device_train_batch_size is None and self.gradient_accumulation_steps is None
-        self.per_device_train_batch_size = self.per_device_train_batch_size or 64
-        self.gradient_accumulation_steps = self.gradient_accumulation_steps or 4
+        self.batch_is_given = not self.passes_are_open and self.completions_per_step is None
+        self._set_batch(processes.launched())
         self.requested_output_dir = self.output_dir  # the next line fills in a default
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # accelerate takes several processes on the CPU for a mistake otherwise
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every trained weight is used; looking for others costs time
         super().__post_init__()
+        self._n_gpu = min(self.n_gpu, 1)  # a process is for one GPU: no torch.nn.DataParallel over all that it sees
+
+    def _set_batch(self, number: int) -> None:
+        """Share the completions of an optimizer step among a number of processes.
+
+        Raises:
+            UserError: They cannot be shared equally.
+        """
+        micro, passes = self.per_device_train_batch_size or 64, self.gradient_accumulation_steps
+        if self.completions_per_step is None:
+            self.completions_per_step = micro * (passes * number if passes else 4)
+        each, rest = divmod(self.completions_per_step, number)
+        if rest or each < 1:
+            raise UserError(
+                f"{self.completions_per_step} completions a step cannot be shared by {number} processes: choose "
+                "another --completions_per_step."
+            )
+        if micro * (passes or 0) != each:
+            micro = math.gcd(micro, each)
+            if passes and self.steps_per_generation:
+                self.steps_per_generation = max(1, self.steps_per_generation * (each // micro) // passes)
+            passes = each // micro
+        self.per_device_train_batch_size, self.gradient_accumulation_steps = micro, passes
 
     def wider_passes(self) -> list[tuple[int, int]]:
         """Forward passes that make the same optimizer step: (completions of one, how many), the widest first.

@@ -6,10 +6,12 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import ProgressCallback, TrainerCallback
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer as trl_grpo_trainer
 
+from mua_rl import processes
 from mua_rl.errors import Diverged
 from mua_rl.optim import learning_rates, named_groups
 from mua_rl.rollout_correction import CorrectedGRPOTrainer
@@ -79,8 +81,11 @@ class RunCallback(TrainerCallback):
         """
         self.used = {f"lr/{name}": rate for name, rate in learning_rates(optimizer).items()}
         trained = [p for p in model.parameters() if p.grad is not None]
-        norms = torch._foreach_norm([p.grad for p in trained])
-        if math.isfinite(float(torch.stack(norms).sum())):
+        if not trained:  # DeepSpeed keeps gradients elsewhere
+            return
+        norms = torch._foreach_norm([p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in trained])
+        not_finite = not math.isfinite(float(torch.stack(norms).sum()))
+        if not processes.total(float(not_finite), args.device):  # where weights are sharded, each has its own share
             self.bad_steps = 0
             return
         self.bad_steps += 1
@@ -95,7 +100,9 @@ class RunCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Measure on the way."""
         if self.held_out_steps and state.global_step % self.held_out_steps == 0 and state.global_step < state.max_steps:
-            self.run.log(state.global_step, self.held_out_metrics())
+            metrics = self.held_out_metrics()
+            if state.is_world_process_zero:
+                self.run.log(state.global_step, metrics)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """One line of metrics a step."""

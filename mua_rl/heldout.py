@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from mua_rl.envs.tasks import Task
+from mua_rl.processes import gathered
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,12 @@ def generate(
     return completions
 
 
+def gather(own: HeldOutResult, number: int) -> HeldOutResult:
+    """The result on all `number` problems from each process's on its own (`processes.share_of`)."""
+    strict = None if own.strict_scores is None else gathered(own.strict_scores)[:number]
+    return HeldOutResult(gathered(own.completions)[:number], gathered(own.scores)[:number], strict)
+
+
 def held_out(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -101,7 +108,11 @@ def held_out(
     temperature: float = 0.0,
 ) -> HeldOutResult:
     """Answer `problems` (rows of `task`) and score the answers with `task.correct`."""
-    completions = generate(model, tokenizer, problems["prompt"], max_new_tokens, temperature)
+    return score(generate(model, tokenizer, problems["prompt"], max_new_tokens, temperature), task, problems)
+
+
+def score(completions: list[str], task: Task, problems: Dataset) -> HeldOutResult:
+    """Score answers to `problems` with the verifiers of their task."""
     columns = {name: problems[name] for name in problems.column_names if name != "prompt"}
     columns |= {"prompts": problems["prompt"], "completions": completions}
     scores, strict = (

@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from mua_rl import processes
 from mua_rl.errors import UserError
 from mua_rl.record import package_versions
 
@@ -85,6 +86,7 @@ class RunFolder:
             "command": " ".join([Path(sys.executable).name, *sys.argv]),
             "git_commit": git_commit(),
             "host": f"{platform.platform()}, {os.cpu_count()} cores",
+            "processes": processes.count(),
         }
         (self.path / VERSIONS).write_text(json.dumps(versions, indent=2) + "\n")
 

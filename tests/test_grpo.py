@@ -152,6 +152,7 @@ def test_every_grpo_config_field_is_a_flag():
         "held_out_steps",
         "held_out_problems",
         "vllm_sync",
+        "completions_per_step",
     }
 
 

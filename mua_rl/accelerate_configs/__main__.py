@@ -1,0 +1,16 @@
+"""`python -m mua_rl.accelerate_configs NAME`: the path of a configuration, for `accelerate launch --config_file`."""
+
+import sys
+
+from mua_rl.accelerate_configs import config_file, names
+from mua_rl.errors import UserError, exit_on_user_error
+
+
+def main() -> None:
+    """The command line."""
+    if len(sys.argv) != 2:
+        raise UserError(f"give the name of a configuration: {', '.join(names())}.")
+    print(config_file(sys.argv[1]))
+
+
+exit_on_user_error(main)
