@@ -1,0 +1,361 @@
+"""Answers of all arms in one batch, token by token.
+
+A prompt is computed once and its keys and values are copied to its completions. On a CPU the cache grows and rows leave
+it as they end; on a GPU it has a fixed size and the forward pass of one token for all rows is a captured CUDA graph,
+since a small model's pass is bound by the launching of its kernels.
+"""
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from mua_rl.errors import UserError
+
+ATTENTION = "mua_rl_grouped"
+_LOOK_EVERY = 4  # steps between two looks, on a GPU, at whether all rows have ended: each look waits for the GPU
+_ALIGNED = 8  # attention kernels like the length of the cache as a multiple of it
+_SHRINK = 0.75  # share of the rows that are left when the others are let go: that copies the cache
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Completions of K arms with b rows each.
+
+    Attributes:
+        tokens: `(K, b, t)`, filled up with the padding token after the end.
+        lengths: `(K, b)`, tokens up to the end token, which counts.
+        finite: `(K,)`, whether the arm's logits after its prompts were finite numbers.
+    """
+
+    tokens: torch.Tensor
+    lengths: torch.Tensor
+    finite: torch.Tensor
+
+
+class Decoder:
+    """Writes completions with a model that carries the LoRAs of K arms (`LoRAStack`).
+
+    Args:
+        model: A causal language model of transformers with full attention.
+        end_ids: Tokens that end a completion.
+        pad_id: The padding token.
+        new_tokens: The most tokens of a completion.
+        autocast: Makes the context of a forward pass.
+        fixed: Whether the cache has a fixed size; `None`: on a GPU it has.
+
+    Raises:
+        UserError: The model is of another kind.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        end_ids: list[int],
+        pad_id: int,
+        new_tokens: int,
+        autocast: Callable[[], AbstractContextManager],
+        fixed: bool | None = None,
+    ) -> None:
+        check_attention(model)
+        model.set_attn_implementation(ATTENTION)
+        self.model, self.pad_id, self.new_tokens, self.autocast = model, pad_id, new_tokens, autocast
+        self.device = next(model.parameters()).device
+        self.end_ids = torch.tensor(end_ids, device=self.device)
+        self.fixed = self.device.type == "cuda" if fixed is None else fixed
+        self._next: _FixedNext | None = None
+
+    def forget(self) -> None:
+        """Let the fixed cache and its graph go: the arms, or their weights' places, have changed."""
+        self._next = None
+
+    @torch.no_grad()
+    def answer(
+        self,
+        prompts: torch.Tensor,
+        mask: torch.Tensor,
+        copies: int = 1,
+        uniforms: torch.Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Answers:
+        """Complete prompts.
+
+        Args:
+            prompts: `(K, p, P)` token ids, padded on the left.
+            mask: `(K, p, P)`, 1 for tokens that are there.
+            copies: Completions of each prompt; b = p · copies.
+            uniforms: `(K, b, new_tokens)` draws from [0, 1), one for each token to be sampled; `None` is greedy.
+            temperature: What logits are divided by before sampling.
+        """
+        arms, prompts, mask = len(prompts), prompts.flatten(0, 1), mask.flatten(0, 1)
+        with self.autocast():
+            cache = DynamicCache(config=self.model.config)
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            inputs = {"input_ids": prompts, "attention_mask": mask, "position_ids": positions}
+            first = self.model(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        finite = first.isfinite().view(arms, -1).all(-1)
+        following = self._start(cache, mask, copies)
+        draws = None if uniforms is None else uniforms.flatten(0, 1).to(self.device)
+        tokens, lengths = self._write(first.repeat_interleave(copies, 0), following, arms, draws, temperature)
+        return Answers(tokens.view(arms, -1, tokens.shape[-1]), lengths.view(arms, -1), finite)
+
+    def _start(self, cache: DynamicCache, mask: torch.Tensor, copies: int) -> "_GrowingNext | _FixedNext":
+        if not self.fixed:
+            return _GrowingNext(self.model, self.autocast, cache, mask, copies)
+        shape = (len(mask) * copies, mask.shape[1])
+        if self._next is None or self._next.shape != shape:
+            self._next = None  # its memory first
+            self._next = _FixedNext(self.model, self.autocast, shape, self.new_tokens, cache)
+        self._next.start(cache, mask, copies)
+        return self._next
+
+    def _write(
+        self,
+        logits: torch.Tensor,
+        following: "_GrowingNext | _FixedNext",
+        arms: int,
+        draws: torch.Tensor | None,
+        temperature: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens `(R, t)` and lengths `(R,)`."""
+        rows = torch.arange(len(logits), device=self.device)
+        written = torch.full((len(logits), self.new_tokens), self.pad_id, device=self.device)
+        lengths = torch.zeros(len(logits), dtype=torch.long, device=self.device)
+        ended = torch.zeros(len(logits), dtype=torch.bool, device=self.device)
+        for step in range(self.new_tokens):
+            drawn = None if draws is None else draws[rows, step]
+            token = choose(logits, drawn, temperature, arms).masked_fill(ended, self.pad_id)
+            written[rows, step] = token
+            lengths[rows] += ~ended
+            ended |= torch.isin(token, self.end_ids)
+            if step + 1 == self.new_tokens:
+                break
+            if isinstance(following, _GrowingNext):
+                kept = remaining(ended.view(arms, -1))
+                if len(kept) == 0:
+                    break
+                if len(kept) <= _SHRINK * len(rows):
+                    rows, ended, token = rows[kept], ended[kept], token[kept]
+                    following.keep(kept)
+            elif step % _LOOK_EVERY == _LOOK_EVERY - 1 and bool(ended.all()):
+                break
+            logits = following(token)
+        return written, lengths
+
+
+def remaining(ended: torch.Tensor) -> torch.Tensor:
+    """Rows to go on with so that each arm has as many as the arm with the most that have not ended; from `(K, b)`."""
+    most = int((~ended).sum(-1).max())
+    order = ended.to(torch.int8).argsort(dim=-1, stable=True)[:, :most]
+    return (order.sort(-1).values + torch.arange(len(ended), device=ended.device)[:, None] * ended.shape[1]).flatten()
+
+
+def choose(logits: torch.Tensor, draws: torch.Tensor | None, temperature: float, pieces: int = 1) -> torch.Tensor:
+    """A token for each row of logits `(R, V)`: the likeliest, or the one at which the cumulated probability passes a
+    draw from [0, 1), so that a row's token depends on its own logits and draw alone.
+
+    Args:
+        pieces: How many pieces to work in, which bounds the memory.
+    """
+    if draws is None:
+        return logits.argmax(-1)
+    chosen = []
+    for piece, drawn in zip(logits.chunk(pieces), draws.chunk(pieces), strict=True):
+        below = torch.softmax(piece.float() / temperature, -1).cumsum(-1)
+        at = torch.searchsorted(below, (drawn * below[:, -1]).unsqueeze(-1), right=True)
+        chosen.append(at.squeeze(-1).clamp(max=logits.shape[-1] - 1))
+    return torch.cat(chosen)
+
+
+def check_attention(model: PreTrainedModel) -> None:
+    """Refuse models whose attention the decoding here does not know.
+
+    Raises:
+        UserError: Attention cannot be exchanged, or is not full attention.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or not getattr(model, "_supports_attention_backend", False):
+        raise UserError(
+            f"arms side by side take models with full attention throughout, and {type(model).__name__} is another: "
+            "run the arms singly."
+        )
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention for transformers, which for one token a row does not copy the keys for each head of a group: the heads
+    that share keys take the place of the query's length."""
+    rows, heads, length, size = query.shape
+    groups = key.shape[1]
+    if length > 1 or heads == groups or attention_mask is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    folded = query.reshape(rows, groups, heads // groups, size)
+    out = nn.functional.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(rows, 1, heads, size), None
+
+
+AttentionInterface.register(ATTENTION, grouped_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+class _GrowingNext:
+    """From a token for each row to the logits after it, `(R,)` → `(R, V)`, with a cache that grows."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        autocast: Callable[[], AbstractContextManager],
+        cache: DynamicCache,
+        mask: torch.Tensor,
+        copies: int,
+    ) -> None:
+        self.model, self.autocast, self.cache = model, autocast, cache
+        cache.batch_repeat_interleave(copies)
+        self.mask = mask.bool().repeat_interleave(copies, 0)
+        self.positions = self.mask.sum(-1, keepdim=True)
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.mask = nn.functional.pad(self.mask, (0, 1), value=True)
+        inputs = {"input_ids": tokens[:, None], "attention_mask": self.mask[:, None, None]}
+        with self.autocast():
+            out = self.model(**inputs, position_ids=self.positions, past_key_values=self.cache)
+        self.positions = self.positions + 1
+        return out.logits[:, -1]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Let the other rows go."""
+        self.cache.batch_select_indices(rows)
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
+
+
+class _FixedNext:
+    """The same with a cache of fixed size and, on a GPU, a captured graph.
+
+    Args:
+        shape: Rows, and tokens of their prompts with padding.
+        new_tokens: The most that are written.
+        like: A cache whose heads the new one has.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        autocast: Callable[[], AbstractContextManager],
+        shape: tuple[int, int],
+        new_tokens: int,
+        like: DynamicCache,
+    ) -> None:
+        self.model, self.autocast, self.shape = model, autocast, shape
+        rows, prompt = shape
+        device = next(model.parameters()).device
+        length = -(-(prompt + new_tokens) // _ALIGNED) * _ALIGNED
+        self.at = torch.full((1,), prompt, device=device)
+        self.tokens = torch.zeros((rows, 1), dtype=torch.long, device=device)
+        self.positions = torch.zeros((rows, 1), dtype=torch.long, device=device)
+        self.mask = torch.ones((rows, 1, 1, length), dtype=torch.bool, device=device)
+        with autocast():
+            low = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        filled: list[Any] = like.layers
+        self.layers = [_FixedLayer(rows, length, layer.keys, layer.values, low, self.at) for layer in filled]
+        self.cache = Cache(layers=list(self.layers))
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if device.type == "cuda":
+            self._capture()
+
+    def start(self, cache: DynamicCache, mask: torch.Tensor, copies: int) -> None:
+        """Begin after prompts."""
+        prompt = self.shape[1]
+        filled: list[Any] = cache.layers
+        for layer, found in zip(self.layers, filled, strict=True):
+            layer.all_keys[:, :, :prompt] = found.keys.repeat_interleave(copies, 0)
+            layer.all_values[:, :, :prompt] = found.values.repeat_interleave(copies, 0)
+        self.mask.fill_(False)
+        self.mask[:, 0, 0, :prompt] = mask.bool().repeat_interleave(copies, 0)
+        self.positions.copy_(mask.sum(-1, keepdim=True).repeat_interleave(copies, 0))
+        self.at.fill_(prompt)
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.tokens.copy_(tokens[:, None])
+        self.mask.index_fill_(-1, self.at, True)
+        if self.graph is None:
+            self.logits = self._forward()
+        else:
+            self.graph.replay()
+        self.positions += 1
+        self.at += 1
+        return self.logits
+
+    def _forward(self) -> torch.Tensor:
+        inputs = {"input_ids": self.tokens, "attention_mask": self.mask, "position_ids": self.positions}
+        with self.autocast():
+            return self.model(**inputs, past_key_values=self.cache).logits[:, -1]
+
+    def _capture(self) -> None:
+        """Record the forward pass; without a graph, and with a warning, where that cannot be done."""
+        try:
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # kernels are chosen and workspaces made before the recording
+                for _ in range(2):
+                    self._forward()
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.logits = self._forward()
+            self.graph = graph
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            print(
+                f"mua_rl: WARNING: the decoding step of this model cannot be captured in a CUDA graph, so it runs "
+                f"without, which is slower: {str(error).splitlines()[0]}",
+                file=sys.stderr,
+            )
+
+
+class _FixedLayer(StaticLayer):
+    """A layer's keys and values in fixed places, in the precision in which attention computes; all layers share `at`,
+    the place of the next token."""
+
+    def __init__(
+        self,
+        rows: int,
+        length: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        dtype: torch.dtype | None,
+        at: torch.Tensor,
+    ) -> None:
+        super().__init__(length)
+        self.at = at
+        self.all_keys, self.all_values = (
+            torch.zeros((rows, like.shape[1], length, like.shape[3]), dtype=dtype or like.dtype, device=like.device)
+            for like in (keys, values)
+        )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put the new token's keys and values in their place; all there is comes back, to be masked."""
+        self.all_keys.index_copy_(2, self.at, key_states.to(self.all_keys.dtype))
+        self.all_values.index_copy_(2, self.at, value_states.to(self.all_values.dtype))
+        return self.all_keys, self.all_values

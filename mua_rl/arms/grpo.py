@@ -1,0 +1,561 @@
+"""GRPO with K LoRA arms side by side on one frozen base: what K runs of `python -m mua_rl.grpo` do, in one process.
+
+The arms share the base, the task and the settings, and differ in learning rate, seed, rank, initialisation and
+multiplier (`mua_rl.sweep.arm.Arm`). Every arm has its own prompts, draws, rewards, gradient norm, optimizer and
+schedule, so that it does what it would do alone. Each batch of completions makes one optimizer step.
+"""
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import get_scheduler
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head
+
+from mua_rl import models
+from mua_rl.adapter import LoRA, TargetModules
+from mua_rl.arms.generation import Answers, Decoder
+from mua_rl.arms.objective import LOSS_TYPES, completion_weights, group_advantages, loss
+from mua_rl.arms.stacked import LoRAStack
+from mua_rl.envs.tasks import get_task
+from mua_rl.errors import UserError
+from mua_rl.grpo import load_base, splits
+from mua_rl.grpo_arguments import GRPOArguments
+from mua_rl.grpo_trainer import RunCallback
+from mua_rl.heldout import HeldOutResult, is_conversational, score
+from mua_rl.optim import learning_rates
+from mua_rl.sweep.arm import Arm, Outcome
+
+Metrics = dict[str, float]
+KeepGoing = Callable[[Arm, list[Metrics]], str | None]
+"""Why an arm shall end early, given its metrics so far; `None` lets it go on."""
+
+ROLE = "lora"
+
+TAKEN: dict[str, tuple] = {
+    "beta": (0.0,),
+    "loss_type": LOSS_TYPES,
+    "num_iterations": (1,),
+    "importance_sampling_level": ("token",),
+    "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("sum_then_normalize",),
+    "delta": (None,),
+    "off_policy_mask_threshold": (None,),
+    "top_entropy_quantile": (1.0,),
+    "entropy_coef": (0.0,),
+    "use_adaptive_entropy": (False,),
+    "top_p": (1.0,),
+    "top_k": (0, None),
+    "min_p": (None, 0.0),
+    "repetition_penalty": (1.0,),
+    "generation_kwargs": (None,),
+    "cast_lm_head_to_fp32": (False,),
+    "use_vllm": (False,),
+    "use_transformers_continuous_batching": (False,),
+    "use_liger_kernel": (False,),
+    "gradient_checkpointing": (False,),
+    "fp16": (False,),
+    "optim": ("adamw_torch", "adamw_torch_fused"),
+}
+"""Settings that arms side by side know, with the values that they take; the loss is TRL's for all of these."""
+
+_CUDA_COMPLETIONS, _CPU_COMPLETIONS = 128, 256
+"""Completions of all arms together in one forward pass, by default: on a GPU about the memory of one run's 64."""
+
+
+@dataclass
+class _ArmState:
+    """What belongs to one arm alone, beside its row of the stack."""
+
+    number: int
+    arm: Arm
+    order: list[list[int]]
+    generator: torch.Generator
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    history: list[Metrics] = field(default_factory=list)
+    bad_steps: int = 0
+    seconds: float = 0.0
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """All of the arm's A and B as one vector."""
+        return self.optimizer.param_groups[0]["params"][0]
+
+    def rewards(self) -> list[float]:
+        """Mean training reward of each step."""
+        return [metrics["reward"] for metrics in self.history]
+
+
+@dataclass(frozen=True)
+class _Rollout:
+    """One step's completions of all arms and what they are worth, on the CPU."""
+
+    prompts: list[list[int]]
+    answers: Answers
+    weighted_advantages: torch.Tensor
+    metrics: list[Metrics]
+
+
+class SideBySide:
+    """Trains arms side by side.
+
+    Args:
+        arguments: As for a single run; its learning rate, seed and run folder have no meaning here.
+        arms: LoRA arms.
+        target_modules: Which layers carry LoRA.
+        start_from: Folder of a run whose policy to start from.
+        completions_per_pass: Completions of all arms together in one forward and backward pass; `None`: 128 on a GPU,
+            256 on a CPU.
+
+    Raises:
+        UserError: An arm is full finetuning, or a setting is not in `TAKEN`; the message says to run singly.
+    """
+
+    def __init__(
+        self,
+        arguments: GRPOArguments,
+        arms: Sequence[Arm],
+        target_modules: TargetModules = "mlp",
+        start_from: str | None = None,
+        completions_per_pass: int | None = None,
+    ) -> None:
+        check(arguments, arms)
+        self.arguments, self.arms = arguments, list(arms)
+        self.task = get_task(arguments.task, arguments.bad_rows, arguments.isolation)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer = models.load_tokenizer(arguments.model)
+        model, self.base = load_base(arguments, start_from)
+        self.model = model.to(self.device).eval()  # type: ignore[arg-type]
+        self.conversational = is_conversational(self.tokenizer)
+        self.train_rows, self.held_out_rows = splits(self.task, self.conversational, arguments.held_out_problems)
+        self.new_tokens = arguments.max_completion_length or self.task.max_completion_length
+        self.weights = torch.tensor(
+            arguments.reward_weights or self.task.reward_weights or [1.0] * len(self.task.rewards)
+        )
+        if len(self.weights) != len(self.task.rewards):
+            raise UserError(f"--reward_weights takes {len(self.task.rewards)} numbers for the task {self.task.name}.")
+        adapters = [arm.adapter(target_modules) for arm in arms]
+        self.stack = LoRAStack(self.model, [a for a in adapters if isinstance(a, LoRA)], [arm.seed for arm in arms])
+        if arguments.bf16:
+            self._precast()
+        add_fused_lm_head(self.model, temperature=arguments.temperature)
+        self.end_ids = end_ids(self.model, self.tokenizer)
+        self.decoder = Decoder(self.model, self.end_ids, self.tokenizer.pad_token_id, self.new_tokens, self.autocast)
+        by_default = _CUDA_COMPLETIONS if self.device.type == "cuda" else _CPU_COMPLETIONS
+        self.completions_per_pass = completions_per_pass or by_default
+        self.states = [self._new_state(number, arm) for number, arm in enumerate(arms)]
+        self.prompts = self._tokenize(
+            self.train_rows, sorted({i for s in self.states for step in s.order for i in step})
+        )
+        self.problems = self._tokenize(self.held_out_rows, range(len(self.held_out_rows)))
+        self.longest_prompt = max(map(len, [*self.prompts.values(), *self.problems.values()]))
+        self.ended: dict[int, Outcome] = {}
+
+    @property
+    def group(self) -> int:
+        """Completions per prompt G."""
+        assert self.arguments.num_generations
+        return self.arguments.num_generations
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts of an arm in one optimizer step."""
+        assert self.arguments.generation_batch_size
+        return self.arguments.generation_batch_size // self.group
+
+    def autocast(self) -> AbstractContextManager:
+        """The context of forward passes."""
+        if not self.arguments.bf16:
+            return contextlib.nullcontext()
+        # No weight is used twice in a pass, and a cached cast would be outside of a captured graph.
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+
+    def train(
+        self,
+        on_step: Callable[[int, dict[int, Metrics]], None] | None = None,
+        keep_going: KeepGoing | None = None,
+    ) -> list[Outcome]:
+        """Train to the end.
+
+        Args:
+            on_step: Called after each step with its number, from 1, and the metrics of each arm that took it.
+            keep_going: Asked after each step whether an arm shall go on.
+
+        Returns:
+            What each arm reached, in order. An arm whose gradient, or policy, is not finite in three steps in a row
+            has diverged; it leaves the batch, as does one that `keep_going` ends.
+        """
+        start = time.perf_counter()
+        before = self.measure(shared=True)[0]
+        self._charge(start)
+        for step in range(1, self.arguments.max_steps + 1):
+            if not self.states:
+                break
+            start = time.perf_counter()
+            metrics = self.step()
+            self._charge(start)
+            if on_step:
+                on_step(step, metrics)
+            self._drop(before.accuracy, keep_going)
+        start = time.perf_counter()
+        results = self.measure()
+        self._charge(start)
+        for state, after in zip(self.states, results, strict=True):
+            self.ended[state.number] = _outcome(state, before.accuracy, after)
+        return [self.ended[number] for number in range(len(self.arms))]
+
+    def step(self) -> dict[int, Metrics]:
+        """One optimizer step of every arm; the metrics of each, which go to its history too."""
+        rollout = self._roll_out([state.order[len(state.history)] for state in self.states])
+        self.stack.gradients.zero_()
+        losses = torch.zeros(len(self.states), device=self.device)
+        for sequences in self._passes(rollout):
+            losses += self._backward(*sequences)
+        norms = torch.linalg.vector_norm(self.stack.gradients, dim=1)
+        if self.arguments.max_grad_norm > 0:  # as torch.nn.utils.clip_grad_norm_
+            self.stack.gradients *= (self.arguments.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)[:, None]
+        finite, norms, losses = (rollout.answers.finite & norms.isfinite()).cpu(), norms.cpu(), losses.cpu()
+        found = {}
+        for k, (state, metrics) in enumerate(zip(self.states, rollout.metrics, strict=True)):
+            metrics |= {"loss": float(losses[k]), "grad_norm": float(norms[k])}
+            metrics["learning_rate"] = learning_rates(state.optimizer)[ROLE]
+            if not finite[k]:
+                metrics["gradient_not_finite"] = 1.0
+            state.bad_steps = 0 if finite[k] else state.bad_steps + 1
+            # The optimizer leaves a parameter without gradient alone.
+            state.parameter.grad = self.stack.gradients[k] if finite[k] else None
+            state.optimizer.step()
+            state.schedule.step()
+            state.history.append(metrics)
+            found[state.number] = metrics
+        return found
+
+    def measure(self, shared: bool = False) -> list[HeldOutResult]:
+        """Held-out accuracy of each arm, greedy.
+
+        Args:
+            shared: The arms are all equal, as at the start, so that each answers a share of the problems: one result.
+        """
+        arms, count = len(self.states), len(self.problems)
+        if not arms:
+            return []
+        rows = self.group * self.prompts_per_step  # as in training, so that the same graph does it
+        if not self.decoder.fixed:
+            rows = min(rows, -(-count // arms) if shared else count)
+        share = rows * arms if shared else rows
+        texts: list[list[str]] = [[] for _ in range(1 if shared else arms)]
+        for start in range(0, count, share):
+            numbers = [min(start + i, count - 1) for i in range(share)]
+            asked = [numbers[k * rows : (k + 1) * rows] if shared else numbers for k in range(arms)]
+            answers = self.decoder.answer(*self._pad([[self.problems[i] for i in row] for row in asked]))
+            completions = self._decode(answers)
+            if shared:
+                texts[0] += [text for arm in completions for text in arm]
+            else:
+                texts = [known + new for known, new in zip(texts, completions, strict=True)]
+        return [score(text[:count], self.task, self.held_out_rows) for text in texts]
+
+    def save_adapter(self, number: int, folder: Path | str) -> None:
+        """Write what an arm has learnt as a PEFT adapter, as a run's `adapter/`.
+
+        Raises:
+            UserError: The arm has ended early, and its weights are gone.
+        """
+        if number not in self.stack.active:
+            raise UserError(f"arm {number} has ended early, and its adapter is gone.")
+        self.stack.save_adapter(number, folder)
+
+    def _new_state(self, number: int, arm: Arm) -> _ArmState:
+        arguments = self.arguments
+        parameter = nn.Parameter(self.stack.values[number])
+        optimizer = torch.optim.AdamW(
+            [{"params": [parameter], "name": ROLE}],
+            lr=arm.learning_rate,
+            betas=(arguments.adam_beta1, arguments.adam_beta2),
+            eps=arguments.adam_epsilon,
+            weight_decay=arguments.weight_decay,
+            fused=True,
+        )
+        schedule = get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=arguments.get_warmup_steps(arguments.max_steps),
+            num_training_steps=arguments.max_steps,
+            scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),  # type: ignore[arg-type]
+        )
+        order = list(
+            prompt_order(
+                self.train_rows, self.prompts_per_step, arguments.max_steps, arm.seed, bool(arguments.shuffle_dataset)
+            )
+        )
+        return _ArmState(number, arm, order, torch.Generator().manual_seed(arm.seed), optimizer, schedule)
+
+    def _precast(self) -> None:
+        """Cast the frozen linear weights to what autocast would cast them to in every pass. The output layer stays, as
+        it may be the embedding too."""
+        output = self.model.get_output_embeddings()
+        for module in self.model.modules():
+            if isinstance(module, nn.Linear) and module is not output:
+                module.to(torch.bfloat16)
+
+    def _tokenize(self, rows: Dataset, numbers: Sequence[int]) -> dict[int, list[int]]:
+        """Token ids of the prompts of some rows."""
+        prompts = rows.select(numbers)["prompt"][:]
+        if isinstance(prompts[0], str):
+            ids: Any = self.tokenizer(prompts)
+        else:
+            options = cast(dict, self.arguments.chat_template_kwargs or {})
+            ids = self.tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True, **options)
+        return dict(zip(numbers, ids["input_ids"], strict=True))
+
+    def _pad(self, prompts: list[list[list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts of the arms as `(K, p, P)` ids, padded on the left, and their mask."""
+        longest = self.longest_prompt if self.decoder.fixed else max(len(ids) for arm in prompts for ids in arm)
+        ids = np.full((len(prompts), len(prompts[0]), longest), self.tokenizer.pad_token_id)
+        mask = np.zeros_like(ids)
+        for k, arm in enumerate(prompts):
+            for i, prompt in enumerate(arm):
+                ids[k, i, longest - len(prompt) :] = prompt
+                mask[k, i, longest - len(prompt) :] = 1
+        return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)
+
+    def _decode(self, answers: Answers) -> list[list[str]]:
+        """The text of each arm's completions."""
+        tokens, lengths = answers.tokens.tolist(), answers.lengths.tolist()
+        return [
+            self.tokenizer.batch_decode(
+                [row[:length] for row, length in zip(rows, ends, strict=True)], skip_special_tokens=True
+            )
+            for rows, ends in zip(tokens, lengths, strict=True)
+        ]
+
+    def _roll_out(self, numbers: list[list[int]]) -> _Rollout:
+        """Complete and score one step's prompts of each arm, given by their rows."""
+        prompts = [[self.prompts[i] for i in arm] for arm in numbers]
+        draws = [
+            torch.rand(len(arm) * self.group, self.new_tokens, generator=s.generator)
+            for arm, s in zip(numbers, self.states, strict=True)
+        ]
+        answers = self.decoder.answer(*self._pad(prompts), self.group, torch.stack(draws), self.arguments.temperature)
+        answers = Answers(answers.tokens.cpu(), answers.lengths.cpu(), answers.finite)
+        scores = [self._rewards(arm, text) for arm, text in zip(numbers, self._decode(answers), strict=True)]
+        rewards = torch.stack([self._total(s) for s in scores])
+        last = answers.tokens.gather(-1, answers.lengths[..., None] - 1).squeeze(-1)
+        truncated = ~torch.isin(last, torch.tensor([*self.end_ids, self.tokenizer.pad_token_id]))
+        counted = ~truncated if self.arguments.mask_truncated_completions else torch.ones_like(truncated)
+        advantages = group_advantages(rewards, self.group, str(self.arguments.scale_rewards))
+        weights = completion_weights(answers.lengths, counted, self.arguments.loss_type, self.new_tokens)
+        grouped = rewards.view(len(rewards), -1, self.group)
+        metrics = [
+            {
+                "reward": rewards[k].nanmean().item(),
+                "frac_reward_zero_std": (grouped[k].amax(-1) == grouped[k].amin(-1)).float().mean().item(),
+                "completions/mean_length": answers.lengths[k].float().mean().item(),
+                "completions/clipped_ratio": truncated[k].float().mean().item(),
+                **{
+                    f"rewards/{getattr(function, '__name__', i)}/mean": scores[k][:, i].nanmean().item()
+                    for i, function in enumerate(self.task.rewards)
+                },
+            }
+            for k in range(len(numbers))
+        ]
+        return _Rollout([ids for arm in prompts for ids in arm], answers, advantages * weights, metrics)
+
+    def _rewards(self, numbers: list[int], texts: list[str]) -> torch.Tensor:
+        """Scores of one arm's completions, `(b, rewards)`; NaN where a reward gives none."""
+        columns = {
+            name: [value for value in values for _ in range(self.group)]
+            for name, values in self.train_rows[numbers].items()
+        }
+        columns["prompts"] = columns.pop("prompt")
+        completions: list = texts
+        if not isinstance(columns["prompts"][0], str):
+            completions = [[{"role": "assistant", "content": text}] for text in texts]
+        scores = [reward(completions=completions, **columns) for reward in self.task.rewards]
+        return torch.tensor([[float("nan") if s is None else float(s) for s in row] for row in scores]).T
+
+    def _total(self, scores: torch.Tensor) -> torch.Tensor:
+        """Weighted sums of scores, `(b, rewards)` → `(b,)`; NaN where no reward gave a score."""
+        return torch.where(scores.isnan().all(-1), torch.nan, (scores * self.weights).nansum(-1))
+
+    def _passes(self, rollout: _Rollout) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """The sequences that have a part in the gradient, in batches for a forward pass: token ids `(K·b, t)`, labels
+        `(K·b, t)` and weighted advantages `(K, b)`.
+
+        Completions without advantage have none. Equal completions of one prompt are computed once, with the sum of
+        their advantages. The longest come first, so that a batch has little padding.
+        """
+        distinct = [self._distinct(rollout, k) for k in range(len(self.states))]
+        most, at_once = max(map(len, distinct)), max(1, self.completions_per_pass // len(self.states))
+        for start in range(0, most, at_once):
+            parts = [arm[start : start + at_once] for arm in distinct]
+            rows, length = max(map(len, parts)), max(len(part[0][0]) for part in parts if part)
+            ids = np.full((len(parts), rows, length), self.tokenizer.pad_token_id)
+            labels = np.full((len(parts), rows, length), -100)
+            weights = np.zeros((len(parts), rows), dtype=np.float32)
+            for k, part in enumerate(parts):
+                for i, (tokens, completion, weight) in enumerate(part):
+                    ids[k, i, : len(tokens)] = tokens
+                    labels[k, i, len(tokens) - len(completion) : len(tokens)] = completion
+                    weights[k, i] = weight
+            inputs, targets = (torch.from_numpy(array).flatten(0, 1).to(self.device) for array in (ids, labels))
+            yield inputs, targets, torch.from_numpy(weights).to(self.device)
+
+    def _distinct(self, rollout: _Rollout, k: int) -> list[tuple[list[int], list[int], float]]:
+        """Of one arm: inputs (all tokens but the last), the completion that they are labelled with, and the weighted
+        advantage."""
+        lengths, weights = rollout.answers.lengths[k].tolist(), rollout.weighted_advantages[k].tolist()
+        summed: dict[tuple[int, tuple[int, ...]], float] = {}
+        for i, tokens in enumerate(rollout.answers.tokens[k].tolist()):
+            if weights[i] != 0:
+                key = (k * self.prompts_per_step + i // self.group, tuple(tokens[: lengths[i]]))
+                summed[key] = summed.get(key, 0.0) + weights[i]
+        found = [
+            ([*rollout.prompts[prompt], *completion[:-1]], list(completion), weight)
+            for (prompt, completion), weight in summed.items()
+        ]
+        return sorted(found, key=lambda sequence: -len(sequence[0]))
+
+    def _backward(self, ids: torch.Tensor, labels: torch.Tensor, weighted: torch.Tensor) -> torch.Tensor:
+        """Add a pass's gradient to the arms'; the losses `(K,)`."""
+        logps = self.log_probs(ids, labels).view(*weighted.shape, -1)
+        losses = loss(logps, (labels != -100).view(logps.shape), weighted)
+        losses.sum().backward()
+        return losses.detach()
+
+    def log_probs(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Log-probs `(R, t)` of labels, each the token after its place; 0 where it is −100.
+
+        Sequences are padded on the right, so causal attention needs no mask.
+        """
+        with self.autocast():
+            return self.model(input_ids=ids, shift_labels=labels, fused_lm_head=True).log_probs
+
+    def _charge(self, start: float) -> None:
+        """Share the time since `start` among the arms."""
+        for state in self.states:
+            state.seconds += (time.perf_counter() - start) / len(self.states)
+
+    def _drop(self, before: float, keep_going: KeepGoing | None) -> None:
+        """Let arms go that have diverged or shall not go on."""
+        for state in self.states:
+            steps = len(state.history)
+            if state.bad_steps == RunCallback.PATIENCE:
+                reason = f"the gradient was not finite in {RunCallback.PATIENCE} steps in a row, up to step {steps}"
+                self.ended[state.number] = Outcome.of_divergence(before, steps, state.seconds, reason)
+            elif keep_going and steps < self.arguments.max_steps and (why := keep_going(state.arm, state.history)):
+                self.ended[state.number] = _outcome(state, before, None, why)
+        going = [state for state in self.states if state.number not in self.ended]
+        if len(going) == len(self.states):
+            return
+        self.decoder.forget()
+        self.states = going
+        self.stack.keep([state.number for state in going])
+        for state, values in zip(going, self.stack.values, strict=True):
+            state.parameter.data = values
+
+
+def train_side_by_side(
+    arguments: GRPOArguments,
+    arms: Sequence[Arm],
+    target_modules: TargetModules = "mlp",
+    on_step: Callable[[int, dict[int, Metrics]], None] | None = None,
+    keep_going: KeepGoing | None = None,
+    start_from: str | None = None,
+    adapters: Path | None = None,
+) -> list[Outcome]:
+    """Train arms side by side and say what each reached, in order.
+
+    Args:
+        arguments, arms, target_modules, start_from: As `SideBySide`.
+        on_step, keep_going: As `SideBySide.train`.
+        adapters: Where the arms that reach the end are written, as the PEFT adapters `arm-0`, `arm-1`, …
+
+    Raises:
+        UserError: As `SideBySide`.
+    """
+    trainer = SideBySide(arguments, arms, target_modules, start_from)
+    outcomes = trainer.train(on_step, keep_going)
+    if adapters:
+        for number in trainer.stack.active:
+            trainer.save_adapter(number, adapters / f"arm-{number}")
+    return outcomes
+
+
+def check(arguments: GRPOArguments, arms: Sequence[Arm]) -> None:
+    """Refuse what arms side by side do not know.
+
+    Raises:
+        UserError: See `SideBySide`.
+    """
+    if not arms:
+        raise UserError("there is no arm to train: give at least one.")
+    for arm in arms:
+        if arm.rank is None:
+            raise UserError("full finetuning (--rank full) shares no frozen base: run it singly.")
+    for name, taken in TAKEN.items():
+        value = getattr(arguments, name)
+        if getattr(value, "value", value) not in taken:
+            raise UserError(
+                f"arms side by side do not know --{name} {getattr(value, 'value', value)}: drop it, or run the arms "
+                "singly."
+            )
+    if arguments.steps_per_generation != arguments.gradient_accumulation_steps:
+        raise UserError(
+            "arms side by side make one optimizer step of each batch of completions: drop --steps_per_generation and "
+            "--generation_batch_size, or run the arms singly."
+        )
+    if arguments.max_steps < 1:
+        raise UserError("arms side by side need --max_steps.")
+
+
+def prompt_order(rows: Dataset, prompts: int, steps: int, seed: int, shuffle: bool = True) -> Iterator[list[int]]:
+    """Rows of the prompts of each step, in the order of a single run with that seed.
+
+    Raises:
+        UserError: There are fewer rows than prompts in a step.
+    """
+    if len(rows) < prompts:
+        raise UserError(f"the task has {len(rows)} training rows, fewer than the {prompts} prompts of a step.")
+    sampler = RepeatSampler(rows, mini_repeat_count=1, batch_size=prompts, shuffle=shuffle, seed=seed)
+    taken = 0
+    while taken < steps:
+        epoch = list(sampler)
+        for start in range(0, len(epoch), prompts):
+            if taken < steps:
+                yield epoch[start : start + prompts]
+            taken += 1
+
+
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a completion: the tokenizer's, and those of the model's generation settings, as for TRL."""
+    given = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *([] if given is None else [given] if isinstance(given, int) else given)})
+
+
+def _outcome(state: _ArmState, before: float, after: HeldOutResult | None, stopped: str = "") -> Outcome:
+    """Of an arm that is at its end, or was stopped."""
+    rewards = state.rewards()
+    last = rewards[-math.ceil(len(rewards) / 10) :]
+    return Outcome(
+        metric=after.accuracy if after else float("nan"),
+        error=after.standard_error if after else float("nan"),
+        before=before,
+        reward_mean=statistics.fmean(rewards),
+        reward_last=statistics.fmean(last),
+        diverged=after is not None and after.accuracy + 2 * after.standard_error < before,
+        stopped=stopped,
+        steps=len(rewards),
+        seconds=state.seconds,
+    )

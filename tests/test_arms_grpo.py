@@ -1,0 +1,269 @@
+"""GRPO with several arms in one process: each does what it does alone."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl.trainer.utils import RepeatSampler
+
+from mua_rl import models
+from mua_rl.adapter import LoRA, load_adapter, lora_layers, lora_matrices
+from mua_rl.arms.generation import Decoder, choose, remaining
+from mua_rl.arms.grpo import SideBySide, prompt_order, train_side_by_side
+from mua_rl.arms.stacked import LoRAStack
+from mua_rl.errors import UserError
+from mua_rl.grpo_arguments import GRPOArguments
+from mua_rl.heldout import held_out
+from mua_rl.rules import AlphaRule
+from mua_rl.sweep.arm import Arm
+
+MIXED = [
+    Arm(rank=4, init="B", alpha="1", log2_lr=-8, seed=1),
+    Arm(rank=2, init="A", alpha="1/r", log2_lr=-7, seed=2),
+    Arm(rank=8, init="B", alpha="0.7", log2_lr=-9, seed=1),
+]
+
+
+def arguments(**changes):
+    """Two prompts with eight completions a step."""
+    small = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "max_steps": 4}
+    return GRPOArguments(**{**small, "report_to": "none", "held_out_problems": 24, **changes})
+
+
+def side_by_side(arms, **changes):
+    return SideBySide(arguments(**changes), arms)
+
+
+def matrices(trainer, number):
+    return [matrix.clone() for _, a, b in trainer.stack.matrices(number) for matrix in (a, b)]
+
+
+def all_close(some, others, **tolerance):
+    for one, other in zip(some, others, strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+
+
+@pytest.mark.parametrize("number", range(len(MIXED)))
+def test_an_arm_starts_from_what_a_single_run_draws(number):
+    arm = MIXED[number]
+    stack = LoRAStack(models.load_model("embedded"), [a.adapter("mlp") for a in MIXED], [a.seed for a in MIXED])
+    alone = LoRA(arm.rank, arm.init, AlphaRule.parse(arm.alpha)).attach(models.load_model("embedded"), arm.seed)
+    found = {name: (a, b) for name, a, b in stack.matrices(number)}
+    for name, layer in lora_layers(alone):
+        ours = found.pop(name.removeprefix("base_model.model."))
+        assert all(torch.equal(x, y) for x, y in zip(ours, lora_matrices(layer), strict=True))
+    assert not found
+
+
+@pytest.mark.parametrize("number", range(len(MIXED)))
+def test_an_arm_among_others_equals_the_same_arm_alone(number):
+    together, alone = side_by_side(MIXED), side_by_side([MIXED[number]])
+    for trainer in (together, alone):
+        trainer.seen = []
+        answer = trainer.decoder.answer
+        trainer.decoder.answer = lambda *a, answer=answer, t=trainer: t.seen.append(answer(*a)) or t.seen[-1]
+    for _ in range(3):
+        ours, theirs = together.step()[number], alone.step()[0]
+        assert together.seen[-1].tokens[number].tolist() == alone.seen[-1].tokens[0].tolist()
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+        grads = [t.stack.gradients.norm(dim=1)[k].item() for t, k in ((together, number), (alone, 0))]
+        assert grads[0] == pytest.approx(grads[1], rel=1e-4)
+        all_close(matrices(together, number), matrices(alone, 0), rtol=1e-3, atol=1e-5)
+    others = [together.seen[0].tokens[k].tolist() for k in range(3) if MIXED[k].seed != MIXED[number].seed]
+    assert together.seen[0].tokens[number].tolist() not in others
+
+
+def test_ranks_are_padded_with_zeros_that_stay_zero():
+    trainer = side_by_side(MIXED)
+    for _ in range(3):
+        trainer.step()
+    for layer in trainer.stack.layers.values():
+        assert layer.a[1, 2:].abs().max() == 0
+        assert layer.b[1, :, 2:].abs().max() == 0
+        assert layer.a[1, :2].abs().max() > 0
+
+
+@pytest.mark.parametrize("fault", ["learning rate", "nan"])
+def test_an_arm_that_goes_wrong_changes_nothing_in_the_others(fault):
+    wrong = Arm(rank=4, init="B", alpha="1", log2_lr=math.log2(10), seed=5)
+    arms = [MIXED[0], wrong, MIXED[2]]
+    trainer, without = side_by_side(arms, max_steps=5), side_by_side(arms, max_steps=5)
+
+    def poison(step, metrics):
+        if fault == "nan" and step == 1:
+            trainer.stack.values[1] = math.nan
+
+    outcomes = trainer.train(poison)
+    expected = without.train(keep_going=lambda arm, _: "no" if arm == wrong else None)
+    assert [state.arm for state in without.states] == [MIXED[0], MIXED[2]]
+    for number in (0, 2):
+        assert dataclasses.replace(outcomes[number], seconds=0) == dataclasses.replace(expected[number], seconds=0)
+        all_close(matrices(trainer, number), matrices(without, number), rtol=1e-4, atol=1e-6)
+        assert math.isfinite(outcomes[number].metric)
+    assert outcomes[1].diverged
+    assert (expected[1].stopped, expected[1].steps, expected[1].diverged) == ("no", 1, False)
+    if fault == "nan":
+        assert outcomes[1].steps == 4
+        assert "not finite in 3 steps" in outcomes[1].stopped
+        assert math.isnan(outcomes[1].metric)
+        assert trainer.stack.active == [0, 2]
+
+
+def test_every_arm_has_its_own_learning_rate_and_the_schedule_of_a_single_run():
+    trainer = side_by_side(MIXED, max_steps=8)
+    used = [[metrics["learning_rate"] for metrics in trainer.step().values()] for _ in range(8)]
+    factors = [0.0, *(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * k / 7)) for k in range(7))]
+    for number, arm in enumerate(MIXED):
+        assert [rates[number] for rates in used] == pytest.approx([arm.learning_rate * factor for factor in factors])
+
+
+def test_gradients_are_clipped_arm_by_arm():
+    trainer = side_by_side(MIXED)
+    norms = [metrics["grad_norm"] for metrics in trainer.step().values()]
+    bound = sorted(norms)[1] * 0.999
+    clipped = side_by_side(MIXED, max_grad_norm=bound)
+    assert [metrics["grad_norm"] for metrics in clipped.step().values()] == pytest.approx(norms)
+    kept = clipped.stack.gradients.norm(dim=1).tolist()
+    assert kept == pytest.approx([min(norm, bound) for norm in norms], rel=1e-4)
+
+
+def test_accuracy_is_that_of_a_single_run_and_a_saved_adapter_is_the_arm(tmp_path):
+    trainer = side_by_side([dataclasses.replace(MIXED[2], log2_lr=-5), MIXED[1]])
+    before = trainer.measure(shared=True)[0]
+    for _ in range(4):
+        trainer.step()
+    after = trainer.measure()
+    answered = held_out(models.load_model("embedded"), trainer.tokenizer, trainer.task, trainer.held_out_rows, 32)
+    assert answered == before
+    ids = torch.randint(3, 100, (2 * 3, 7), generator=torch.Generator().manual_seed(0))
+    ours = trainer.log_probs(ids[:, :-1], ids[:, 1:]).detach()
+    for number, arm in enumerate(trainer.arms):
+        trainer.save_adapter(number, tmp_path / str(number))
+        loaded = load_adapter(models.load_model("embedded"), tmp_path / str(number), trainable=False)
+        assert loaded.peft_config["default"].r == arm.rank
+        with torch.no_grad():
+            theirs = loaded(ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+        rows = slice(3 * number, 3 * number + 3)
+        torch.testing.assert_close(ours[rows], theirs[rows], rtol=1e-4, atol=1e-5)
+        assert held_out(loaded, trainer.tokenizer, trainer.task, trainer.held_out_rows, 32) == after[number]
+    assert after[0].completions != before.completions
+
+
+def test_arms_learn_and_a_hopeless_one_is_ended_by_name(tmp_path):
+    arms = [Arm(8, "B", "1", -7, 1), Arm(8, "B", "1", -30, 1)]
+    seen = []
+    outcomes = train_side_by_side(
+        arguments(max_steps=40, held_out_problems=200, per_device_train_batch_size=64),
+        arms,
+        on_step=lambda step, metrics: seen.append((step, sorted(metrics))),
+        keep_going=lambda arm, history: "hopeless" if arm.log2_lr < -20 and len(history) == 5 else None,
+        adapters=tmp_path,
+    )
+    assert outcomes[0].metric > outcomes[0].before + 0.1
+    assert outcomes[0].reward_last > outcomes[0].reward_mean
+    assert (outcomes[1].stopped, outcomes[1].steps, outcomes[1].diverged) == ("hopeless", 5, False)
+    assert math.isnan(outcomes[1].metric)
+    assert seen == [(k, [0, 1] if k <= 5 else [0]) for k in range(1, 41)]
+    assert [path.name for path in tmp_path.iterdir()] == ["arm-0"]
+
+
+def test_prompts_come_in_the_order_of_trls_sampler_epoch_after_epoch():
+    rows = range(10)
+    theirs = RepeatSampler(rows, mini_repeat_count=8, batch_size=4, repeat_count=4, seed=3)
+    expected = [epoch[start : start + 32 : 8] for epoch in (list(theirs), list(theirs)) for start in (0, 128)]
+    assert list(prompt_order(rows, 4, 4, seed=3)) == expected
+
+
+@pytest.mark.parametrize(
+    "changes, arms, message",
+    [
+        ({"beta": 0.1}, MIXED, "--beta 0.1.*singly"),
+        ({"loss_type": "bnpo"}, MIXED, "--loss_type bnpo.*singly"),
+        ({"top_p": 0.9}, MIXED, "--top_p 0.9.*singly"),
+        ({"optim": "sgd"}, MIXED, "--optim sgd.*singly"),
+        ({"num_iterations": 2}, MIXED, "--num_iterations 2.*singly"),
+        ({"steps_per_generation": 2}, MIXED, "--steps_per_generation"),
+        ({"max_steps": -1}, MIXED, "--max_steps"),
+        ({}, [Arm(None, "", "", -10, 1)], "full finetuning.*singly"),
+        ({}, [Arm(4096, "B", "1", -10, 1)], "rank 4096 exceeds"),
+        ({}, [], "no arm"),
+        ({"reward_weights": [1.0, 2.0]}, MIXED, "--reward_weights"),
+        ({"per_device_train_batch_size": 8 * 8193}, MIXED, "8192 training rows"),
+    ],
+)
+def test_what_arms_do_not_know_is_refused_in_a_line(changes, arms, message):
+    with pytest.raises(UserError, match=message):
+        side_by_side(arms, **changes)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A random model in which four heads share a key head by two, with two arms that differ."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    config.num_key_value_heads = 2
+    model = LlamaForCausalLM(config).eval()
+    model.generation_config.eos_token_id = None
+    stack = LoRAStack(model, [LoRA(4), LoRA(4)], [0, 1])
+    stack.values.normal_(std=0.3)
+    return model, stack
+
+
+def padded_prompts():
+    prompts = torch.randint(5, 60, (2, 3, 6), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(prompts)
+    mask[:, 0, :4] = 0
+    mask[1, 2, :2] = 0
+    return prompts * mask, mask
+
+
+def decoder(model, fixed, ends=(4,)):
+    return Decoder(model, list(ends), 0, 9, torch.no_grad, fixed=fixed)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_greedy_answers_are_those_of_transformers(small, fixed):
+    model, _ = small
+    prompts, mask = padded_prompts()
+    answers = decoder(model, fixed, ends=()).answer(prompts, mask)
+    flat = {"input_ids": prompts.flatten(0, 1), "attention_mask": mask.flatten(0, 1)}
+    expected = model.generate(**flat, max_new_tokens=9, do_sample=False, pad_token_id=0)[:, 6:]
+    assert answers.tokens.flatten(0, 1).tolist() == expected.tolist()
+    assert answers.lengths.unique().tolist() == [9]
+
+
+def test_a_fixed_cache_gives_what_a_growing_one_gives_and_rows_that_end_leave_it(small):
+    model, _ = small
+    ends = range(4, 16)  # likely enough that rows end at different steps
+    draws = torch.rand(2, 12, 9, generator=torch.Generator().manual_seed(2))
+    growing = decoder(model, False, ends).answer(*padded_prompts(), 4, draws)
+    fixed = decoder(model, True, ends)
+    for _ in range(2):  # the cache is used again
+        again = fixed.answer(*padded_prompts(), 4, draws)
+        assert torch.equal(growing.tokens, again.tokens)
+        assert torch.equal(growing.lengths, again.lengths)
+    lengths = growing.lengths.flatten().tolist()
+    assert len(set(lengths)) > 3
+    for row, length in zip(growing.tokens.flatten(0, 1).tolist(), lengths, strict=True):
+        assert not any(token in ends for token in row[: length - 1])
+        assert length == 9 or row[length - 1] in ends
+        assert set(row[length:]) <= {0}
+
+
+def test_every_arm_keeps_as_many_rows_as_the_one_with_the_most_left():
+    ended = torch.tensor([[True, False, True, False], [True, True, True, False]])
+    assert remaining(ended).tolist() == [1, 3, 4, 7]
+    assert remaining(torch.ones(2, 4, dtype=torch.bool)).tolist() == []
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    logits = torch.tensor([2.0, 0.0, -math.inf, 1.0]).expand(100_000, 4)
+    draws = (torch.arange(100_000) + 0.5) / 100_000
+    shares = choose(logits, draws, temperature=2.0, pieces=3).bincount(minlength=4) / 100_000
+    torch.testing.assert_close(shares, (logits[0] / 2).softmax(-1), atol=1e-4, rtol=0)
+    assert choose(logits[:4], None, 1.0).tolist() == [0] * 4
+    assert choose(torch.full((2, 4), math.nan), torch.tensor([0.3, 0.9999]), 1.0).max() <= 3
