@@ -332,3 +332,10 @@ def test_what_has_no_stacked_form_is_refused_and_the_message_says_to_run_singly(
         train_side_by_side(arguments("NoSuchTask-v0"), [LORA], base)
     with pytest.raises(UserError, match="trained with observations"):
         train_side_by_side(arguments(PENDULUM), [LORA], base)
+
+
+def test_workers_share_out_the_arms_and_change_no_result(bases):
+    arms = [replace(LORA, seed=seed) for seed in range(3)]
+    one, two = (train_side_by_side(arguments(), arms, bases[CARTPOLE], workers=workers) for workers in (1, 2))
+    assert [outcome.metric for outcome in two] == pytest.approx([outcome.metric for outcome in one])
+    assert [outcome.reward_mean for outcome in two] == pytest.approx([outcome.reward_mean for outcome in one])

@@ -11,6 +11,7 @@ import inspect
 import math
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def train_side_by_side(
     base: BasePolicy,
     target_modules: TargetModules = "hidden",
     device: torch.device | str = "cpu",
+    workers: int = 1,
 ) -> list[Outcome]:
     """Train all arms from `base` and evaluate them.
 
@@ -53,6 +55,8 @@ def train_side_by_side(
         base: The policy that all start from.
         target_modules: What carries LoRA.
         device: Where everything but Gymnasium's own environments runs.
+        workers: Threads that share out the arms, each with one core (a busy machine makes several cores of one thread
+            wait for each other).
 
     Returns:
         What each arm reached, in order.
@@ -60,7 +64,14 @@ def train_side_by_side(
     Raises:
         UserError: See `SideBySide`.
     """
-    return SideBySide(arguments, arms, base, target_modules, device).learn()
+    count = max(1, min(workers, len(arms)))
+    groups = [SideBySide(arguments, arms[first::count], base, target_modules, device) for first in range(count)]
+    if count == 1:
+        return groups[0].learn()
+    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        outcomes = list(pool.map(SideBySide.learn, groups))
+    in_order = [outcomes[k % count][k // count] for k in range(len(arms))]
+    return [replace(outcome, seconds=outcome.seconds / count) for outcome in in_order]
 
 
 class SideBySide:
@@ -71,6 +82,7 @@ class SideBySide:
         returns: Mean training return of each arm in each rollout, one tensor `[K]` a rollout; NaN before the first
             episode has ended.
         alive: Arms whose weights are finite, `[K]`.
+        steps: Environment steps of each arm so far.
 
     Raises:
         UserError: There are no arms, the policy or an option has no stacked form (the message says to run singly), an
@@ -114,31 +126,35 @@ class SideBySide:
         self.rates = torch.tensor(rates, device=self.device)
         self.alive = torch.ones(len(self.arms), dtype=torch.bool, device=self.device)
         self.lost_at: dict[int, int] = {}
+        self.steps = 0
         self.returns: list[Tensor] = []
 
     def learn(self) -> list[Outcome]:
         """Train and evaluate; what each arm reached, in order."""
         start = time.perf_counter()
         before = Returns(self._base_returns())
-        initial = self.policy.trained.clone()
-        steps = 0
-        while steps < self.arguments.total_timesteps:
-            steps += self.transitions
-            self._iterate(steps)
-            lost = self.alive & ~self.policy.trained.isfinite().all(1)
-            self.policy.trained = torch.where(lost.unsqueeze(1), initial, self.policy.trained)  # it only acts on
-            self.alive &= ~lost
-            self.lost_at |= {k: steps for k in lost.nonzero().flatten().tolist()}
+        self.train()
         after = [Returns(values) for values in self._arm_returns()]
         seconds = (time.perf_counter() - start) / len(self.arms)
         curves = torch.stack(self.returns, 1).double().cpu()
-        return [self._outcome(k, before, after[k], curves[k], steps, seconds) for k in range(len(self.arms))]
+        return [self._outcome(k, before, after[k], curves[k], seconds) for k in range(len(self.arms))]
 
-    def _iterate(self, steps: int) -> None:
-        """One rollout, up to `steps` environment steps of each arm, and the update on it."""
+    def train(self) -> None:
+        """All environment steps and updates; an arm that leaves the finite numbers acts on and learns no more."""
+        initial = self.policy.trained.clone()
+        while self.steps < self.arguments.total_timesteps:
+            self.steps += self.transitions
+            self._iterate()
+            lost = self.alive & ~self.policy.trained.isfinite().all(1)
+            self.policy.trained = torch.where(lost.unsqueeze(1), initial, self.policy.trained)
+            self.alive &= ~lost
+            self.lost_at |= {k: self.steps for k in lost.nonzero().flatten().tolist()}
+
+    def _iterate(self) -> None:
+        """One rollout, which ends at `steps`, and the update on it."""
         rollout, returns = self.collector.collect(self.policy)
         self.returns.append(torch.where(returns.isnan(), self.returns[-1], returns) if self.returns else returns)
-        factor = self.schedule(1.0 - steps / self.arguments.total_timesteps)
+        factor = self.schedule(1.0 - self.steps / self.arguments.total_timesteps)
         size = (self.options.n_epochs, self.transitions)
         drawn = torch.stack([torch.rand(size, generator=generator) for generator in self.generators])
         order = drawn.to(self.device).argsort(dim=-1, stable=True)
@@ -167,7 +183,7 @@ class SideBySide:
         held_out = evaluation_envs(bare_envs(self.arguments, min(8, episodes), 0), training)
         return evaluate(policy, held_out, episodes).values
 
-    def _outcome(self, arm: int, before: Returns, after: Returns, curve: Tensor, steps: int, seconds: float) -> Outcome:
+    def _outcome(self, arm: int, before: Returns, after: Returns, curve: Tensor, seconds: float) -> Outcome:
         if arm in self.lost_at:
             at = self.lost_at[arm]
             reason = f"a weight is no longer finite in the update after environment step {at}"
@@ -180,7 +196,7 @@ class SideBySide:
             reward_last=float(curve[-math.ceil(len(curve) / 10) :].nanmean()),
             diverged=after.mean + 2 * after.standard_error < before.mean,
             stopped="",
-            steps=steps,
+            steps=self.steps,
             seconds=seconds,
         )
 
