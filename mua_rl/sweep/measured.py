@@ -9,7 +9,7 @@ from itertools import groupby
 import numpy as np
 
 from mua_rl.errors import UserError
-from mua_rl.rules import AlphaRule, Configuration, Scheme, best_lr_order
+from mua_rl.rules import AlphaRule, Configuration, Scheme, TransferError, lr_ratio
 from mua_rl.sweep.optimum import COVERAGE, RESOLUTION, Array, Optimum, estimate_optimum
 from mua_rl.sweep.rows import Row
 
@@ -70,7 +70,7 @@ class Sweep:
     base: str
     curves: dict[Curve, Measured]
     without: dict[Curve, str]
-    context: Context
+    context: Context = Context()
 
     def __str__(self) -> str:
         return f"{self.algorithm} {self.task} {self.base}"
@@ -121,7 +121,6 @@ def sweeps_of(
     rows: Iterable[Row],
     value: str = "metric",
     contexts: Callable[[str], Context] = lambda base: Context(),
-    higher_is_better: bool = True,
 ) -> list[Sweep]:
     """Sort rows into sweeps and find the optimum of each curve.
 
@@ -129,7 +128,6 @@ def sweeps_of(
         rows: Each run once.
         value: Which of `VALUES` the curves show. The gain is counted from the metric before training with any of them.
         contexts: Of a base policy, by its name.
-        higher_is_better: Whether the value is to be maximised.
 
     Raises:
         UserError: No curve has an optimum.
@@ -139,7 +137,7 @@ def sweeps_of(
         curves, without = {}, {}
         for curve, of_curve in groupby(found, key=lambda row: row.arm.curve):
             try:
-                curves[curve] = _measure(curve, list(of_curve), value, higher_is_better)
+                curves[curve] = _measure(curve, list(of_curve), value)
             except UserError as error:
                 without[curve] = str(error)
         sweeps.append(Sweep(algorithm, task, base, curves, without, contexts(base)))
@@ -155,7 +153,7 @@ def _key(row: Row) -> tuple:
     return (row.algorithm, row.task, row.base, init == "", init, alpha, rank or 0, row.arm.log2_lr, row.arm.seed)
 
 
-def _measure(curve: Curve, rows: Sequence[Row], value: str, higher_is_better: bool) -> Measured:
+def _measure(curve: Curve, rows: Sequence[Row], value: str) -> Measured:
     points = [
         (
             row.arm.log2_lr,
@@ -166,20 +164,12 @@ def _measure(curve: Curve, rows: Sequence[Row], value: str, higher_is_better: bo
     ]
     return Measured(
         curve=curve,
-        optimum=estimate_optimum(points, higher_is_better),
+        optimum=estimate_optimum(points),
         points=points,
         before=statistics.fmean(row.outcome.before for row in rows),
         steps=sum(row.outcome.steps for row in rows),
         seconds=sum(row.outcome.seconds for row in rows),
     )
-
-
-def configuration(curve: Curve, width: int) -> Configuration:
-    """A curve as the rules know it."""
-    rank, init, alpha = curve
-    if rank is None:
-        return Configuration(Scheme.FFT, width)
-    return Configuration(Scheme(f"Init[{init}]"), width, rank, AlphaRule.parse(alpha))
 
 
 def interval(draws: Array) -> tuple[float, float]:
@@ -228,30 +218,37 @@ def _centred(line: Sequence[Measured], log2_lrs: Sequence[Sequence[float] | Arra
 
 def _slope(lines: Sequence[tuple[Array, Array, Array]]) -> Array:
     """Weighted least squares, `[D]`."""
-    return sum((w * x) @ y for x, y, w in lines) / sum((w * x) @ x for x, _, w in lines)
+    return np.sum([(w * x) @ y for x, y, w in lines], axis=0) / np.sum([(w * x) @ x for x, _, w in lines])
 
 
 def _theory_slope(scheme: tuple[str, str], width: int | None, ranks: Sequence[int]) -> float | None:
-    order = [log2_ratio((ranks[0], *scheme), (rank, *scheme), width) for rank in ranks]
-    if None in order:
+    """Of a line through the rules' ratios: a scheme may change its regime between two ranks."""
+    ratios = [log2_ratio((ranks[0], *scheme), (rank, *scheme), width) for rank in ranks]
+    known = [ratio for ratio in ratios if ratio is not None]
+    if len(known) < len(ratios):
         return None
-    return round(float(np.polynomial.Polynomial.fit(np.log2(ranks), order, 1).convert().coef[1]), 6)
+    return round(float(np.polynomial.Polynomial.fit(np.log2(ranks), known, 1).convert().coef[-1]), 6)
 
 
 _WIDEST = 2**20
 
 
 def log2_ratio(source: Curve, target: Curve, width: int | None) -> float | None:
-    """log2 of the best learning rates' ratio by the exponents alone (`mua_rl.rules.best_lr_order`).
+    """log2 of `mua_rl.rules.lr_ratio`.
 
-    `None` where it depends on the width and that is unknown, or a rank is above the width.
+    `None` where the theory does not give it, or it depends on the width and that is unknown.
     """
     ranks = [rank for rank in (source[0], target[0]) if rank is not None]
     widths = [width] if width is not None else [max(ranks, default=1), _WIDEST]
-    if max(ranks, default=1) > widths[0]:
+    try:
+        ratios = {lr_ratio(_configuration(source, n), _configuration(target, n)) for n in widths}
+    except (TransferError, ValueError):  # a ValueError: the rank is above the width
         return None
-    ratios = {
-        round(math.log2(best_lr_order(configuration(target, n)) / best_lr_order(configuration(source, n))), 9)
-        for n in widths
-    }
-    return ratios.pop() if len(ratios) == 1 else None
+    return math.log2(ratios.pop()) if max(ratios) < 1.001 * min(ratios) else None
+
+
+def _configuration(curve: Curve, width: int) -> Configuration:
+    rank, init, alpha = curve
+    if rank is None:
+        return Configuration(Scheme.FFT, width)
+    return Configuration(Scheme(f"Init[{init}]"), width, rank, AlphaRule.parse(alpha))

@@ -1,0 +1,324 @@
+"""Rules that say what one curve's optimum tells of another's, and how well they do on finished sweeps.
+
+A rule is anything with `Rule`'s attributes. `prediction_tests` holds its predictions against the measured optima,
+`regrets` against what full finetuning (FFT) reaches at the predicted learning rate.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from mua_rl.sweep.measured import FFT, Context, Curve, Measured, Sweep, log2_ratio
+from mua_rl.sweep.optimum import RESOLUTION, Optimum
+
+HIT = 0.5
+"""Octaves within which a prediction counts as right."""
+_Z90 = 1.6448536269514722
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of a curve's best learning rate.
+
+    Attributes:
+        log2_lr: log2 η.
+        log2_interval: Where the rule says that the measured optimum lies, nine times in ten; `None`: it says nothing.
+    """
+
+    log2_lr: float
+    log2_interval: tuple[float, float] | None = None
+
+
+class Rule(Protocol):
+    """Predicts an optimum from another.
+
+    Attributes:
+        name: For tables.
+        needs_source: Whether anything has to be tuned first.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def needs_source(self) -> bool: ...
+
+    def predict(self, source: Measured, target: Curve, context: Context) -> Prediction | None:
+        """The optimum of `target`, or `None` where the rule does not cover the pair."""
+
+
+@dataclass(frozen=True)
+class BareRule:
+    """The theory's exponents and nothing else (`mua_rl.rules.lr_ratio`); its interval is the source's, moved."""
+
+    name: str = "theory"
+    needs_source: bool = True
+
+    def predict(self, source: Measured, target: Curve, context: Context) -> Prediction | None:
+        """See `Rule`."""
+        shift = log2_ratio(source.curve, target, context.width)
+        return None if shift is None else moved(source.optimum, shift)
+
+
+@dataclass(frozen=True)
+class RankCorrected:
+    """The theory times (r_source / r_target)^c; FFT counts as rank m, its layers' outputs.
+
+    With c = 0 the features of a rank move as far as FFT's; with c = 1/2 the function along the gradient does, since
+    Init[B] confines an update to r of m output directions.
+
+    Attributes:
+        exponent: c.
+        spread: Standard deviation of the rule's own error, in octaves.
+        inits: The initialisations whose curves it corrects; FFT counts as "B".
+    """
+
+    exponent: float
+    spread: float = 0.0
+    inits: tuple[str, ...] = ("B",)
+    needs_source: bool = True
+
+    @property
+    def name(self) -> str:
+        """See `Rule`."""
+        return f"theory × (r/m)^{self.exponent:.3g}"
+
+    def predict(self, source: Measured, target: Curve, context: Context) -> Prediction | None:
+        """See `Rule`."""
+        shift = log2_ratio(source.curve, target, context.width)
+        correction = log2_rank_ratio(source.curve, target, context, self.inits)
+        if shift is None or correction is None:
+            return None
+        return moved(source.optimum, shift - self.exponent * correction, self.spread)
+
+
+@dataclass(frozen=True)
+class DividedByTen:
+    """FFT's learning rate is a tenth of LoRA's, as Tinker's cookbook has it."""
+
+    name: str = "LoRA ÷ 10"
+    needs_source: bool = True
+
+    def predict(self, source: Measured, target: Curve, context: Context) -> Prediction | None:
+        """See `Rule`."""
+        return Prediction(source.optimum.log2_lr - math.log2(10)) if source.curve != FFT == target else None
+
+
+@dataclass(frozen=True)
+class Unchanged:
+    """FFT at the learning rate of a LoRA with PEFT's initialisation and `lora_alpha = 2r`.
+
+    PEFT's A is Kaiming-uniform, of a third of Init[A]'s variance; the nearest curve of a sweep is Init[A] with α = 2.
+    """
+
+    name: str = "LoRA unchanged (Init[A] α=2)"
+    needs_source: bool = True
+
+    def predict(self, source: Measured, target: Curve, context: Context) -> Prediction | None:
+        """See `Rule`."""
+        return Prediction(source.optimum.log2_lr) if source.curve[1:] == ("A", "2") and target == FFT else None
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """FFT at one learning rate, whatever the model."""
+
+    learning_rate: float = 1e-6
+    needs_source: bool = False
+
+    @property
+    def name(self) -> str:
+        """See `Rule`."""
+        return f"always {self.learning_rate:g}"
+
+    def predict(self, source: Measured, target: Curve, context: Context) -> Prediction | None:
+        """See `Rule`."""
+        return Prediction(math.log2(self.learning_rate)) if target == FFT else None
+
+
+TRANSFER_RULES: tuple[Rule, ...] = (BareRule(), RankCorrected(0.25), RankCorrected(0.5))
+HABITS: tuple[Rule, ...] = (DividedByTen(), Unchanged(), Fixed())
+"""What people do instead."""
+
+
+def moved(optimum: Optimum, shift: float, spread: float = 0.0) -> Prediction:
+    """An optimum moved by `shift` octaves, its interval widened by a rule's own `spread`."""
+    centre, own = optimum.log2_lr, _Z90 * spread
+    below, above = math.hypot(centre - optimum.low, own), math.hypot(optimum.high - centre, own)
+    return Prediction(centre + shift, (centre + shift - below, centre + shift + above))
+
+
+def log2_rank_ratio(source: Curve, target: Curve, context: Context, inits: Sequence[str] = ("B",)) -> float | None:
+    """log2 of r_target / r_source, FFT being of rank m: 0 for initialisations not in `inits`, `None` for m unknown."""
+    ranks = []
+    for rank, init, _ in (source, target):
+        if rank is not None and init not in inits:
+            return 0.0
+        ranks.append(context.outputs if rank is None else rank)
+    if ranks[0] == ranks[1]:
+        return 0.0
+    return None if None in ranks else math.log2(ranks[1] / ranks[0])  # type: ignore[operator]
+
+
+@dataclass(frozen=True, eq=False)
+class Test:
+    """A prediction held against the measured optimum.
+
+    Attributes:
+        rule: Its name.
+        sweep, source, target: Of what.
+        prediction: What the rule said.
+        error: Predicted less measured, in octaves.
+        possible: The chance that a perfect rule, which knows the true ratio, is right within `HIT`, since both optima
+            are known with their intervals only.
+    """
+
+    __test__ = False  # pytest
+
+    rule: str
+    sweep: Sweep
+    source: Measured
+    target: Measured
+    prediction: Prediction
+    error: float
+    possible: float
+
+    @property
+    def is_hit(self) -> bool:
+        """Within half an octave."""
+        return abs(self.error) <= HIT
+
+    @property
+    def is_covered(self) -> bool | None:
+        """Whether the measured optimum is in the stated interval; `None` where none is stated."""
+        if self.prediction.log2_interval is None:
+            return None
+        low, high = self.prediction.log2_interval
+        return low <= self.target.optimum.log2_lr <= high
+
+    @property
+    def kind(self) -> str:
+        """Between what."""
+        source, target = ("FFT" if m.curve == FFT else "rank" for m in (self.source, self.target))
+        return f"{source} → {target}"
+
+
+def prediction_tests(sweeps: Sequence[Sweep], rule: Rule) -> list[Test]:
+    """Every ordered pair of curves that the rule covers; optima at an edge of their grid are bounds and left out."""
+    tests = []
+    for sweep in sweeps:
+        known = [measured for measured in sweep.curves.values() if not measured.optimum.edge]
+        for source, target in itertools.permutations(known, 2):
+            prediction = rule.predict(source, target.curve, sweep.context)
+            if prediction is not None:
+                error = prediction.log2_lr - target.optimum.log2_lr
+                tests.append(Test(rule.name, sweep, source, target, prediction, error, _possible(source, target)))
+    return tests
+
+
+def _possible(source: Measured, target: Measured) -> float:
+    noise = [m.optimum.draws - m.optimum.draws.mean() for m in (source, target)]
+    return float(np.mean(np.abs(noise[0] - noise[1]) <= HIT))
+
+
+def fit_exponent(sweeps: Sequence[Sweep], inits: tuple[str, ...] = ("B",)) -> RankCorrected | None:
+    """The exponent c, and the spread, with which `RankCorrected` predicts the optima of these sweeps best.
+
+    Weighted least squares over all pairs that the theory covers. The spread is what is left beside the sources' own
+    uncertainty, so that intervals hold for optima as they are measured. `None` where no pair tells.
+    """
+    x, y, sources, both = [], [], [], []
+    for test in prediction_tests(sweeps, BareRule()):
+        ratio = log2_rank_ratio(test.source.curve, test.target.curve, test.sweep.context, inits)
+        if ratio:
+            x.append(ratio)
+            y.append(test.error)
+            sources.append(test.source.optimum.draws.var())
+            both.append(sources[-1] + test.target.optimum.draws.var() + RESOLUTION**2)
+    if not x:
+        return None
+    ratios, errors, weights = np.array(x), np.array(y), 1 / np.array(both)
+    exponent = float((weights * ratios) @ errors / ((weights * ratios) @ ratios))
+    left = (errors - exponent * ratios) ** 2 - np.array(sources)
+    return RankCorrected(exponent, math.sqrt(max(0.0, float(np.average(left, weights=weights)))), inits)
+
+
+def leave_one_out(
+    sweeps: Sequence[Sweep],
+    fit: Callable[[Sequence[Sweep]], Rule | None] = fit_exponent,
+    group: Callable[[Sweep], Hashable] = lambda sweep: (sweep.algorithm, sweep.task),
+) -> list[Test]:
+    """Predictions in each group of sweeps by a rule that was fitted on the other groups only.
+
+    Args:
+        fit: From sweeps to a rule; `None` where they do not determine one.
+        group: What sweeps have in common that are left out together; by default sweeps of one task are, which are not
+            independent of each other.
+    """
+    tests = []
+    for left_out in dict.fromkeys(group(sweep) for sweep in sweeps):
+        rule = fit([sweep for sweep in sweeps if group(sweep) != left_out])
+        if rule is not None:
+            tests += prediction_tests([sweep for sweep in sweeps if group(sweep) == left_out], rule)
+    return tests
+
+
+@dataclass(frozen=True, eq=False)
+class Regret:
+    """What FFT loses at a transferred learning rate.
+
+    Attributes:
+        rule: Its name.
+        sweep: Of what.
+        source: The curve that was tuned; `None` for a rule that needs none.
+        log2_lr: Where FFT is run.
+        share: Of the gain (FFT's best less the value before training) that is lost there, by FFT's fitted curve.
+        is_bound: Whether the learning rate is outside FFT's grid: then `share` is of the grid's end, and at least that.
+        within_noise: Whether FFT's value there cannot be told from its best.
+        steps, seconds: Cost of tuning the source, as a share of what FFT's own sweep cost.
+    """
+
+    rule: str
+    sweep: Sweep
+    source: Measured | None
+    log2_lr: float
+    share: float
+    is_bound: bool
+    within_noise: bool
+    steps: float
+    seconds: float
+
+
+def regrets(sweeps: Sequence[Sweep], rule: Rule) -> list[Regret]:
+    """FFT's loss at the learning rate that a rule takes from each LoRA curve, in sweeps that have FFT."""
+    found = []
+    for sweep in sweeps:
+        fft, loras = sweep.fft, [m for m in sweep.curves.values() if m.curve != FFT]
+        if fft is None:
+            continue
+        for source in loras if rule.needs_source else [fft]:
+            prediction = rule.predict(source, FFT, sweep.context)
+            if prediction is not None:
+                found.append(_regret(rule, sweep, fft, source if rule.needs_source else None, prediction.log2_lr))
+    return found
+
+
+def _regret(rule: Rule, sweep: Sweep, fft: Measured, source: Measured | None, log2_lr: float) -> Regret:
+    best = float(fft.optimum.values.max())
+    gain, lost = best - fft.before, best - fft.optimum.value_at(log2_lr)
+    low, high = fft.optimum.plateau
+    return Regret(
+        rule=rule.name,
+        sweep=sweep,
+        source=source,
+        log2_lr=log2_lr,
+        share=lost / gain if gain > 0 else math.nan,
+        is_bound=not fft.optimum.covers(log2_lr),
+        within_noise=low <= log2_lr <= high,
+        steps=source.steps / fft.steps if source else 0.0,
+        seconds=source.seconds / fft.seconds if source and fft.seconds else 0.0,
+    )
