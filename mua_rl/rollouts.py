@@ -10,7 +10,6 @@ import os
 import tempfile
 from collections.abc import Iterator
 from itertools import count
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -161,7 +160,7 @@ class _Rollouts(VLLMGeneration):
 
         def make(**options: Any) -> Any:
             print("mua_rl: starting the vLLM engine, which takes up to a minute", flush=True)
-            with _base_folder(self) as folder:
+            with _base_folder(self) as folder, _start(options):
                 return self._make_llm(**{**options, "model": folder, **self._engine_options()})
 
         with replaced(vllm_generation, "LLM", make):
@@ -196,8 +195,6 @@ class AdapterRollouts(_Rollouts):
             raise UserError("--vllm_sync adapter needs whole weights in each process: use --vllm_sync merged.")
         check_layers(self.model)
         self._versions = count(1)
-        self._folders = AdapterFolders()
-        self._published: Path | None = None
         if self.mode == "server":
             self.vllm_client = _AdapterServer(self)
         else:
@@ -219,12 +216,8 @@ class AdapterRollouts(_Rollouts):
             self._llm_weights_sleeping = False
         number = next(self._versions)
         name = f"mua_rl-{os.getpid()}-{number}"
-        folder = self._folders.publish(name, export_tensors(self.model, self.lora_dtype))
         engine: Any = self.llm if self.mode == "colocate" else self.vllm_client
-        engine.exchange(name, number, folder)
-        if self._published is not None:
-            self._folders.drop(self._published)
-        self._published = folder
+        engine.exchange(name, number, export_tensors(self.model, self.lora_dtype))
 
 
 class _AdapterServer(VLLMClient):
@@ -251,9 +244,11 @@ class _AdapterServer(VLLMClient):
             raise UserError(f"the vLLM server at {url} takes LoRA up to rank {rank}: start it as {self.start}")
         generation.lora_dtype = getattr(torch, str(lora["lora_dtype"]).removeprefix("torch."))
         self.base = self.model
+        self.folders = AdapterFolders()
 
-    def exchange(self, name: str, number: int, folder: Path) -> None:
+    def exchange(self, name: str, number: int, tensors: dict[str, torch.Tensor]) -> None:
         """Load an adapter under a new name, ask for it from now on, and drop the one before."""
+        folder = self.folders.publish(name, tensors)
         before, loading = self.model, {"lora_name": name, "lora_path": str(folder)}
         # Not by the session, which would repeat a refusal for half a minute.
         answer = requests.post(f"{self.base_url}/v1/load_lora_adapter", json=loading, timeout=self.LOAD_SECONDS)
@@ -263,6 +258,7 @@ class _AdapterServer(VLLMClient):
         self.model = name
         if before != self.base:
             self.session.post(f"{self.base_url}/v1/unload_lora_adapter", json={"lora_name": before})
+            self.folders.drop(folder.with_name(before))
         self.reset_prefix_cache()
 
 
@@ -305,6 +301,23 @@ def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
     """
     with mock.patch.object(module, name, value):
         yield
+
+
+@contextlib.contextmanager
+def _start(options: dict[str, Any]) -> Iterator[None]:
+    """An engine that finds no room says what it was given and what to change.
+
+    Raises:
+        UserError: The engine cannot start.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError, torch.OutOfMemoryError) as error:
+        share = options.get("gpu_memory_utilization")
+        raise UserError(
+            f"the vLLM engine cannot start with {share:.2f} of the memory ({' '.join(str(error).split())[:300]}): if "
+            "other programs use this GPU, or its cache is too small, set --vllm_gpu_memory_utilization."
+        ) from error
 
 
 @contextlib.contextmanager

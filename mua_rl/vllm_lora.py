@@ -1,8 +1,9 @@
-"""vLLM with one LoRA adapter that is exchanged between requests, and the folders through which it gets there.
+"""vLLM with one LoRA adapter that is exchanged between requests, and the ways by which it gets there.
 
-vLLM reads adapters from folders. Each version is written to a memory file system under a name and a number of its
-own: vLLM's prefix cache tells adapters apart by name alone, and an adapter that is loaded under an old number is not
-read again. `import mua_rl.vllm_lora` needs no vLLM; only `adapter_llm` does.
+An engine in this process is handed A and B as they are, on the GPU. A server reads them from a folder in a memory file
+system. Either way each version has a name and a number of its own: vLLM's prefix cache tells adapters apart by name
+alone, and an adapter that is loaded under an old number is not read again. `import mua_rl.vllm_lora` needs no vLLM;
+only `adapter_llm` does.
 """
 
 import json
@@ -11,7 +12,7 @@ import shutil
 import tempfile
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -66,10 +67,10 @@ def layer_suffixes(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def export_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """A and B of every layer on the CPU, under PEFT's names, with the layer's multiplier inside B.
+    """A and B of every layer, under PEFT's names, with the layer's multiplier inside B.
 
     The multiplier goes into the fp32 B before the one rounding to `dtype`, instead of after it as in vLLM. A and B
-    themselves stay as they are. One copy from the device for all of them.
+    themselves stay as they are.
 
     Args:
         model: A model that carries LoRA.
@@ -78,11 +79,9 @@ def export_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tens
     named: dict[str, torch.Tensor] = {}
     for name, layer in lora_layers(model):
         a, b = lora_matrices(layer)
-        named[f"{name}.lora_A.weight"] = a
-        named[f"{name}.lora_B.weight"] = b * multiplier(layer)
-    flat = torch.cat([tensor.detach().to(dtype).flatten() for tensor in named.values()]).cpu()
-    pieces = flat.split([tensor.numel() for tensor in named.values()])
-    return {name: piece.view(tensor.shape) for (name, tensor), piece in zip(named.items(), pieces, strict=True)}
+        named[f"{name}.lora_A.weight"] = a.to(dtype, copy=True)
+        named[f"{name}.lora_B.weight"] = (b * multiplier(layer)).to(dtype)
+    return named
 
 
 def multiplier(layer: LoraLayer) -> float:
@@ -115,15 +114,19 @@ class AdapterFolders:
         Raises:
             UserError: No room is left in memory.
         """
+        return self._write(name, tensors, {key: tensor.cpu() for key, tensor in tensors.items()})
+
+    def describe(self, name: str, tensors: dict[str, torch.Tensor]) -> Path:
+        """As `publish`, without the matrices: for an engine that is handed them."""
+        return self._write(name, tensors, {})
+
+    def _write(self, name: str, tensors: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> Path:
         scratch, folder = self.root / f".{name}", self.root / name
-        ranks = [len(tensor) for key, tensor in tensors.items() if key.endswith("lora_A.weight")]
-        suffixes = sorted({key.split(".")[-3] for key in tensors})
-        # vLLM multiplies by lora_alpha / r, which is 1 here.
-        config = {"peft_type": "LORA", "r": max(ranks), "lora_alpha": max(ranks), "target_modules": suffixes}
         try:
             scratch.mkdir()
-            save_file(tensors, scratch / "adapter_model.safetensors")
-            (scratch / "adapter_config.json").write_text(json.dumps({**config, "bias": "none"}))
+            if saved:
+                save_file(saved, scratch / "adapter_model.safetensors")
+            (scratch / "adapter_config.json").write_text(json.dumps(_peft_config(tensors)))
             scratch.rename(folder)
         except OSError as error:
             raise UserError(f"the adapter cannot be written to {self.root}: {error.strerror}.") from error
@@ -138,6 +141,13 @@ class AdapterFolders:
         self._end()
 
 
+def _peft_config(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What vLLM wants to know of an adapter; it multiplies by `lora_alpha / r`, which is 1 here."""
+    rank = max(len(tensor) for key, tensor in tensors.items() if key.endswith("lora_A.weight"))
+    suffixes = sorted({key.split(".")[-3] for key in tensors})
+    return {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": suffixes, "bias": "none"}
+
+
 def _sweep(where: Path) -> None:
     """Remove what runs left whose process is gone."""
     for folder in where.glob(f"{_PREFIX}*"):
@@ -147,27 +157,50 @@ def _sweep(where: Path) -> None:
 
 
 def adapter_llm(**options: Any) -> Any:
-    """vLLM's `LLM`, made to answer with the adapter that `exchange` gave it last.
+    """vLLM's `LLM` in this process, made to answer with the adapter that `exchange` gave it last.
 
     Args:
         options: As `vllm.LLM` takes them.
     """
     from vllm import LLM
+    from vllm.lora.lora_model import LoRAModel
     from vllm.lora.request import LoRARequest
+
+    class HandedOver(LoRAModel):
+        """What vLLM makes of an adapter; these matrices are in the GPU's memory and not in the folder."""
+
+        tensors: ClassVar[dict[str, torch.Tensor]] = {}
+
+        @classmethod
+        def from_local_checkpoint(cls, lora_dir: str, expected_lora_modules: set[str], peft_helper: Any, **kwargs: Any):
+            """As vLLM's, without reading the matrices and pinning each in the host's memory, 2 ms a matrix."""
+            kept = {key: kwargs[key] for key in ("lora_model_id", "dtype", "weights_mapper", "skip_prefixes")}
+            device = str(next(iter(cls.tensors.values())).device)
+            return cls.from_lora_tensors(tensors=cls.tensors, peft_helper=peft_helper, device=device, **kept)
 
     class AdapterLLM(LLM):
         """`LLM` with an adapter."""
 
         adapter: LoRARequest | None = None
 
-        def exchange(self, name: str, number: int, folder: Path) -> None:
-            """Load an adapter, under a name and a number that are new, in place of the one before."""
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.llm_engine.model_executor.driver_worker.model_runner.lora_manager._lora_model_cls = HandedOver
+            self.folders = AdapterFolders()
+
+        def exchange(self, name: str, number: int, tensors: dict[str, torch.Tensor]) -> None:
+            """Take an adapter, under a name and a number that are new, in place of the one before."""
             if self.adapter is not None:
                 self.llm_engine.remove_lora(self.adapter.lora_int_id)
+                self.folders.drop(Path(self.adapter.lora_path))
                 self.adapter = None
-            adapter = LoRARequest(name, number, str(folder))
-            if not self.llm_engine.add_lora(adapter) or number not in self.llm_engine.list_loras():
-                raise RuntimeError(f"vLLM did not take the adapter {name}")
+            adapter = LoRARequest(name, number, str(self.folders.describe(name, tensors)))
+            HandedOver.tensors = tensors
+            try:
+                if not self.llm_engine.add_lora(adapter) or number not in self.llm_engine.list_loras():
+                    raise RuntimeError(f"vLLM did not take the adapter {name}")
+            finally:
+                HandedOver.tensors = {}
             self.reset_prefix_cache()
             self.adapter = adapter
 

