@@ -65,7 +65,7 @@ def test_loss_and_gradient_are_trls_on_the_same_batch(flags, tmp_path, monkeypat
     monkeypatch.setattr(ours.decoder, "answer", lambda *args: answers)
     position = {row["prompt"]: i for i, row in enumerate(ours.train_rows)}
     numbers = [position[row["prompt"]] for row in rows[::8]]
-    ours.prompts = ours._tokenize(ours.train_rows, sorted(set(numbers)))
+    ours.used_rows, ours.prompts = ours._read(ours.train_rows, numbers)
 
     rollout = ours._roll_out([numbers])
     losses = sum(ours._backward(*sequences) for sequences in ours._passes(rollout))

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from mua_rl.errors import UserError
 
 ATTENTION = "mua_rl_grouped"
 _LOOK_EVERY = 4  # steps between two looks, on a GPU, at whether all rows have ended: each look waits for the GPU
+_READ_AT_ONCE = 256  # prompts in one forward pass, which bounds its memory
 _ALIGNED = 8  # attention kernels like the length of the cache as a multiple of it
 _SHRINK = 0.75  # share of the rows that are left when the others are let go: that copies the cache
 
@@ -95,27 +96,42 @@ class Decoder:
             uniforms: `(K, b, new_tokens)` draws from [0, 1), one for each token to be sampled; `None` is greedy.
             temperature: What logits are divided by before sampling.
         """
-        arms, prompts, mask = len(prompts), prompts.flatten(0, 1), mask.flatten(0, 1)
-        with self.autocast():
-            cache = DynamicCache(config=self.model.config)
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            inputs = {"input_ids": prompts, "attention_mask": mask, "position_ids": positions}
-            first = self.model(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        first, following = self._read(prompts, mask, copies)
+        arms, draws = len(prompts), None if uniforms is None else uniforms.flatten(0, 1).to(self.device)
         finite = first.isfinite().view(arms, -1).all(-1)
-        following = self._start(cache, mask, copies)
-        draws = None if uniforms is None else uniforms.flatten(0, 1).to(self.device)
         tokens, lengths = self._write(first.repeat_interleave(copies, 0), following, arms, draws, temperature)
         return Answers(tokens.view(arms, -1, tokens.shape[-1]), lengths.view(arms, -1), finite)
 
-    def _start(self, cache: DynamicCache, mask: torch.Tensor, copies: int) -> "_GrowingNext | _FixedNext":
+    def _read(
+        self, prompts: torch.Tensor, mask: torch.Tensor, copies: int
+    ) -> tuple[torch.Tensor, "_GrowingNext | _FixedNext"]:
+        """Logits `(K·p, V)` after the prompts, and what goes on from there."""
         if not self.fixed:
-            return _GrowingNext(self.model, self.autocast, cache, mask, copies)
-        shape = (len(mask) * copies, mask.shape[1])
-        if self._next is None or self._next.shape != shape:
-            self._next = None  # its memory first
-            self._next = _FixedNext(self.model, self.autocast, shape, self.new_tokens, cache)
-        self._next.start(cache, mask, copies)
-        return self._next
+            first, cache = self._prefill(prompts, mask)
+            return first, _GrowingNext(self.model, self.autocast, cache, mask.flatten(0, 1), copies)
+        arms, count, length = prompts.shape
+        rows = torch.arange(arms * count, device=self.device).view(arms, count)
+        at_once = max(1, _READ_AT_ONCE // arms)
+        found = []
+        for piece in rows[0].split(at_once):
+            first, cache = self._prefill(prompts[:, piece], mask[:, piece])
+            shape = (arms * count * copies, length)
+            if self._next is None or self._next.shape != shape:
+                self._next = None  # its memory first
+                self._next = _FixedNext(self.model, self.autocast, shape, self.new_tokens, cache)
+            self._next.fill(rows[:, piece].flatten(), cache, mask[:, piece].flatten(0, 1), copies)
+            found.append(first.view(arms, len(piece), -1))
+        assert self._next is not None
+        return torch.cat(found, 1).flatten(0, 1), self._next
+
+    def _prefill(self, prompts: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, DynamicCache]:
+        """Logits after prompts `(K, p, P)`, and their keys and values."""
+        prompts, mask = prompts.flatten(0, 1), mask.flatten(0, 1)
+        cache = DynamicCache(config=self.model.config)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        inputs = {"input_ids": prompts, "attention_mask": mask, "position_ids": positions}
+        with self.autocast():
+            return self.model(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1], cache
 
     def _write(
         self,
@@ -274,24 +290,24 @@ class _FixedNext:
         self.mask = torch.ones((rows, 1, 1, length), dtype=torch.bool, device=device)
         with autocast():
             low = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        filled: list[Any] = like.layers
+        filled = cast(list[Any], like.layers)
         self.layers = [_FixedLayer(rows, length, layer.keys, layer.values, low, self.at) for layer in filled]
         self.cache = Cache(layers=list(self.layers))
         self.graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
             self._capture()
 
-    def start(self, cache: DynamicCache, mask: torch.Tensor, copies: int) -> None:
-        """Begin after prompts."""
-        prompt = self.shape[1]
-        filled: list[Any] = cache.layers
+    def fill(self, prompts: torch.Tensor, cache: DynamicCache, mask: torch.Tensor, copies: int) -> None:
+        """Begin the rows of some prompts, given by their numbers, with what was computed for these."""
+        rows = (prompts[:, None] * copies + torch.arange(copies, device=prompts.device)).flatten()
+        length, filled = self.shape[1], cast(list[Any], cache.layers)
         for layer, found in zip(self.layers, filled, strict=True):
-            layer.all_keys[:, :, :prompt] = found.keys.repeat_interleave(copies, 0)
-            layer.all_values[:, :, :prompt] = found.values.repeat_interleave(copies, 0)
-        self.mask.fill_(False)
-        self.mask[:, 0, 0, :prompt] = mask.bool().repeat_interleave(copies, 0)
-        self.positions.copy_(mask.sum(-1, keepdim=True).repeat_interleave(copies, 0))
-        self.at.fill_(prompt)
+            for places, values in ((layer.all_keys, found.keys), (layer.all_values, found.values)):
+                places[rows, :, :length] = values.to(places.dtype).repeat_interleave(copies, 0)
+        self.mask[rows] = False
+        self.mask[rows, 0, 0, :length] = mask.bool().repeat_interleave(copies, 0)
+        self.positions[rows] = mask.sum(-1, keepdim=True).repeat_interleave(copies, 0)
+        self.at.fill_(length)
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         self.tokens.copy_(tokens[:, None])

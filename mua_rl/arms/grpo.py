@@ -155,10 +155,9 @@ class SideBySide:
         by_default = _CUDA_COMPLETIONS if self.device.type == "cuda" else _CPU_COMPLETIONS
         self.completions_per_pass = completions_per_pass or by_default
         self.states = [self._new_state(number, arm) for number, arm in enumerate(arms)]
-        self.prompts = self._tokenize(
-            self.train_rows, sorted({i for s in self.states for step in s.order for i in step})
-        )
-        self.problems = self._tokenize(self.held_out_rows, range(len(self.held_out_rows)))
+        used = sorted({number for state in self.states for step in state.order for number in step})
+        self.used_rows, self.prompts = self._read(self.train_rows, used)
+        _, self.problems = self._read(self.held_out_rows, range(len(self.held_out_rows)))
         self.longest_prompt = max(map(len, [*self.prompts.values(), *self.problems.values()]))
         self.ended: dict[int, Outcome] = {}
 
@@ -309,15 +308,16 @@ class SideBySide:
             if isinstance(module, nn.Linear) and module is not output:
                 module.to(torch.bfloat16)
 
-    def _tokenize(self, rows: Dataset, numbers: Sequence[int]) -> dict[int, list[int]]:
-        """Token ids of the prompts of some rows."""
-        prompts = rows.select(numbers)["prompt"][:]
+    def _read(self, rows: Dataset, numbers: Sequence[int]) -> tuple[dict[int, dict], dict[int, list[int]]]:
+        """Some rows of a split, and the token ids of their prompts, by number."""
+        found = rows.select(numbers).to_list()
+        prompts = [row["prompt"] for row in found]
         if isinstance(prompts[0], str):
             ids: Any = self.tokenizer(prompts)
         else:
             options = cast(dict, self.arguments.chat_template_kwargs or {})
             ids = self.tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True, **options)
-        return dict(zip(numbers, ids["input_ids"], strict=True))
+        return dict(zip(numbers, found, strict=True)), dict(zip(numbers, ids["input_ids"], strict=True))
 
     def _pad(self, prompts: list[list[list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts of the arms as `(K, p, P)` ids, padded on the left, and their mask."""
@@ -374,10 +374,8 @@ class SideBySide:
 
     def _rewards(self, numbers: list[int], texts: list[str]) -> torch.Tensor:
         """Scores of one arm's completions, `(b, rewards)`; NaN where a reward gives none."""
-        columns = {
-            name: [value for value in values for _ in range(self.group)]
-            for name, values in self.train_rows[numbers].items()
-        }
+        rows = [self.used_rows[number] for number in numbers for _ in range(self.group)]
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
         columns["prompts"] = columns.pop("prompt")
         completions: list = texts
         if not isinstance(columns["prompts"][0], str):
