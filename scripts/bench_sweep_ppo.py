@@ -1,0 +1,111 @@
+"""PPO arms side by side against the same number of plain stable-baselines3 runs one after another (issue 7).
+
+    python scripts/bench_sweep_ppo.py                                        # CartPole, 32 arms, two threads
+    python scripts/bench_sweep_ppo.py --env mua_rl/HalfCheetah-HighGravity-v0 --arms 8 --steps 8192 --kinds full 8
+
+Both start from the shipped base policy and take the same environment steps with the same options; building models and
+environments counts, importing packages and evaluating do not. Only `--singles` of the SB3 runs are timed, at learning
+rates spread over the sweep's, and their mean stands for all. CPU seconds stand beside the wall's, which other programs
+on the machine lengthen. By default no update stops early, so that every run does all of its work; `--target-kl 0.03`
+is what finetuning uses.
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import stable_baselines3
+import torch
+from stable_baselines3.common.logger import Logger
+
+from mua_rl.arms.ppo import SideBySide
+from mua_rl.ppo import training_envs
+from mua_rl.ppo_arguments import PPOArguments
+from mua_rl.ppo_base import BasePolicy, read_base_policy, shipped_policy
+from mua_rl.sweep.arm import Arm
+
+LOW, HIGH = -11.0, -7.0
+# Without these, large blocks go back to the operating system each time and their pages are faulted in anew.
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_TOP_PAD_": "268435456"}
+
+
+def sweep(rank: int | None, arms: int) -> list[Arm]:
+    """Eight learning rates in half-octaves, with as many seeds as it takes."""
+    return [Arm(rank, "B", "1", LOW + k % 8 * (HIGH - LOW) / 8, k // 8) for k in range(arms)]
+
+
+def timed(work: Callable[[], object]) -> dict[str, float]:
+    """Seconds of a call: on the wall, and of all threads on the CPU."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+
+
+def run_side_by_side(arguments: PPOArguments, arms: Sequence[Arm], base: BasePolicy, workers: int) -> None:
+    """All arms at once, on `workers` threads."""
+    groups = [SideBySide(arguments, arms[first::workers], base) for first in range(workers)]
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(SideBySide.train, groups))
+
+
+def run_singly(arguments: PPOArguments, arm: Arm, base: BasePolicy) -> None:
+    """One run of plain SB3, fully finetuned, at the arm's learning rate."""
+    envs = training_envs(arguments, base)
+    schedule = arguments.schedule(arm.learning_rate)
+    options = {**base.options, **arguments.sb3_options()}
+    model = stable_baselines3.PPO(
+        base.policy_class, envs, learning_rate=schedule, policy_kwargs=base.policy_kwargs, device="cpu", **options
+    )
+    base.load_into(model.policy)
+    model.set_logger(Logger(None, []))
+    model.learn(arguments.total_timesteps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", default="mua_rl/CartPole-LongPole-v0")
+    parser.add_argument("--arms", type=int, default=32)
+    parser.add_argument("--singles", type=int, default=3, help="SB3 runs that are timed")
+    parser.add_argument("--steps", type=int, default=10_240, help="environment steps of each arm")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--kinds", nargs="+", default=["full", "8"], help="full, or ranks")
+    parser.add_argument("--target-kl", type=float, default=0.0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    path = shipped_policy(options.env)
+    if path is None:
+        parser.error(f"no base policy ships for {options.env}")
+    base = read_base_policy(path)
+    arguments = PPOArguments(env_id=options.env, total_timesteps=options.steps, target_kl=options.target_kl)
+
+    singles = [Arm(None, "", "", LOW + (k + 0.5) * (HIGH - LOW) / options.singles, 0) for k in range(options.singles)]
+    single_times = [timed(lambda arm=arm: run_singly(arguments, arm, base)) for arm in singles]  # type: ignore[misc]
+    single = {clock: sum(times[clock] for times in single_times) / len(singles) for clock in ("wall", "cpu")}
+    figures = {}
+    for kind in options.kinds:
+        arms = sweep(None if kind == "full" else int(kind), options.arms)
+        together = timed(lambda arms=arms: run_side_by_side(arguments, arms, base, options.workers))  # type: ignore[misc]
+        figures["FFT" if kind == "full" else f"LoRA r={kind}"] = {
+            "seconds": together,
+            "times_faster_wall": options.arms * single["wall"] / together["wall"],
+            "times_less_cpu": options.arms * single["cpu"] / together["cpu"],
+        }
+    report = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+        "malloc_hints": all(os.environ.get(name) == value for name, value in MALLOC.items()),
+        **vars(options),
+        "sb3_seconds_per_run": single,
+        "sb3_runs_timed": len(singles),
+        **figures,
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
