@@ -291,7 +291,7 @@ def targeted_layers(model: nn.Module, targets: TargetModules) -> Iterator[tuple[
     """Layers of a plain model that PEFT would adapt, found by PEFT itself on a copy without storage.
 
     Yields:
-        Each layer's name, and the A that a LoRA of rank 1 would have, a shape without values.
+        Each layer's name, and the A that a LoRA would have, a shape without values; its rank means nothing.
 
     Raises:
         UserError: There is none.
@@ -301,6 +301,8 @@ def targeted_layers(model: nn.Module, targets: TargetModules) -> Iterator[tuple[
     shapes |= {id(p): nn.Parameter(shapes[id(p)], requires_grad=False) for p in model.parameters()}
     with torch.device("meta"):
         skeleton = copy.deepcopy(model, shapes)  # a weight that is found among the shapes is not copied
-    config: Any = LoraConfig(r=1, target_modules=resolve_targets(model, targets))
+    convolutions = [module for module in model.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
+    rank = math.lcm(*(module.groups for module in convolutions))  # PEFT wants a rank that every grouping divides
+    config: Any = LoraConfig(r=rank, target_modules=resolve_targets(model, targets))
     for name, layer in lora_layers(_inject(skeleton, config)):
         yield name.removeprefix("base_model.model."), lora_matrices(layer)[0]

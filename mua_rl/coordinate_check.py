@@ -81,7 +81,7 @@ def check(
         steps: At least 2: only after the first step have both A and B moved.
 
     Raises:
-        UserError: An adapter cannot be attached, or no batch reaches its layers.
+        UserError: An adapter cannot be attached, or no loss depends on its layers.
         TransferError: The places are of schemes that share no learning rate.
     """
     configurations = [place.adapter.configuration(place.make(seeds[0])[0]) for place in places]
@@ -102,35 +102,41 @@ def check(
     return rows
 
 
-def policy_gradient_loss(model: nn.Module, group: dict[str, torch.Tensor]) -> torch.Tensor:
-    """`−mean(advantage · log p)` over the tokens of the completions: GRPO's loss where the policy is still the sampler.
+@dataclass(frozen=True)
+class Group:
+    """Completions to one prompt.
 
-    Args:
-        group: `tokens` `(G, prompt + completion)`, `advantages` `(G,)`, `prompt_length` a scalar.
+    Attributes:
+        tokens: Prompt and completions, `(G, prompt_length + completion length)`, without padding.
+        advantages: `(G,)`.
+        prompt_length: Tokens of the prompt.
     """
-    tokens, start = group["tokens"], int(group["prompt_length"])
-    logits = model(input_ids=tokens).logits[:, start - 1 : -1].float()
-    log_p = logits.log_softmax(-1).gather(-1, tokens[:, start:, None])[..., 0]
-    return -(group["advantages"][:, None] * log_p).mean()
+
+    tokens: torch.Tensor
+    advantages: torch.Tensor
+    prompt_length: int
+
+
+def policy_gradient_loss(model: nn.Module, group: Group) -> torch.Tensor:
+    """`−mean(advantage · log p)` over the completions: GRPO's gradient while the policy is still the sampler."""
+    logits = model(input_ids=group.tokens).logits[:, group.prompt_length - 1 : -1].float()
+    completions = group.tokens[:, group.prompt_length :, None]
+    log_p = logits.log_softmax(-1).gather(-1, completions)[..., 0]
+    return -(group.advantages[:, None] * log_p).mean()
 
 
 @torch.no_grad()
 def sample_group(
-    model: Any,
-    tokenizer: Any,
-    prompt: str | list[dict[str, str]],
-    size: int,
-    length: int,
-    seed: int,
-) -> dict[str, torch.Tensor]:
-    """A group of `size` completions of `length` tokens each, sampled at temperature 1; half its advantages are −1."""
+    model: Any, tokenizer: Any, prompt: str | list[dict[str, str]], size: int, length: int, seed: int
+) -> Group:
+    """A `Group` of `size` completions of `length` tokens, sampled at temperature 1; half of its advantages are −1."""
     if isinstance(prompt, str):
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        inputs = tokenizer(prompt, return_tensors="pt")
     else:
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt")[
-            "input_ids"
-        ]
-    ids = ids.to(model.device)
+        inputs = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    ids = inputs["input_ids"].to(model.device)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokens = model.generate(
@@ -147,7 +153,7 @@ def sample_group(
         )
     advantages = torch.ones(size, device=tokens.device)
     advantages[: size // 2] = -1.0
-    return {"tokens": tokens, "advantages": advantages, "prompt_length": torch.tensor(ids.shape[1])}
+    return Group(tokens, advantages, ids.shape[1])
 
 
 def at_width(config: PreTrainedConfig, width: int) -> PreTrainedConfig:
@@ -186,33 +192,34 @@ def random_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     return model
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    flags = argparse.ArgumentParser(
         prog="python -m mua_rl.coordinate_check",
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("--model", default=models.EMBEDDED, help="embedded, smollm2, a folder or a hub id")
-    parser.add_argument("--task", default="arithmetic", help="task whose prompts are taken")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16, 64], help="LoRA ranks (default: 4 16 64)")
-    parser.add_argument("--widths", type=int, nargs="+", default=[], help="hidden sizes to check random weights at")
-    parser.add_argument(
+    flags.add_argument("--model", default=models.EMBEDDED, help="embedded, smollm2, a folder or a hub id")
+    flags.add_argument("--task", default="arithmetic", help="task whose prompts are taken")
+    flags.add_argument("--ranks", type=int, nargs="+", default=[4, 16, 64], help="LoRA ranks (default: 4 16 64)")
+    flags.add_argument("--widths", type=int, nargs="+", default=[], help="hidden sizes to check random weights at")
+    flags.add_argument(
         "--schemes",
         nargs="+",
         default=["B", "A", "FFT"],
         help="B, A or FFT; the multiplier after a colon, as in A:1/r (default: B A FFT)",
     )
-    parser.add_argument("--target-modules", nargs="+", default=["mlp"], help="mlp, all-linear, or names")
-    parser.add_argument("--lr", type=float, help="LR at the smallest rank and width (default: a quarter of the rule's)")
-    parser.add_argument("--steps", type=int, default=6, help="optimizer steps; the last one counts (default: 6)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds to average over (default: 3)")
-    parser.add_argument("--group", type=int, default=4, help="completions to the prompt (default: 4)")
-    parser.add_argument("--length", type=int, default=8, help="tokens of a completion (default: 8)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="slope that is still flat (default: 0.25)")
-    parser.add_argument("--output_dir", help="a new folder for the CSV and the figures (default: one under runs/)")
-    return parser
+    flags.add_argument("--target-modules", nargs="+", default=["mlp"], help="mlp, all-linear, or names")
+    flags.add_argument("--lr", type=float, help="LR at the smallest rank and width (default: a quarter of the rule's)")
+    flags.add_argument("--steps", type=int, default=6, help="optimizer steps; the last one counts (default: 6)")
+    flags.add_argument("--seeds", type=int, default=3, help="how many seeds to average over (default: 3)")
+    flags.add_argument("--group", type=int, default=4, help="completions to the prompt (default: 4)")
+    flags.add_argument("--length", type=int, default=8, help="tokens of a completion (default: 8)")
+    flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    flags.add_argument("--tolerance", type=float, default=TOLERANCE, help="slope that is still flat (default: 0.25)")
+    flags.add_argument("--output_dir", help="a new folder for the CSV and the figures (default: one under runs/)")
+    return flags
 
 
 def scheme_adapter(scheme: str, rank: int, target_modules: list[str]) -> Adapter:
@@ -259,16 +266,31 @@ def measure(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def main() -> None:
-    args = _parser().parse_args()
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse numbers that nothing can be measured with.
+
+    Raises:
+        UserError: There is one.
+    """
     if args.lr is not None:
         check_learning_rate(args.lr, "--lr")
-    for name, least in {"steps": 2, "seeds": 1, "group": 2, "length": 1}.items():
-        if getattr(args, name) < least:
+    if (least_rank := min(args.ranks)) < 1:
+        raise UserError(f"--ranks takes LoRA ranks of 1 or more, not {least_rank}; full finetuning is the scheme FFT.")
+    for name, least in {"steps": 2, "seeds": 1, "group": 2, "length": 1, "tolerance": 0}.items():
+        if not getattr(args, name) >= least:
             raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}.")
+
+
+def main() -> None:
+    args = parser().parse_args()
+    check_arguments(args)
     transformers_logging.disable_progress_bar()
-    rows = measure(args)
     run = RunFolder.create(args.output_dir, f"coordinate-check-{Path(args.model).name}")
+    try:
+        rows = measure(args)
+    except UserError:
+        run.path.rmdir()  # nothing is in it
+        raise
     run.start(vars(args))
     write_csv(rows, run.path / "coordinate_check.csv")
     found = lines(rows, args.tolerance)
@@ -279,11 +301,11 @@ def main() -> None:
         figure(found, axis).savefig(run.path / f"coordinate_check_{axis}.png", dpi=120)
         console.print(table(found, axis))
     print(f"CSV and figures: {run.path}")
-    if failed := [line for line in found if line.failed]:
-        for line in failed:
-            what = f"slope {line.slope:+.2f} on the {line.axis}" if math.isfinite(line.slope) else line.verdict
-            print(f"not flat: {line.quantity} of {line.title}, {what} (theory {line.theory:+.2f})")
-        sys.exit(1)
+    failed = [line for line in found if line.failed]
+    for line in failed:
+        what = f"slope {line.slope:+.2f}" if math.isfinite(line.slope) else line.verdict
+        print(f"not flat: {line.quantity} of {line.title}, {what} across {line.axis}s")
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

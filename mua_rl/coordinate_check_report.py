@@ -226,7 +226,7 @@ def figure(found: Sequence[Line], axis: str) -> Figure:
         for axes, title in zip(row, titles, strict=True):
             members = [line for line in shown if (line.title, line.lr_rule) == (title, rule)]
             for line in members:
-                points = {x: 2**size for x, size in line.sizes.items() if x is not None}
+                points = {x: 2**size for x, size in line.sizes.items() if x is not None and math.isfinite(size)}
                 width = 2.5 if line.quantity in (DELTA_Z, DELTA_Z_B) else 1.2
                 style = {"color": COLOURS[line.quantity], "linewidth": width, "marker": "o"}
                 axes.plot(points.keys(), points.values(), label=line.quantity, **style)

@@ -62,16 +62,17 @@ def feature_updates(
 
     The optimizer is AdamW with β = (0.9, 0.999), ε = 1e-8, no weight decay, no clipping and a constant learning rate.
     The model is in evaluation mode (no dropout), so that nothing but the seed of A or B is random. A layer that the
-    batch does not reach is left out; of one that is called more than once, the first call counts.
+    loss does not depend on is left out (LLaVA's last vision layer, say); of one that is called more than once, the
+    first call counts.
 
     Args:
         model: Any module that the adapter takes. It is trained: hand over one that is not needed any more.
-        loss: Called once to see the layers' inputs, then once a step.
+        loss: Called once to see the layers' inputs and whether it depends on them, then once a step.
         batches: Step t uses `batches[(t - 1) % len(batches)]`; the first is also the one that is measured on.
         seed: Decides the random one of A and B.
 
     Raises:
-        UserError: The adapter cannot be attached, or the batch reaches none of its layers.
+        UserError: The adapter cannot be attached, or the loss depends on none of its layers.
     """
     targets = [name for name, _ in targeted_layers(model, adapter.target_modules)]
     model = adapter.attach(model, seed).eval()
@@ -79,7 +80,7 @@ def feature_updates(
     layers = {name.removeprefix("base_model.model."): model.get_submodule(name) for name in names}
     inputs = _inputs(model, layers, loss, batches[0])
     if not inputs:
-        raise UserError("the batch reaches none of the adapted layers as a module: choose other target modules.")
+        raise UserError("the loss depends on none of the adapted layers: choose other target modules.")
     optimizer = torch.optim.AdamW(named_groups(model, adapter.learning_rates(learning_rate)))
     updates = []
     for step in range(1, steps + 1):
@@ -96,9 +97,8 @@ def feature_updates(
     return updates
 
 
-@torch.no_grad()
 def _inputs(model: nn.Module, layers: dict[str, nn.Module], loss: Loss, batch: Any) -> dict[str, torch.Tensor]:
-    """Z of each layer that a forward pass reaches, token ids for an embedding."""
+    """Z (token ids for an embedding) of each layer that the loss depends on."""
     inputs: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple, dict], None]:
@@ -109,10 +109,12 @@ def _inputs(model: nn.Module, layers: dict[str, nn.Module], loss: Loss, batch: A
         return hook
 
     hooks = [layer.register_forward_pre_hook(keep(name), with_kwargs=True) for name, layer in layers.items()]
-    loss(model, batch)
+    value = loss(model, batch)
     for hook in hooks:
         hook.remove()
-    return inputs
+    if value.requires_grad:
+        value.backward()
+    return {name: z for name, z in inputs.items() if any(p.grad is not None for p in layers[name].parameters())}
 
 
 def _weights(layer: nn.Module) -> list[torch.Tensor]:
