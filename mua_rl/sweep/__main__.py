@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mua_rl.errors import UserError, exit_on_user_error
@@ -23,7 +24,8 @@ from mua_rl.run import CONFIG, RunFolder, open_run
 from mua_rl.sweep.arguments import Request, parse
 from mua_rl.sweep.arm import Arm, Outcome
 from mua_rl.sweep.base import Facts, find_facts
-from mua_rl.sweep.closing import CSV, make_record, show, write_csv
+from mua_rl.sweep.closing import CSV, make_record, rows_of, warnings_of, write_csv, write_tables
+from mua_rl.sweep.report import FILE_NAME as REPORT
 from mua_rl.sweep.runner import Runner, Single, environments
 from mua_rl.sweep.search import Search
 from mua_rl.sweep.side_by_side import Chosen, OnStep, SideBySide, why_not
@@ -136,18 +138,12 @@ def sweep(request: Request, console: Console) -> Path:
     runners = choose_runners(request, folder, stop, display.on_step, console)
 
     def write_down(arm: Arm, outcome: Outcome) -> None:
-        write_csv(folder / CSV, request.task, facts, study.outcomes(), study.machines())
+        write_csv(folder / CSV, rows_of(request.task, facts, study.outcomes(), study.machines()))
         display.on_outcome(arm, outcome)
 
     with display.progress:
         complete = work_together(study, searches, runners, write_down, deadline, stop)
-    outcomes = study.outcomes()
-    write_csv(folder / CSV, request.task, facts, outcomes, study.machines())
-    show(searches, outcomes, facts, console)
-    if not complete:
-        console.print(f"[yellow]Time is up[/]: python -m mua_rl.sweep --resume {folder} goes on.", soft_wrap=True)
-        return folder
-    conclude(request, facts, searches, outcomes, folder, console)
+    conclude(request, facts, searches, study, folder, console, complete)
     return folder
 
 
@@ -171,30 +167,39 @@ def conclude(
     request: Request,
     facts: Facts,
     searches: list[Search],
-    outcomes: dict[Arm, Outcome],
+    study: Study,
     folder: Path,
     console: Console,
+    complete: bool,
 ) -> None:
-    """Write the LR record of the first LoRA curve, and say what to run with it."""
+    """Write CSV, report and, of a finished sweep's first LoRA curve, the LR record; say what to run with it."""
+    outcomes = study.outcomes()
+    lines = rows_of(request.task, facts, outcomes, study.machines())
+    write_csv(folder / CSV, lines)
+    measured, tables = write_tables(folder, facts, lines)
+    if tables:
+        console.print(tables[0].rich())
+    for warning in [warning for search in searches for warning in warnings_of(search, outcomes)]:
+        console.print(f"[yellow]{escape(warning)}[/]", soft_wrap=True, highlight=False)
+    if not complete:
+        console.print(f"Time is up: python -m mua_rl.sweep --resume {folder} goes on.", soft_wrap=True)
+        return
     first = next((search for search in searches if search.rank is not None), searches[0])
-    record = make_record(facts, first, outcomes)
+    found = measured.curves.get(first.curve) if measured else None
+    record = make_record(facts, first, found, outcomes) if found else None
     if record is None:
-        console.print(
-            f"[bold red]No learning rate was found[/]: {first.verdict(outcomes)}, so no LR record was written.",
-            soft_wrap=True,
-        )
+        console.print("[bold red]No learning rate was found[/], so no LR record was written.", soft_wrap=True)
         return
     record.save(folder)
-    same = "".join(
-        f" --{key} {request.given[key]}" for key in ("model", "task", "env_id", "base") if key in request.given
-    )
-    command = f"python -m mua_rl.{request.sweep.algo}{same}"
+    same = [f" --{key} {request.given[key]}" for key in ("model", "task", "env_id", "base") if key in request.given]
+    command = f"python -m mua_rl.{request.sweep.algo}{''.join(same)}"
     console.print(
-        f"LR record: {record.learning_rate:.4g} for {record.configuration()}, in {folder}\n"
-        f"every run: {folder / CSV}\n"
+        f"LR record: {record.learning_rate:.4g} for {record.configuration()}\n"
+        f"figures and tables: {folder / REPORT}; every run: {folder / CSV}\n"
         f"the learning rate at other ranks: python -m mua_rl.lr {folder}\n"
         f"full finetuning at it: {command} --rank full --lr-from {folder}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 

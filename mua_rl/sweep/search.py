@@ -91,6 +91,12 @@ class Search:
             return f"the best learning rate is the {side} that was tried, 2^{best:g}"
         return ""
 
+    def has_learnt(self, outcomes: Mapping[Arm, Outcome]) -> bool:
+        """Whether the best learning rate so far makes a better policy than the base."""
+        points = self.points(outcomes)
+        best = best_of(points)
+        return best is not None and has_learnt(points[best])
+
     def _new_learning_rates(self, points: Points) -> list[float]:
         """log2 of learning rates to try after those of `points`."""
         lrs, best = sorted(points), best_of(points)
