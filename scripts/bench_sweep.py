@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mua_rl.errors import exit_on_user_error
+from mua_rl.models import model_path
 from mua_rl.record import package_versions
 from mua_rl.sweep.arm import Arm
 
@@ -52,6 +54,7 @@ def main() -> None:
         result = together(options, passed) if options.child == TOGETHER else single(int(options.child), options, passed)
         (options.out / f"{options.child}.json").write_text(json.dumps({**result, **peaks()}, indent=2) + "\n")
         return
+    model_path(options.model)  # an alias is made once, outside of what is timed
     singles = options.k if options.singles is None else min(options.singles, options.k)
     picked = [round(i * (options.k - 1) / max(1, singles - 1)) for i in range(singles)]  # spread over the rates
     results = {name: run_child(name, options.out) for name in (TOGETHER, *map(str, picked))}
@@ -111,6 +114,7 @@ def together(options: argparse.Namespace, passed: list[str]) -> dict[str, Any]:
         "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
         "histories": list(histories.values()),
         "step ms": 1000 * (ends[-1] - ends[0]) / max(1, len(ends) - 1),
+        "phases ms": {name: 1000 * seconds / len(ends) for name, seconds in trainer.phases.items()},
     }
 
 
@@ -177,6 +181,7 @@ def table(report: dict[str, Any]) -> str:
         return f"{name:<28}{wall:9.1f} s{result['step ms']:9.0f} ms a step{memory:8.2f} GiB"
 
     lines.append(row(f"{report['k']} arms side by side", ours, ours["wall"]))
+    lines.append("  of a step: " + ", ".join(f"{name} {value:.0f} ms" for name, value in ours["phases ms"].items()))
     for name, result in report["single"].items():
         lines.append(row(f"single run of arm {name}", result, result["wall"]))
     if report["single"]:
@@ -217,4 +222,4 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

@@ -118,6 +118,11 @@ class SideBySide:
         completions_per_pass: Completions of all arms together in one forward and backward pass; `None`: 128 on a GPU,
             256 on a CPU.
 
+    Attributes:
+        stack: The arms' A and B.
+        states: The arms that still train, in the order of the stack's rows.
+        phases: Seconds spent so far on generation, rewards and the update.
+
     Raises:
         UserError: An arm is full finetuning, or a setting is not in `TAKEN`; the message says to run singly.
     """
@@ -160,6 +165,7 @@ class SideBySide:
         _, self.problems = self._read(self.held_out_rows, range(len(self.held_out_rows)))
         self.longest_prompt = max(map(len, [*self.prompts.values(), *self.problems.values()]))
         self.ended: dict[int, Outcome] = {}
+        self.phases = {"generation": 0.0, "rewards": 0.0, "update": 0.0}
 
     @property
     def group(self) -> int:
@@ -217,6 +223,7 @@ class SideBySide:
     def step(self) -> dict[int, Metrics]:
         """One optimizer step of every arm; the metrics of each, which go to its history too."""
         rollout = self._roll_out([state.order[len(state.history)] for state in self.states])
+        start = time.perf_counter()
         self.stack.gradients.zero_()
         losses = torch.zeros(len(self.states), device=self.device)
         for sequences in self._passes(rollout):
@@ -225,6 +232,7 @@ class SideBySide:
         if self.arguments.max_grad_norm > 0:  # as torch.nn.utils.clip_grad_norm_
             self.stack.gradients *= (self.arguments.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)[:, None]
         finite, norms, losses = (rollout.answers.finite & norms.isfinite()).cpu(), norms.cpu(), losses.cpu()
+        self.phases["update"] += time.perf_counter() - start
         found = {}
         for k, (state, metrics) in enumerate(zip(self.states, rollout.metrics, strict=True)):
             metrics |= {"loss": float(losses[k]), "grad_norm": float(norms[k])}
@@ -342,6 +350,7 @@ class SideBySide:
 
     def _roll_out(self, numbers: list[list[int]]) -> _Rollout:
         """Complete and score one step's prompts of each arm, given by their rows."""
+        start = time.perf_counter()
         prompts = [[self.prompts[i] for i in arm] for arm in numbers]
         draws = [
             torch.rand(len(arm) * self.group, self.new_tokens, generator=s.generator)
@@ -349,8 +358,11 @@ class SideBySide:
         ]
         answers = self.decoder.answer(*self._pad(prompts), self.group, torch.stack(draws), self.arguments.temperature)
         answers = Answers(answers.tokens.cpu(), answers.lengths.cpu(), answers.finite)
+        self.phases["generation"] += time.perf_counter() - start
+        start = time.perf_counter()
         scores = [self._rewards(arm, text) for arm, text in zip(numbers, self._decode(answers), strict=True)]
         rewards = torch.stack([self._total(s) for s in scores])
+        self.phases["rewards"] += time.perf_counter() - start
         last = answers.tokens.gather(-1, answers.lengths[..., None] - 1).squeeze(-1)
         truncated = ~torch.isin(last, torch.tensor([*self.end_ids, self.tokenizer.pad_token_id]))
         counted = ~truncated if self.arguments.mask_truncated_completions else torch.ones_like(truncated)
