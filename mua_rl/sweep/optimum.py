@@ -38,7 +38,7 @@ _LENGTHS = np.array([1.5, 2.2, 3.3, 5.0])
 """Length scales in octaves; learning-rate curves of finetuning are two to four octaves wide at nine tenths of their
 top."""
 _AMPLITUDES = np.array([0.3, 0.6, 1.2])
-_NOISES = np.geomspace(0.01, 0.5, 8)
+_NOISES = np.geomspace(0.01, 1.0, 9)
 """Standard deviation of one run."""
 _LEVEL = 2.0
 """Standard deviation of the curve's unknown level."""
@@ -130,37 +130,35 @@ def estimate_optimum(points: Iterable[tuple[float, float, int]], higher_is_bette
             f"most runs diverged at every learning rate from 2^{grid[0]:g} to 2^{grid[-1]:g}: sweep smaller ones."
         )
     last = int(np.flatnonzero(survived)[-1])
-    values = sign * np.where(np.isfinite(values), values, sign * np.min(sign * values[np.isfinite(values)]))
+    values = sign * values
+    values = np.where(np.isfinite(values), values, values[np.isfinite(values)].min())
     means = np.bincount(index, values) / np.bincount(index)
-    highest = float(means[: last + 1][survived[: last + 1]].max())
-    low = highest - _LOW * (highest - float(means.min()))
+    highest = float(means[survived].max())
+    # A run that has not quite diverged may end anywhere: a few such learning rates must not set the scale.
+    low = highest - _LOW * min(highest - float(means.min()), 3 * (highest - float(np.quantile(means, 0.25))))
     scale = (highest - low) or 1.0
-    top = _find_top(grid, index, (values - low) / scale, seeds, (means - low) / scale, last)
+    values, means = (values - low) / scale, (means - low) / scale
+    top = _find_top(grid, index, values, seeds, means, last)
 
     # Seeded by the runs: the same at each call, and not the same for two curves, whose draws must be independent.
     x, curves, cliffs = _draw(top, np.random.default_rng(zlib.crc32(lrs.tobytes() + values.tobytes())))
     draws = x[np.argmax(np.where(x[:, None] <= cliffs, curves, -np.inf), axis=0)]
-    beyond = RESOLUTION / 2  # the draws lie on a grid
-    low_end, high_end = np.quantile(draws, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2]) + np.array([-beyond, beyond])
+    low_end, high_end = np.quantile(draws, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
     best = min(float(draws.mean()), float(grid[last]))
     at = int(np.argmin(np.abs(x - best)))
-    fitted = curves.mean(axis=1)
-    is_fitted = (x >= top.x[~top.is_low].min()) & (x <= top.x[~top.is_low].max())
-    elsewhere = (grid < x[is_fitted].min()) | (grid > x[is_fitted].max())
-    nodes = np.concatenate([grid[elsewhere], x[is_fitted]])
-    order = np.argsort(nodes)
+    lrs_of_fit, fit = _whole_curve(top, x, curves.mean(axis=1), grid, means)
     return Optimum(
         log2_lr=best,
-        low=max(float(low_end), float(top.x[0])),
-        high=min(float(high_end), top.end),
-        value=sign * float(fitted[at] * scale + low),
+        low=max(float(low_end) - RESOLUTION / 2, float(top.x[0])),  # the draws lie on a grid
+        high=min(float(high_end) + RESOLUTION / 2, top.end),
+        value=sign * float(curves[at].mean() * scale + low),
         error=float(curves[at].std() * scale),
         plateau=_plateau(x[x <= grid[last]], curves, at),
-        edge=_edge(draws, x, grid, last),
+        edge=_edge(draws, x, grid),
         largest=float(grid[last]),
         draws=draws,
-        log2_lrs=nodes[order],
-        values=sign * np.concatenate([means[elsewhere], fitted[is_fitted] * scale + low])[order],
+        log2_lrs=lrs_of_fit,
+        values=sign * (fit * scale + low),
     )
 
 
@@ -239,6 +237,16 @@ def _kernel(a: Array, b: Array, lengths: Array, amplitudes: Array) -> Array:
     return (amplitudes**2)[:, None, None] * (1 + distance + distance**2 / 3) * np.exp(-distance) + _LEVEL**2
 
 
+def _whole_curve(top: _Top, x: Array, fit: Array, grid: Array, means: Array) -> tuple[Array, Array]:
+    """Learning rates and values: the fit between the outermost learning rates that are not low, means elsewhere."""
+    first, end = top.x[~top.is_low][[0, -1]]
+    near = (x >= first - RESOLUTION / 2) & (x <= end + RESOLUTION / 2)
+    far = (grid < first) | (grid > end)
+    lrs = np.concatenate([grid[far], x[near]])
+    order = np.argsort(lrs)
+    return lrs[order], np.concatenate([means[far], fit[near]])[order]
+
+
 def _plateau(x: Array, curves: Array, at: int) -> tuple[float, float]:
     """The learning rates around `x[at]` at which at least one draw in twenty is no worse."""
     is_worse = np.quantile(curves[at] - curves[: len(x)], 0.05, axis=1) > 0
@@ -248,10 +256,10 @@ def _plateau(x: Array, curves: Array, at: int) -> tuple[float, float]:
     return float(x[first]), float(x[end])
 
 
-def _edge(draws: Array, x: Array, grid: Array, last: int) -> str:
+def _edge(draws: Array, x: Array, grid: Array) -> str:
     """See `Optimum.edge`; a cliff is no edge."""
     if x[0] == grid[0] and np.mean(draws == x[0]) >= EDGE_SHARE:
         return "left"
-    if last == len(grid) - 1 and np.mean(draws >= grid[last] - RESOLUTION / 2) >= EDGE_SHARE:
+    if grid[-1] - RESOLUTION < x[-1] <= grid[-1] and np.mean(draws == x[-1]) >= EDGE_SHARE:
         return "right"
     return ""

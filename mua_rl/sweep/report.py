@@ -1,0 +1,331 @@
+"""`python -m mua_rl.sweep.report CSV [CSV …] --out FOLDER`: what finished sweeps say, as tables and figures.
+
+For every algorithm, task and base policy in the CSVs: each curve's optimum, its slope over ranks beside the theory's,
+its distance from full finetuning (FFT), how well transfer rules predict it, and what FFT loses at a transferred
+learning rate. The same CSVs give the same report.
+"""
+
+import argparse
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mua_rl.errors import UserError, exit_on_user_error
+from mua_rl.sweep.figure import learning_rate_curves, optimum_against_rank
+from mua_rl.sweep.measured import (
+    FFT,
+    VALUES,
+    Context,
+    Slope,
+    Sweep,
+    curve_name,
+    distance,
+    scheme_name,
+    slope,
+    sweeps_of,
+)
+from mua_rl.sweep.optimum import COVERAGE
+from mua_rl.sweep.rows import read_all
+from mua_rl.sweep.transfer import (
+    HABITS,
+    HIT,
+    TRANSFER_RULES,
+    Regret,
+    Rule,
+    Test,
+    leave_one_out,
+    prediction_tests,
+    regrets,
+)
+
+FILE_NAME = "report.md"
+EPILOG = """examples:
+  python -m mua_rl.sweep.report runs/my-sweep/sweep.csv --out runs/my-sweep/report
+  python -m mua_rl.sweep.report grpo.csv ppo.csv --out report --sizes 'SmolLM2*=1536,576' '*-w256-*=256,256'"""
+FITTED = "theory × (r/m)^c, c fitted on the other tasks"
+
+
+@dataclass(frozen=True)
+class ReportTable:
+    """A table for the file and for the terminal; the first column is text, the others are figures."""
+
+    title: str
+    columns: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """With its title above."""
+        rule = ["---", *["---:"] * (len(self.columns) - 1)]
+        return "\n".join([f"**{self.title}**", "", *(f"| {' | '.join(cells)} |" for cells in self._all(rule))])
+
+    def rich(self) -> Table:
+        """For a console."""
+        table = Table(title=self.title, title_justify="left")
+        for number, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if number else "left")
+        for line in self.lines:
+            table.add_row(*line)
+        return table
+
+    def _all(self, rule: list[str]) -> list[Sequence[str]]:
+        return [self.columns, rule, *self.lines]
+
+
+def write_report(sweeps: Sequence[Sweep], out: Path, value: str = "metric", rules: Sequence[Rule] = ()) -> list:
+    """Write `report.md` and its figures into a folder.
+
+    Args:
+        sweeps: From `sweeps_of`.
+        value: What the curves show, one of `VALUES`.
+        rules: Transfer rules to hold against the others.
+
+    Returns:
+        Its tables.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    all_rules = [*TRANSFER_RULES, *rules]
+    tables, parts = [], ["# What the sweep says", _introduction(sweeps, value)]
+    for sweep, slug in zip(sweeps, _slugs(sweeps), strict=True):
+        parts.append(f"## {sweep}")
+        if sweep.curves:
+            learning_rate_curves(sweep, out / f"{slug}-curves.png", label(sweep, value))
+            parts.append(f"![metric against learning rate]({slug}-curves.png)")
+        if sweep.schemes():
+            optimum_against_rank(sweep, out / f"{slug}-optimum.png")
+            parts.append(f"![optimum against rank]({slug}-optimum.png)")
+        tables.append(optimum_table(sweep, value))
+        parts.append(tables[-1].markdown())
+        if details := regret_table(sweep, [*all_rules, *HABITS]):
+            tables.append(details)
+            parts.append(details.markdown())
+    parts.append("## All together")
+    for table in (slope_table(sweeps), prediction_table(sweeps, all_rules), regret_summary(sweeps, all_rules)):
+        if table:
+            tables.append(table)
+            parts.append(table.markdown())
+    (out / FILE_NAME).write_text("\n\n".join(parts) + "\n")
+    return tables
+
+
+def label(sweep: Sweep, value: str) -> str:
+    """What a curve shows."""
+    what = {"grpo": ("accuracy", "reward"), "ppo": ("return", "return")}.get(sweep.algorithm, ("metric", "reward"))
+    return {
+        "metric": f"held-out {what[0]}",
+        "reward_mean": f"mean training {what[1]}",
+        "reward_last": f"training {what[1]} at the end",
+    }[value]
+
+
+def optimum_table(sweep: Sweep, value: str) -> ReportTable:
+    """Each curve's optimum."""
+    lines = []
+    for curve, measured in sweep.curves.items():
+        optimum = measured.optimum
+        lines.append(
+            [
+                curve_name(curve),
+                str(len(measured.points)),
+                _interval(optimum.log2_lr, optimum.low, optimum.high),
+                f"{2**optimum.log2_lr:.2g}",
+                f"{_number(optimum.value)} ± {_number(optimum.error)}",
+                f"{optimum.plateau[0]:.1f} to {optimum.plateau[1]:.1f}",
+                _interval(*distance(measured, sweep.fft), sign="+") if sweep.fft and curve != FFT else "–",
+                f"at the {optimum.edge} end: extend the grid" if optimum.edge else "",
+            ]
+        )
+    lines += [[curve_name(curve), *["–"] * 6, reason] for curve, reason in sweep.without.items()]
+    before = next((f"; {_number(m.before)} before training" for m in sweep.curves.values()), "")
+    return ReportTable(
+        f"{sweep}: optima by {label(sweep, value)}{before}",
+        ["curve", "runs", "log2 η*", "η*", "value there", "as good", "octaves from FFT", "note"],
+        lines,
+    )
+
+
+def slope_table(sweeps: Sequence[Sweep]) -> ReportTable | None:
+    """d log2 η* / d log2 r, of each sweep and of all sweeps of an algorithm together."""
+    groups = [([sweep], str(sweep)) for sweep in sweeps]
+    for algorithm in dict.fromkeys(sweep.algorithm for sweep in sweeps):
+        of_algorithm = [sweep for sweep in sweeps if sweep.algorithm == algorithm]
+        if len(of_algorithm) > 1:
+            groups.append((of_algorithm, f"all of {algorithm}"))
+    lines = []
+    for group, name in groups:
+        for scheme in dict.fromkeys(scheme for sweep in group for scheme in sweep.schemes()):
+            found = slope(group, scheme)
+            if found.ranks:
+                lines.append([f"{name}, {scheme_name(*scheme)}", *_slope_cells(found)])
+    columns = ["scheme", "ranks", "slope", "theory", "theory in the interval"]
+    return ReportTable("Slope of log2 η* on log2 r", columns, lines) if lines else None
+
+
+def _slope_cells(found: Slope) -> list[str]:
+    ranks = ", ".join(str(rank) for rank in found.ranks)
+    if found.theory is None:
+        return [ranks, _interval(found.value, found.low, found.high, "+"), "–", "–"]
+    inside = "yes" if found.low <= found.theory <= found.high else "no"
+    return [ranks, _interval(found.value, found.low, found.high, "+"), f"{found.theory:+.2f}", inside]
+
+
+def prediction_table(sweeps: Sequence[Sweep], rules: Sequence[Rule]) -> ReportTable | None:
+    """How often each rule predicts one measured optimum from another within half an octave."""
+    found = [(rule.name, prediction_tests(sweeps, rule)) for rule in rules]
+    found.append((FITTED, leave_one_out(sweeps)))
+    kinds = list(dict.fromkeys(test.kind for _, tests in found for test in tests))
+    lines = []
+    for algorithm in dict.fromkeys(sweep.algorithm for sweep in sweeps):
+        for name, tests in found:
+            if mine := [test for test in tests if test.sweep.algorithm == algorithm]:
+                lines.append([f"{algorithm}: {name}", *_hit_cells(mine, kinds)])
+    columns = ["rule", *kinds, "all", "mean error", "in the stated interval"]
+    title = f"Predictions within {HIT:g} octave of the measured optimum"
+    return ReportTable(title, columns, lines) if lines else None
+
+
+def _hit_cells(tests: Sequence[Test], kinds: Sequence[str]) -> list[str]:
+    by_kind = [[test for test in tests if test.kind == kind] for kind in kinds]
+    covered = [test.is_covered for test in tests if test.is_covered is not None]
+    return [
+        *(_share([test.is_hit for test in some]) for some in by_kind),
+        _share([test.is_hit for test in tests]),
+        f"{statistics.fmean(abs(test.error) for test in tests):.2f}",
+        _share(covered),
+    ]
+
+
+def regret_table(sweep: Sweep, rules: Sequence[Rule]) -> ReportTable | None:
+    """What FFT loses at each transferred learning rate."""
+    lines = []
+    for rule in rules:
+        for regret in regrets([sweep], rule):
+            source = regret.source.curve if regret.source else None
+            lines.append(
+                [
+                    f"{rule.name}{f', from {curve_name(source)}' if source else ''}",
+                    f"{regret.log2_lr:.2f}",
+                    f"{'≥ ' * regret.is_bound}{regret.share:.1%}",
+                    f"{regret.steps:.0%}",
+                    f"{regret.seconds:.0%}",
+                    _remark(regret),
+                ]
+            )
+    columns = ["rule", "log2 η", "lost of FFT's gain", "cost in steps", "in seconds", "note"]
+    return ReportTable(f"{sweep}: FFT at a transferred LR; cost against FFT's sweep", columns, lines) if lines else None
+
+
+def _remark(regret: Regret) -> str:
+    if regret.is_bound:
+        return "outside FFT's grid"
+    notes = ["as good as FFT's best within noise"] if regret.within_noise else []
+    if regret.source and regret.source.optimum.edge:
+        notes.append("the source's optimum is at an edge of its grid")
+    return "; ".join(notes)
+
+
+def regret_summary(sweeps: Sequence[Sweep], rules: Sequence[Rule]) -> ReportTable | None:
+    """Regret and cost of each rule over all sweeps of an algorithm."""
+    lines = []
+    for algorithm in dict.fromkeys(sweep.algorithm for sweep in sweeps):
+        for rule in [*rules, *HABITS]:
+            if found := regrets([sweep for sweep in sweeps if sweep.algorithm == algorithm], rule):
+                shares = [regret.share for regret in found]
+                lines.append(
+                    [
+                        f"{algorithm}: {rule.name}",
+                        str(len(found)),
+                        f"{statistics.median(shares):.1%}",
+                        f"{max(shares):.1%}",
+                        _share([share <= 0.03 for share in shares]),
+                        _share([share <= 0.1 for share in shares]),
+                        f"{statistics.fmean(regret.steps for regret in found):.0%}",
+                        f"{statistics.fmean(regret.seconds for regret in found):.0%}",
+                    ]
+                )
+    columns = ["rule", "cases", "median loss", "worst", "within 3 %", "within 10 %", "mean cost in steps", "in seconds"]
+    return ReportTable("FFT's loss at a transferred LR, of its gain", columns, lines) if lines else None
+
+
+def _introduction(sweeps: Sequence[Sweep], value: str) -> str:
+    text = (
+        "Optima are those of a fit over all seeds (`mua_rl.sweep.optimum`); intervals in brackets hold "
+        f"{COVERAGE:.0%}. “As good” are the learning rates whose value cannot be told from the best. A gain is the "
+        "value less the held-out metric before training. Optima at an edge of their grid are left out of slopes and "
+        "predictions."
+    )
+    if unknown := sorted({sweep.base for sweep in sweeps if sweep.context.outputs is None and sweep.fft}):
+        text += f" Without `--sizes` of {', '.join(unknown)}, rules that need m say nothing of FFT there."
+    return text
+
+
+def _slugs(sweeps: Sequence[Sweep]) -> list[str]:
+    """A file name's beginning for each sweep."""
+    slugs: list[str] = []
+    for sweep in sweeps:
+        slug = re.sub(r"[^A-Za-z0-9.]+", "-", str(sweep)).strip("-.")
+        slugs.append(slug if slug not in slugs else f"{slug}-{len(slugs)}")
+    return slugs
+
+
+def _interval(value: float, low: float, high: float, sign: str = "") -> str:
+    value, low, high = (round(number, 2) + 0.0 for number in (value, low, high))  # + 0.0: no minus zero
+    return f"{value:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
+
+
+def _share(hits: Sequence[bool]) -> str:
+    return f"{sum(hits)}/{len(hits)} ({sum(hits) / len(hits):.0%})" if hits else "–"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}"
+
+
+def parse_sizes(texts: Sequence[str]) -> Callable[[str], Context]:
+    """From `PATTERN=n,m` of `--sizes` to each base's context; the first pattern that fits counts.
+
+    Raises:
+        UserError: It is none.
+    """
+    sizes = []
+    for text in texts:
+        match = re.fullmatch(r"(.+)=(\d+),(\d+)", text)
+        if not match or not (int(match[2]) and int(match[3])):
+            raise UserError(
+                f"--sizes takes a base policy's name, its largest fan-in n and its fan-out m, as in "
+                f"'SmolLM2*=1536,576', not {text!r}."
+            )
+        sizes.append((match[1], Context(int(match[2]), int(match[3]))))
+    return lambda base: next((context for pattern, context in sizes if fnmatch(base, pattern)), Context())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mua_rl.sweep.report",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("csv", type=Path, nargs="+", help="of finished sweeps")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the report")
+    parser.add_argument("--value", choices=VALUES, default="metric", help="what is compared (default: held-out metric)")
+    parser.add_argument(
+        "--sizes", nargs="+", default=[], metavar="BASE=n,m",
+        help="largest fan-in n and fan-out m of the trained layers, for base policies by name\n"
+        "(* stands for anything); needed to predict FFT from a rank by more than the bare theory",
+    )  # fmt: skip
+    args = parser.parse_args()
+    sweeps = sweeps_of(read_all(args.csv), args.value, parse_sizes(args.sizes))
+    console = Console()
+    for table in write_report(sweeps, args.out, args.value):
+        console.print(table.rich())
+    print(f"written to {args.out / FILE_NAME}")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
