@@ -4,7 +4,7 @@ Plain arithmetic on sizes, so that a run that does not fit says so with its numb
 the GPU, instead of running out of memory in the middle.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mua_rl.errors import UserError
@@ -12,7 +12,7 @@ from mua_rl.errors import UserError
 GIB = 2**30
 _ENGINE_WORKSPACE = 2 * GIB  # CUDA graphs, kernels' scratch, and the CUDA context's growth
 _ENGINE_SPARE = 4 * GIB  # on top where nobody else needs it: what the engine does not need for work becomes cache
-_HEAD_CHUNK_TOKENS = 2048  # tokens whose logits the trainer holds at once
+_HEAD_TOKENS, _HEAD_TOKEN_IDS = 4096, 32768  # of the tile of logits that TRL holds at once (`trl.kernels`)
 _ENGINE_BATCH_TOKENS = 4096  # `max_num_batched_tokens` as TRL sets it
 _KV_BLOCK = 16  # tokens; vLLM gives out its cache in blocks
 _SAFE = 0.95  # of the free memory: allocators lose some to fragments
@@ -29,6 +29,7 @@ class PolicySize:
         trained: Weights that are trained, counted.
         layers, hidden, intermediate, vocabulary: The decoder's shape.
         kv_width: Key heads × size of a head.
+        attention: Heads × size of a head; `None`: as `hidden`.
     """
 
     frozen_bytes: int
@@ -39,6 +40,23 @@ class PolicySize:
     intermediate: int
     kv_width: int
     vocabulary: int
+    attention: int | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether every weight is trained."""
+        return self.frozen_bytes == 0
+
+    @property
+    def attention_width(self) -> int:
+        """Heads × size of a head."""
+        return self.attention or self.hidden
+
+    @property
+    def linear(self) -> int:
+        """Weights of the linear layers of all decoder layers, counted."""
+        attention = 2 * self.hidden * (self.attention_width + self.kv_width)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
     @classmethod
     def of(cls, model: Any) -> "PolicySize":
@@ -58,7 +76,137 @@ class PolicySize:
             intermediate=getattr(config, "intermediate_size", 4 * config.hidden_size),
             kv_width=getattr(config, "num_key_value_heads", heads) * head,
             vocabulary=config.vocab_size,
+            attention=heads * head,
         )
+
+
+@dataclass(frozen=True)
+class TrainerMemory:
+    """Bytes of one training process at its peak, at the end of a forward pass.
+
+    Attributes:
+        weights: Frozen and trained weights.
+        gradients: Of the trained weights, in fp32.
+        moments: Adam's two, in fp32.
+        casts: Copies of fp32 weights in the precision that the trainer computes in.
+        activations: What the decoder layers keep for the backward pass.
+        head: The tile of logits and what the loss needs beside it, or one layer's gradients where that is more.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    casts: int
+    activations: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """Bytes by name."""
+        return asdict(self)
+
+
+def trainer_memory(
+    size: PolicySize,
+    *,
+    micro_batch: int,
+    length: int,
+    compute_bytes: int = 2,
+    checkpointing: bool = False,
+    processes: int = 1,
+    sharded: bool = False,
+) -> TrainerMemory:
+    """What one training process needs.
+
+    The activations are those that autograd keeps in a Llama of transformers with LoRA on the MLP projections, or with
+    all weights trained, under autocast, counted with `torch.autograd.graph.saved_tensors_hooks`
+    (`tests/test_plan.py`). Gradients are there during the forward pass where a step has several passes.
+
+    Args:
+        size: Of the policy.
+        micro_batch: Sequences of one forward pass.
+        length: Tokens of a sequence, prompt and completion.
+        compute_bytes: 2 for bf16 and fp16 (autocast), 4 for fp32.
+        checkpointing: Whether activations are recomputed.
+        processes: Training processes; several keep a second copy of the gradients (DDP's buckets), or share.
+        sharded: Whether they share weights, gradients and moments (FSDP2, ZeRO-3).
+    """
+    tokens = micro_batch * length
+    mixed = compute_bytes < _FP32
+    wide_base = size.full or size.frozen_bytes >= _FP32 * size.parameters
+    # Per token: each norm its input (and its output, for its own weight) in fp32; the linear layers their inputs, one
+    # copy each where autocast makes it; attention q, k, v and its output; SiLU's input and output, up, the product.
+    norms = 2 * _FP32 * size.hidden * (2 if size.full else 1)
+    inputs = compute_bytes * size.hidden * ((5 if size.full else 2) if mixed else (2 if size.full else 1))
+    layer = norms + inputs + compute_bytes * 4 * (size.attention_width + size.intermediate)
+    residual = (_FP32 if wide_base else compute_bytes) * size.hidden
+    kept = size.layers * residual + layer if checkpointing else size.layers * layer
+    weights, gradients, moments = (
+        size.frozen_bytes + size.trained * _FP32,
+        size.trained * _FP32,
+        2 * size.trained * _FP32,
+    )
+    casts = size.linear * compute_bytes if mixed and wide_base else 0
+    if casts and checkpointing and not size.full:
+        casts //= size.layers  # autocast keeps copies of trained weights alone
+    rows = min(_HEAD_TOKENS, tokens)
+    columns = min(_HEAD_TOKEN_IDS, size.vocabulary)
+    # Final norm in fp32, hidden states and their gradient, the tile, a slice of the head, and the head's new gradient.
+    head = tokens * size.hidden * (2 * _FP32 + compute_bytes) + columns * (rows + size.hidden) * compute_bytes
+    head += size.vocabulary * size.hidden * _FP32 if size.full else 0
+    if sharded:
+        gathered = 2 * size.linear // size.layers * compute_bytes
+        whole_head = size.vocabulary * size.hidden * (_FP32 if wide_base else compute_bytes)
+        reduced = size.linear // size.layers * _FP32 if size.full else 0
+        weights, gradients, moments = weights // processes, gradients // processes, moments // processes
+        casts = gathered + whole_head + reduced
+    elif processes > 1:
+        gradients *= 2
+    backward = tokens * 3 * size.intermediate * compute_bytes
+    return TrainerMemory(weights, gradients, moments, casts, tokens * kept, max(head, backward))
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Bytes of a vLLM engine on one GPU.
+
+    Attributes:
+        weights: Its weights in the precision it computes in.
+        workspace: CUDA graphs, activations of its largest batch, logits.
+        kv_token: Keys and values of one token.
+    """
+
+    weights: int
+    workspace: int
+    kv_token: int
+
+    def cache(self, sequences: int, length: int) -> int:
+        """The cache for so many sequences of so many tokens at once."""
+        return sequences * _blocks(length) * self.kv_token
+
+
+def engine_memory(
+    size: PolicySize, *, sequences: int, compute_bytes: int = 2, tensor_parallel: int = 1
+) -> EngineMemory:
+    """What an engine needs on each of the GPUs that it is spread over.
+
+    Args:
+        size: Of the policy.
+        sequences: Generated at once.
+        compute_bytes: 2 for bf16 and fp16, 4 for fp32.
+        tensor_parallel: GPUs of one engine; weights and cache are spread over them.
+    """
+    logits = 3 * _FP32 * size.vocabulary * sequences
+    batch = _ENGINE_BATCH_TOKENS * 4 * (size.hidden + size.intermediate) * compute_bytes
+    return EngineMemory(
+        size.parameters * compute_bytes // tensor_parallel,
+        _ENGINE_WORKSPACE + logits + batch,
+        2 * size.layers * size.kv_width * compute_bytes // tensor_parallel,
+    )
 
 
 @dataclass(frozen=True)
@@ -68,7 +216,7 @@ class Plan:
     Attributes:
         weights: The trainer's frozen and trained weights.
         optimizer: Gradients and Adam's two moments.
-        activations: What one forward pass keeps for the backward pass, and the logits of a chunk.
+        activations: What one forward pass keeps for the backward pass, casts and a tile of logits included.
         engine: vLLM's weights and workspace.
         cache: vLLM's KV cache.
         total: Of the GPU.
@@ -111,6 +259,8 @@ def plan(
     compute_bytes: int = 2,
     checkpointing: bool = False,
     sleeps: bool = False,
+    processes: int = 1,
+    sharded: bool = False,
 ) -> Plan:
     """The shares of a GPU that holds trainer and engine.
 
@@ -125,6 +275,7 @@ def plan(
         compute_bytes: 2 for bf16 and fp16, 4 for fp32.
         checkpointing: Whether the trainer recomputes activations.
         sleeps: Whether the engine gives its memory back while the trainer works.
+        processes, sharded: As `trainer_memory` takes them.
 
     Returns:
         A plan with room for all sequences at once, or with as much of the cache as the GPU has left.
@@ -132,25 +283,23 @@ def plan(
     Raises:
         UserError: Not even one longest sequence has room; the message has the numbers and the cures.
     """
-    weights = size.frozen_bytes + size.trained * _FP32
-    optimizer = size.trained * _FP32 * 3
-    # What a gated decoder layer saves for its backward pass, in values per token: two norms (in fp32, so twice) and
-    # their outputs, queries, keys, values, the attention's output, the residual; gate, its activation, up, the product.
-    kept = 12 * size.hidden + 4 * size.intermediate
-    per_token = (size.layers * size.hidden * 2 + kept) if checkpointing else size.layers * kept
-    head = 3 * _FP32 * size.vocabulary * min(_HEAD_CHUNK_TOKENS, micro_batch * length)
-    activations = micro_batch * length * per_token * compute_bytes + head
-
-    logits = 3 * _FP32 * size.vocabulary * sequences
-    engine_activations = _ENGINE_BATCH_TOKENS * 4 * (size.hidden + size.intermediate) * compute_bytes
-    engine = size.parameters * compute_bytes + _ENGINE_WORKSPACE + logits + engine_activations
-    kv_token = 2 * size.layers * size.kv_width * compute_bytes
-    wanted = sequences * _blocks(length) * kv_token
-    needed = _blocks(longest) * kv_token
-
+    needs = trainer_memory(
+        size,
+        micro_batch=micro_batch,
+        length=length,
+        compute_bytes=compute_bytes,
+        checkpointing=checkpointing,
+        processes=processes,
+        sharded=sharded,
+    )
+    weights, optimizer = needs.weights, needs.gradients + needs.moments
+    activations = needs.casts + needs.activations + needs.head
+    engines = engine_memory(size, sequences=sequences, compute_bytes=compute_bytes)
+    engine = engines.weights + engines.workspace
+    needed = engines.cache(1, longest)
+    wanted = max(engines.cache(sequences, length), needed)
     trainer = weights + optimizer + (0 if sleeps else activations)
     left = int(free * _SAFE) - trainer - engine
-    wanted = max(wanted, needed)
     cache = min(wanted, left) + min(_ENGINE_SPARE, max(0, left - wanted) // 2)
     made = Plan(weights, optimizer, activations, engine, max(cache, needed), total, roomy=cache >= wanted)
     if left < needed:

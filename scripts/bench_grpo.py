@@ -231,8 +231,11 @@ def instrument(trainer: Any, phases: Phases) -> None:
     """Account for what a trainer of TRL's does, whichever class it is."""
     import torch
 
-    phases.wrap(trainer.vllm_generation, "sync_weights", "sync")
-    phases.wrap(trainer.vllm_generation, "generate", "generation")
+    if engine := getattr(trainer, "vllm_generation", None):
+        phases.wrap(engine, "sync_weights", "sync")
+        phases.wrap(engine, "generate", "generation")
+    else:
+        phases.wrap(trainer, "_generate", "generation")
     phases.wrap(trainer, "_generate_and_score_completions", "prepare")
     phases.wrap(trainer, "_calculate_rewards", "rewards")
     phases.wrap(trainer, "compute_loss", "loss")

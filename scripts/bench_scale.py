@@ -1,0 +1,511 @@
+"""GRPO on one and two GPUs: seconds a step by phase, tokens a second, memory; and the plan's memory against the peak.
+
+Each run is a process group of its own with a time limit, one after another. Layouts, on a machine with two GPUs:
+
+    python scripts/bench_scale.py --layouts one ddp fsdp2 server --models smollm2 1.5b --out DIR
+
+`--weak` gives a layout of two training processes twice the completions a step, so that each does what one GPU does in
+layout `one`; without it all layouts do the same step. Results stay in the folder, and the table is of all that are
+there. Training steps without an engine, on random weights, their peak beside the plan's, on one GPU:
+
+    python scripts/bench_scale.py --memory 135m 1.5b 8b --out DIR
+
+In miniature on a CPU (gloo, no engine; FSDP2 needs GPUs, since accelerate knows it on those alone):
+
+    python scripts/bench_scale.py --layouts one ddp --models embedded --no-engine --steps 6 --completions 32 --out DIR
+    python scripts/bench_scale.py --memory tiny --out DIR
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench_grpo import PHASES, SIZES, WARM_UP, Phases, columns, instrument, mean
+
+LAYOUTS = {
+    # name: (processes that train, accelerate's configuration)
+    "one": (1, None),
+    "ddp": (2, "ddp"),
+    "fsdp2": (2, "fsdp2"),
+    "server": (1, None),
+}
+MEMORY = {
+    # size: (ranks, completions of a pass, tokens of one)
+    "tiny": (["32", "full"], 8, 64),
+    "135m": (["32", "full"], 64, 256),
+    "1.5b": (["32", "full"], 16, 512),
+    "8b": (["32"], 4, 512),
+}
+SERVER_START_S = 240
+
+
+def main() -> None:
+    """Run what was asked for, one after another, and print the table of the folder."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layouts", nargs="*", choices=list(LAYOUTS), default=[])
+    parser.add_argument(
+        "--models", nargs="*", default=["smollm2", "1.5b"], help="as --model, or a size of random weights"
+    )
+    parser.add_argument("--memory", nargs="*", choices=list(MEMORY), default=[])
+    parser.add_argument("--ranks", nargs="*", default=["32", "full"])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--completions", type=int, default=256, help="completions a step")
+    parser.add_argument("--completion-length", type=int, help="tokens of the longest; default: the task's, random: 128")
+    parser.add_argument("--weak", action="store_true", help="so many completions a step for each training process")
+    parser.add_argument("--no-engine", action="store_true", help="generate with transformers instead of vLLM")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing (--memory)")
+    parser.add_argument("--limit", type=float, default=280, help="seconds that a run may take")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.out = options.out.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.child:
+        child(options)
+        return
+    failed = [job for job in jobs(options) if not run_child(job, options)]
+    print(layout_table(options.out))
+    print(memory_table(options.out))
+    sys.exit(bool(failed))
+
+
+def jobs(options: argparse.Namespace) -> list[str]:
+    """What to run: `memory:size:rank` and `layout:name:model:rank`."""
+    memory = [f"memory:{size}:{rank}" for size in options.memory for rank in MEMORY[size][0] if rank in options.ranks]
+    pairs = [(model, rank) for model in options.models for rank in options.ranks]
+    return memory + [f"layout:{layout}:{model}:{rank}" for model, rank in pairs for layout in options.layouts]
+
+
+def file_name(job: str, options: argparse.Namespace) -> str:
+    """Of a job's result, without its ending."""
+    return job.replace(":", "-").replace("/", "_") + "-weak" * (options.weak and job.startswith("layout"))
+
+
+def run_child(job: str, options: argparse.Namespace) -> bool:
+    """One run in a process group of its own; its output goes to a file beside the result."""
+    kind, name, *rest = job.split(":")
+    layout = LAYOUTS[name] if kind == "layout" else (1, None)
+    result = options.out / f"{file_name(job, options)}.json"
+    log_path = result.with_suffix(".log")
+    result.unlink(missing_ok=True)
+    if kind == "layout":
+        random_model(rest[0], options.out)  # made here once, not by every process of every layout
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+    if layout[0] == 1:
+        environment["CUDA_VISIBLE_DEVICES"] = visible[0]
+    script = [str(Path(__file__).resolve()), *sys.argv[1:], "--child", job]
+    command = [sys.executable, *script] if layout[1] is None else [*launcher(*layout, options.out), *script]
+    start = time.perf_counter()
+    with open(log_path, "w") as log:
+        server = serve(rest[0], rest[1], visible[-1], options) if name == "server" else nullcontext(None)
+        try:
+            with server as url:
+                if url:
+                    environment["BENCH_SERVER"] = url
+                code = wait(command, environment, log, options.limit)
+        except RuntimeError as error:
+            log.write(str(error))
+            code = 1
+    print(
+        f"{job}: {time.perf_counter() - start:.0f} s, {'timed out' if code is None else f'exit code {code}'}",
+        flush=True,
+    )
+    if code != 0 or not result.exists():
+        log = log_path.read_text()
+        print(log[log.find("Traceback") :][:3000] if "Traceback" in log else log[-2000:], flush=True)
+        return False
+    return True
+
+
+def launcher(processes: int, configuration: str, out: Path) -> list[str]:
+    """`accelerate launch` with one of the package's configurations."""
+    import torch
+    import yaml
+
+    from mua_rl.accelerate_configs import config_file
+
+    settings = yaml.safe_load(config_file(configuration).read_text())
+    settings["use_cpu"] = not torch.cuda.is_available()
+    path = out / f"{configuration}.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
+    return [*command, "--num_processes", str(processes), "--main_process_port", str(free_port())]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait(command: list[str], environment: dict[str, str], log: Any, limit: float) -> int | None:
+    """Run a command to its end or its time limit, and end what it has started; `None`: it ran out of time."""
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        return process.wait(timeout=limit)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        end_group(process)
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """End a process and all that it has started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(timeout=15)
+        except subprocess.TimeoutExpired:
+            continue
+        time.sleep(1)  # for children to follow
+
+
+@contextmanager
+def serve(model: str, rank: str, device: str, options: argparse.Namespace) -> Iterator[str]:
+    """A vLLM server of a model on a GPU of its own, as `mua_rl.grpo` asks for it."""
+    from mua_rl import models
+
+    path = str(random_model(model, options.out) or models.model_path(model))
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", path, "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
+    command += ["--dtype", "bfloat16", "--max-model-len", "1024", "--gpu-memory-utilization", "0.8"]
+    if rank == "full":
+        command += ["--weight-transfer-config", '{"backend": "nccl"}']
+    else:
+        command += ["--enable-lora", "--max-lora-rank", rank]
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": device,
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    }
+    log_path = options.out / f"server-{model.replace('/', '_')}-{rank}.log"
+    with open(log_path, "w") as log:
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + SERVER_START_S
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"the vLLM server did not start:\n{log_path.read_text()[-3000:]}") from None
+                time.sleep(1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        end_group(process)
+
+
+def random_model(name: str, out: Path) -> Path | None:
+    """The folder of a random model of one of `SIZES`, made on first use; `None` for a model that is not random."""
+    if name not in SIZES:
+        return None
+    folder = out / f"random-{name}"
+    if not (folder / "config.json").exists():
+        import torch
+
+        from mua_rl import models
+
+        model = random_llama(name, torch.bfloat16)
+        models.load_tokenizer(models.EMBEDDED).save_pretrained(folder)
+        model.save_pretrained(folder)
+    return folder
+
+
+def random_llama(size: str, dtype: Any) -> Any:
+    """A Llama of one of the sizes with random weights, on the GPU where there is one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return AutoModelForCausalLM.from_config(llama_config(size), dtype=dtype)
+
+
+def llama_config(size: str) -> Any:
+    """The configuration of one of the sizes; 135m is SmolLM2's."""
+    from transformers import LlamaConfig
+
+    hidden, intermediate, layers, heads, key_heads, vocabulary = {
+        **SIZES,
+        "135m": (576, 1536, 30, 9, 3, 49152),
+    }[size]
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=2048,
+        tie_word_embeddings=size == "135m",
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
+def child(options: argparse.Namespace) -> None:
+    """In a process of a run: do it, and let the main process write the result."""
+    from mua_rl import processes
+
+    kind, *rest = options.child.split(":")
+    result = layout_run(*rest, options) if kind == "layout" else memory_run(*rest, options)
+    if processes.is_main():
+        path = options.out / f"{file_name(options.child, options)}.json"
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def letters(completions: list, **kwargs: Any) -> list[float]:
+    """A reward that random weights get some of: the share of letters among a completion's characters."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [sum(character.isalpha() for character in text) / max(1, len(text)) for text in texts]
+
+
+def layout_run(layout: str, model: str, rank: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Train for some steps in a layout and account for their time, in one of its processes."""
+    import torch
+    from transformers import TrainerCallback
+
+    from mua_rl import grpo, processes
+    from mua_rl.run import RunFolder
+
+    number = LAYOUTS[layout][0]
+    folder = random_model(model, options.out)
+    completions = options.completions * (number if options.weak else 1)
+    length = options.completion_length or (128 if folder else None)
+    flags = ["--model", folder or model, "--rank", rank, "--lr", 1e-5 if folder else 2**-13, "--seed", options.seed]
+    flags += ["--completions_per_step", completions, "--max_steps", options.steps, "--report_to", "none"]
+    flags += ["--held_out_steps", 0, "--save_strategy", "no", "--output_dir", tempfile.mkdtemp(prefix="bench_scale-")]
+    flags += ["--max_completion_length", length] if length else []
+    if folder:  # its answers never end
+        flags += ["--mask_truncated_completions", "false", "--dtype", "bfloat16"]
+        flags += ["--per_device_train_batch_size", 32]
+    if not options.no_engine:
+        flags += ["--use_vllm"]
+    if url := os.environ.get("BENCH_SERVER"):
+        flags += ["--vllm_mode", "server", "--vllm_server_base_url", url]
+    arguments, adapter_arguments, _ = grpo.parse([str(flag) for flag in flags])
+    setup = grpo.prepare(arguments, adapter_arguments)
+    if folder:
+        setup = replace(setup, task=replace(setup.task, rewards=(letters,)))
+    start = time.perf_counter()
+    trainer = grpo.make_trainer(setup, arguments, RunFolder(arguments.requested_output_dir))[0]
+    engine_start = time.perf_counter() - start
+    phases = Phases()
+    instrument(trainer, phases)
+    moved: list[int] = []
+
+    class Account(TrainerCallback):
+        """Closes a step's account."""
+
+        def on_train_begin(self, args, state, control, optimizer=None, model=None, **kwargs):
+            """The first step begins."""
+            phases.wrap(optimizer, "step", "optimizer")
+            phases.end_step()
+            phases.steps.clear()
+            moved.append(bytes_of_a_sync(trainer, rank))
+
+        def on_step_end(self, args, state, control, **kwargs):
+            """A step ends."""
+            phases.end_step()
+
+    trainer.add_callback(Account())
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    peaks = processes.gathered([torch.cuda.max_memory_allocated() if cuda else 0])
+    history = [line for line in trainer.state.log_history if "loss" in line]
+    return {
+        "layout": layout,
+        "model": model,
+        "rank": rank,
+        "weak": options.weak,
+        "processes": processes.count(),
+        "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "flags": [str(flag) for flag in flags],
+        "completions": completions,
+        "pass": [arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps],
+        "steps": phases.steps,
+        "reward": [line["reward"] for line in history],
+        "loss": [line["loss"] for line in history],
+        "tokens": [line["completions/mean_length"] * completions for line in history],
+        "kl": [line["rollout/kl"] for line in history if "rollout/kl" in line],
+        "sync_bytes": moved[0],
+        "engine_start": engine_start,
+        "peak_allocated": peaks,
+        "versions": versions(),
+    }
+
+
+def bytes_of_a_sync(trainer: Any, rank: str) -> int:
+    """What an engine is given at a sync: A and B of a LoRA, else every weight, in the engine's precision."""
+    from mua_rl.adapter import lora_layers, lora_matrices
+    from mua_rl.rollouts import compute_dtype
+
+    generation = getattr(trainer, "vllm_generation", None)
+    if generation is None:
+        return 0
+    width = 4 if compute_dtype(generation) == "float32" else 2
+    if rank == "full":
+        return width * sum(p.numel() for p in trainer.model.parameters())
+    return width * sum(m.numel() for _, layer in lora_layers(trainer.model) for m in lora_matrices(layer))
+
+
+def memory_run(size: str, rank: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Some steps of the trainer alone, on completions that are made up, and the plan of the same."""
+    import torch
+
+    from mua_rl import grpo, models
+    from mua_rl.adapter import adapter_for
+    from mua_rl.arguments import parse_rank
+    from mua_rl.envs.tasks import get_task
+    from mua_rl.gpu_memory import PolicySize, trainer_memory
+    from mua_rl.grpo_trainer import GRPOTrainer
+
+    cuda = torch.cuda.is_available()
+    _, micro, length = MEMORY[size]
+    full = rank == "full"
+    adapter = adapter_for(parse_rank(rank), "B", "1", "mlp")
+    flags = ["--per_device_train_batch_size", micro, "--gradient_accumulation_steps", 2, "--max_steps", 3]
+    flags += ["--max_completion_length", length, "--report_to", "none", "--lr", 1e-5, "--save_strategy", "no"]
+    flags += ["--num_generations", 2, "--gradient_checkpointing", options.checkpointing]
+    flags += ["--output_dir", tempfile.mkdtemp(prefix="bench_scale-")]
+    arguments, _, _ = grpo.parse([str(flag) for flag in flags])
+    arguments.learning_rate, arguments.output_dir = 1e-5, arguments.requested_output_dir
+    policy = adapter.attach(random_llama(size, torch.float32 if full or not cuda else torch.bfloat16))
+    tokenizer = models.load_tokenizer(models.EMBEDDED)
+    draw = random.Random(options.seed)
+
+    def made_up(prompts: list, trainer: Any) -> dict[str, Any]:
+        rows = [[draw.randrange(3, 100) for _ in range(length)] for _ in prompts]
+        ids = tokenizer(list(prompts))["input_ids"]
+        return {"prompt_ids": ids, "completion_ids": rows, "logprobs": None}
+
+    rows = get_task("arithmetic").train(False)
+    trainer = GRPOTrainer(
+        model=policy,
+        roles=adapter.learning_rates(1e-5),
+        reward_funcs=[lambda completions, **kwargs: [draw.random() for _ in completions]],
+        args=arguments,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        rollout_func=made_up,
+    )
+    arguments.mask_truncated_completions = trainer.mask_truncated_completions = False
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    tokens = length + max(len(tokenizer(row)["input_ids"]) for row in rows["prompt"][:64])
+    planned = trainer_memory(
+        PolicySize.of(policy),
+        micro_batch=micro,
+        length=tokens,
+        compute_bytes=2 if arguments.bf16 else 4,
+        checkpointing=arguments.gradient_checkpointing,
+    )
+    return {
+        "size": size,
+        "rank": rank,
+        "pass": [micro, tokens],
+        "checkpointing": bool(arguments.gradient_checkpointing),
+        "peak": torch.cuda.max_memory_allocated() if cuda else 0,
+        "reserved": torch.cuda.max_memory_reserved() if cuda else 0,
+        "plan": planned.parts(),
+        "loss": [line["loss"] for line in trainer.state.log_history if "loss" in line],
+        "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what the figures depend on."""
+    from mua_rl.record import package_versions
+
+    return package_versions()
+
+
+def load(out: Path, prefix: str) -> list[dict[str, Any]]:
+    """The results in a folder."""
+    return [json.loads(path.read_text()) for path in sorted(out.glob(f"{prefix}-*.json"))]
+
+
+def layout_table(out: Path) -> str:
+    """Milliseconds a step by phase and what the issue asks for, one column a run, those of one model side by side."""
+    tables = []
+    runs = sorted(load(out, "layout"), key=lambda r: (list(LAYOUTS).index(r["layout"]), r["weak"]))
+    for model, rank in sorted({(run["model"], run["rank"]) for run in runs}):
+        group = [run for run in runs if (run["model"], run["rank"]) == (model, rank)]
+        one = next((run for run in group if run["layout"] == "one"), None)
+        rows = [[f"{model} r={rank}", *(run["layout"] + " weak" * run["weak"] for run in group)]]
+        kept = [run["steps"][WARM_UP:] or run["steps"] for run in group]
+        for phase in PHASES:
+            rows.append([f"{phase} ms", *(f"{1000 * mean([s.get(phase, 0.0) for s in steps]):.0f}" for steps in kept)])
+        rows.append(["step ms", *(f"{1000 * step_seconds(run):.0f}" for run in group)])
+        rows.append(["completions", *(str(run["completions"]) for run in group)])
+        rows.append(["tokens/s", *(f"{tokens_per_second(run):.0f}" for run in group)])
+        times = [tokens_per_second(run) / tokens_per_second(one) if one else float("nan") for run in group]
+        rows.append(["times one", *(f"{t:.2f}" for t in times)])
+        gpus = [2 if run["layout"] == "server" else run["processes"] for run in group]
+        rows.append(["efficiency", *(f"{t / n:.2f}" for t, n in zip(times, gpus, strict=True))])
+        rows.append(["rollout KL", *(f"{mean(run['kl']):.1e}" for run in group)])
+        rows.append(["reward, first 5", *(f"{mean(run['reward'][:5]):.3f}" for run in group)])
+        rows.append(["reward, last 5", *(f"{mean(run['reward'][-5:]):.3f}" for run in group)])
+        rows.append(["MB a sync", *(f"{run['sync_bytes'] / 1e6:.1f}" for run in group)])
+        rows.append(["peak GiB", *(f"{max(run['peak_allocated']) / 2**30:.1f}" for run in group)])
+        rows.append(["pass", *("×".join(map(str, run["pass"])) for run in group)])
+        tables.append(f"\n{group[0]['device']}\n" + columns(rows))
+    return "\n".join(tables)
+
+
+def step_seconds(run: dict[str, Any]) -> float:
+    """Mean seconds of a step after the warm-up."""
+    return mean([sum(step.values()) for step in (run["steps"][WARM_UP:] or run["steps"])])
+
+
+def tokens_per_second(run: dict[str, Any]) -> float:
+    """Tokens of completions a second after the warm-up."""
+    return mean(run["tokens"][WARM_UP:] or run["tokens"]) / step_seconds(run)
+
+
+def memory_table(out: Path) -> str:
+    """The peak beside the plan."""
+    found = load(out, "memory")
+    if not found:
+        return ""
+    parts = list(found[0]["plan"])
+    rows = [["model", "rank", "pass", *parts, "plan GiB", "peak GiB", "plan / peak", "reserved"]]
+    for r in found:
+        plan = sum(r["plan"].values())
+        share = f"{plan / r['peak']:.2f}" if r["peak"] else "-"
+        gib = [f"{size / 2**30:.2f}" for size in (*r["plan"].values(), plan, r["peak"])]
+        checked = r["size"] + " (checkpointing)" * r["checkpointing"]
+        rows.append([checked, r["rank"], "×".join(map(str, r["pass"])), *gib, share, f"{r['reserved'] / 2**30:.2f}"])
+    return f"\n{found[0]['device']}\n" + columns(rows)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    main()
