@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,6 +39,10 @@ class GRPOTrainer(CorrectedGRPOTrainer):
         self.roles = roles
         with replaced(trl_grpo_trainer, "VLLMGeneration", generation) if generation else nullcontext():
             super().__init__(*args, **kwargs)
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and self.accelerator.mixed_precision != "no":
+            # accelerate would have gradients summed over the processes in bf16.
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Named groups instead of the Trainer's two anonymous ones; the schedule multiplies each group's own peak."""

@@ -37,6 +37,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def sharded() -> bool:
+    """Whether the launcher has the processes share weights, gradients and optimizer (FSDP2, ZeRO-3)."""
+    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return any(os.environ.get(name, "false").lower() == "true" for name in names)
+
+
 def on_main(make: Callable[[], Value]) -> Value:
     """What `make` returns on the main process, on all of them; its `UserError` likewise.
 

@@ -7,9 +7,11 @@ LoRA run loads the base once and gets A and B alone (issue 5).
 
 import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -21,6 +23,8 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
+from mua_rl import processes
+from mua_rl.adapter import lora_layers, lora_matrices
 from mua_rl.errors import UserError
 from mua_rl.gpu_memory import Plan, PolicySize, plan
 from mua_rl.vllm_lora import (
@@ -90,7 +94,8 @@ def plan_engine(arguments: Any, policy: nn.Module, rank: int | None, prompt_toke
     if arguments.vllm_gpu_memory_utilization is not None or not shared:
         arguments.vllm_gpu_memory_utilization = arguments.vllm_gpu_memory_utilization or _TRL_UTILIZATION
         return None
-    free, total = torch.cuda.mem_get_info()
+    own, total = torch.cuda.mem_get_info()
+    free = min(processes.gathered([own]))  # all processes take the same passes
     sequences = arguments.per_device_train_batch_size * arguments.steps_per_generation
     *wider, given = arguments.wider_passes()
 
@@ -106,6 +111,8 @@ def plan_engine(arguments: Any, policy: nn.Module, rank: int | None, prompt_toke
             compute_bytes=2 if arguments.bf16 or arguments.fp16 else 4,
             checkpointing=arguments.gradient_checkpointing,
             sleeps=arguments.vllm_enable_sleep_mode,
+            processes=processes.count(),
+            sharded=processes.sharded(),
         )
 
     made = shares(given[0])
@@ -159,7 +166,8 @@ class _Rollouts(VLLMGeneration):
             self.generation_kwargs = {"detokenize": False, **self.generation_kwargs}
 
         def make(**options: Any) -> Any:
-            print("mua_rl: starting the vLLM engine, which takes up to a minute", flush=True)
+            if processes.is_main():
+                print("mua_rl: starting the vLLM engine, which takes up to a minute", flush=True)
             with _base_folder(self) as folder, _start(options):
                 return self._make_llm(**{**options, "model": folder, **self._engine_options()})
 
@@ -191,14 +199,16 @@ class AdapterRollouts(_Rollouts):
     """A and B alone at each sync; the engine's base is loaded once and never written to."""
 
     def _init_vllm(self) -> None:
-        if self._dist.is_zero3 or self._dist.is_fsdp:
-            raise UserError("--vllm_sync adapter needs whole weights in each process: use --vllm_sync merged.")
         check_layers(self.model)
         self._versions = count(1)
         if self.mode == "server":
-            self.vllm_client = _AdapterServer(self)
+            self.lora_dtype = processes.on_main(self._connect)
         else:
             super()._init_vllm()
+
+    def _connect(self) -> torch.dtype:
+        self.vllm_client = _AdapterServer(self)
+        return self.vllm_client.lora_dtype
 
     def _engine_options(self) -> dict[str, Any]:
         lora = {"max_loras": 1, "lora_target_modules": layer_suffixes(self.model)}
@@ -216,12 +226,20 @@ class AdapterRollouts(_Rollouts):
             self._llm_weights_sleeping = False
         number = next(self._versions)
         name = f"mua_rl-{os.getpid()}-{number}"
-        engine: Any = self.llm if self.mode == "colocate" else self.vllm_client
-        engine.exchange(name, number, export_tensors(self.model, self.lora_dtype))
+        matrices = [matrix for _, layer in lora_layers(self.model) for matrix in lora_matrices(layer)]
+        with self._dist.gather_params(matrices):  # DeepSpeed's; FSDP2's are gathered one by one
+            tensors = export_tensors(self.model, self.lora_dtype)
+        if self.mode == "colocate":
+            self.llm.exchange(name, number, tensors)
+        elif self.accelerator.is_main_process:
+            self.vllm_client.exchange(name, tensors)
 
 
 class _AdapterServer(VLLMClient):
-    """A `vllm serve` on this machine that reads A and B from the memory file system."""
+    """A `vllm serve` on this machine that reads A and B from the memory file system.
+
+    A server that was restarted is waited for, for as long as a first one is, and given the adapter again.
+    """
 
     LOAD_SECONDS = 120
     START = (
@@ -230,8 +248,6 @@ class _AdapterServer(VLLMClient):
     )
 
     def __init__(self, generation: AdapterRollouts) -> None:
-        if generation.accelerator.num_processes > 1:
-            raise UserError("--vllm_mode server with --vllm_sync adapter takes one training process.")
         self.start = self.START.format(rank=engine_rank(largest_rank(generation.model)))
         url = generation.server_base_url or f"http://{generation.server_host}:{generation.server_port}"
         try:
@@ -242,24 +258,50 @@ class _AdapterServer(VLLMClient):
         rank = int(lora["max_lora_rank"])
         if rank < largest_rank(generation.model):
             raise UserError(f"the vLLM server at {url} takes LoRA up to rank {rank}: start it as {self.start}")
-        generation.lora_dtype = getattr(torch, str(lora["lora_dtype"]).removeprefix("torch."))
-        self.base = self.model
+        self.lora_dtype = getattr(torch, str(lora["lora_dtype"]).removeprefix("torch."))
+        self.patience = generation.server_timeout
         self.folders = AdapterFolders()
+        self.adapter: Path | None = None
 
-    def exchange(self, name: str, number: int, tensors: dict[str, torch.Tensor]) -> None:
+    def exchange(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         """Load an adapter under a new name, ask for it from now on, and drop the one before."""
         folder = self.folders.publish(name, tensors)
-        before, loading = self.model, {"lora_name": name, "lora_path": str(folder)}
+        try:
+            self._load(folder)
+        except requests.exceptions.ConnectionError:
+            self._wait()
+            self._load(folder)
+        before, self.adapter, self.model = self.adapter, folder, name
+        if before is not None:
+            self.session.post(f"{self.base_url}/v1/unload_lora_adapter", json={"lora_name": before.name})
+            self.folders.drop(before)
+        self.reset_prefix_cache()
+
+    def generate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As TRL's; once more where the server was restarted meanwhile and so has lost the adapter."""
+        try:
+            return super().generate(*args, **kwargs)
+        except Exception:
+            self._wait()
+            if self.adapter is None or self.model in self._served():
+                raise
+            self._load(self.adapter)
+            return super().generate(*args, **kwargs)
+
+    def _wait(self) -> None:
+        print(f"mua_rl: the vLLM server at {self.base_url} does not answer; waiting for it", file=sys.stderr)
+        self.check_server(self.patience)
+
+    def _served(self) -> list[str]:
+        return [model["id"] for model in self._get(f"{self.base_url}/v1/models")["data"]]
+
+    def _load(self, folder: Path) -> None:
+        loading = {"lora_name": folder.name, "lora_path": str(folder)}
         # Not by the session, which would repeat a refusal for half a minute.
         answer = requests.post(f"{self.base_url}/v1/load_lora_adapter", json=loading, timeout=self.LOAD_SECONDS)
         if answer.status_code != 200:
             reason = " ".join(answer.text.split())[:200]
             raise UserError(f"the vLLM server did not take the adapter ({reason}): start it as {self.start}")
-        self.model = name
-        if before != self.base:
-            self.session.post(f"{self.base_url}/v1/unload_lora_adapter", json={"lora_name": before})
-            self.folders.drop(folder.with_name(before))
-        self.reset_prefix_cache()
 
 
 def compute_dtype(generation: VLLMGeneration) -> str:

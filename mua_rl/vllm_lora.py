@@ -18,6 +18,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from mua_rl.adapter import lora_layers, lora_matrices
 from mua_rl.errors import UserError
@@ -70,7 +71,7 @@ def export_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tens
     """A and B of every layer, under PEFT's names, with the layer's multiplier inside B.
 
     The multiplier goes into the fp32 B before the one rounding to `dtype`, instead of after it as in vLLM. A and B
-    themselves stay as they are.
+    themselves stay as they are. Where FSDP2 shards them, all processes must call this at once.
 
     Args:
         model: A model that carries LoRA.
@@ -79,9 +80,14 @@ def export_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tens
     named: dict[str, torch.Tensor] = {}
     for name, layer in lora_layers(model):
         a, b = lora_matrices(layer)
-        named[f"{name}.lora_A.weight"] = a.to(dtype, copy=True)
-        named[f"{name}.lora_B.weight"] = (b * multiplier(layer)).to(dtype)
+        named[f"{name}.lora_A.weight"] = _whole(a).to(dtype, copy=True)
+        named[f"{name}.lora_B.weight"] = (_whole(b) * multiplier(layer)).to(dtype)
     return named
+
+
+def _whole(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix that FSDP2 has sharded, gathered from all processes."""
+    return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
 
 
 def multiplier(layer: LoraLayer) -> float:

@@ -229,9 +229,12 @@ def random_model(name: str, out: Path) -> Path | None:
 
         from mua_rl import models
 
-        model = random_llama(name, torch.bfloat16)
+        random_llama(name, torch.bfloat16).save_pretrained(folder)
         models.load_tokenizer(models.EMBEDDED).save_pretrained(folder)
-        model.save_pretrained(folder)
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        words = tokenizer["model"]["vocab"]
+        words |= {f"{i:x} ": i for i in range(len(words), llama_config(name).vocab_size)}
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return folder
 
 

@@ -98,6 +98,7 @@ def test_a_server_has_the_policy_of_every_step_and_its_end_is_a_clear_error(serv
 
     stop(process)
     client.session.mount("http://", HTTPAdapter(max_retries=0))
+    client.patience = 0
     with pytest.raises(EngineFailed, match=r"while the policy was brought to it.*ConnectionError"):
         trainer.check_rollouts()
 
