@@ -1,0 +1,147 @@
+"""GRPO's learning-rate curves on SmolLM2: FFT, Init[B] and Init[A] over ranks, each with its optimum found (issue 6).
+
+    python scripts/reproduce_grpo.py --only rank=4,16 --time-limit 500      # LoRA: many arms in one process
+    python scripts/reproduce_grpo.py --only rank=full --parallel 5          # FFT: runs of their own, five at once
+    python scripts/reproduce_grpo.py --model embedded --steps 10 --per-group 4 --only rank=4   # in miniature, on a CPU
+    python -m mua_rl.sweep.report docs/results/reproduce_grpo.csv --out docs/results/reproduce_grpo
+
+Each curve is searched as `python -m mua_rl.sweep` does (`mua_rl.sweep.search`). One line of the CSV is one run; lines
+that are there are not repeated, so the same command goes on after a stop, and several processes share the work by
+`--only`. Every run rolls out by transformers, so that all curves have the same kind of completions.
+"""
+
+import argparse
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from mua_rl import grpo
+from mua_rl.arms.grpo import train_side_by_side
+from mua_rl.run import RunFolder
+from mua_rl.sweep.arm import Arm, Outcome
+from mua_rl.sweep.rows import Row, append, read
+from mua_rl.sweep.runner import arm_flags, read_outcome, run_name
+from mua_rl.sweep.search import Search
+
+# log2 of the learning rate around which each curve's search begins; it goes on where the optimum lies elsewhere.
+CENTRES = {
+    ("B", "1"): {4: -12, 16: -12, 64: -13, 256: -13},
+    ("A", "1"): {4: -10, 16: -10, 64: -11, 256: -12},
+    ("A", "1/r"): {4: -9, 16: -9, 64: -8, 256: -8},
+}
+FFT_CENTRE = -14
+SPAN = 2
+
+
+def searches(seeds: Sequence[int], resolution: float) -> list[Search]:
+    """One for each curve."""
+    curves = [(rank, *scheme, centre) for scheme, ranks in CENTRES.items() for rank, centre in ranks.items()]
+    return [
+        Search(
+            rank, init, alpha, tuple(float(centre + k) for k in range(-SPAN, SPAN + 1)), 1.0, resolution, tuple(seeds)
+        )
+        for rank, init, alpha, centre in [*curves, (None, "", "", FFT_CENTRE)]
+    ]
+
+
+def wanted(search: Search, only: Sequence[str]) -> bool:
+    """Whether a curve passes every filter `name=value[,value…]` of rank (full: FFT), init and alpha."""
+    values = {"rank": str(search.rank or "full"), "init": search.init, "alpha": search.alpha}
+    for item in only:
+        name, _, allowed = item.partition("=")
+        if name not in values:
+            raise SystemExit(f"--only takes {', '.join(values)} as in rank=4,16, not {item!r}.")
+        if values[name] not in allowed.split(","):
+            return False
+    return True
+
+
+def flags(options: argparse.Namespace) -> list[str]:
+    """What all runs have in common."""
+    common = ["--model", options.model, "--task", options.task, "--max_steps", options.steps, "--report_to", "none"]
+    return [str(flag) for flag in [*common, "--held_out_steps", 0, "--save_strategy", "no", *options.flags]]
+
+
+def train_lora(arms: Sequence[Arm], options: argparse.Namespace) -> list[Outcome]:
+    """Side by side."""
+    arguments, _, _ = grpo.parse(flags(options))
+    return train_side_by_side(arguments, arms)
+
+
+def train_full(arms: Sequence[Arm], options: argparse.Namespace) -> list[Outcome]:
+    """Each as a run of its own, several at once."""
+
+    def train(arm: Arm) -> Outcome:
+        run = RunFolder(options.work / run_name(arm))
+        shutil.rmtree(run.path, ignore_errors=True)
+        command = [sys.executable, "-m", "mua_rl.grpo", *flags(options), *arm_flags(arm), "--output_dir", str(run.path)]
+        start = time.monotonic()
+        with open(run.path.with_suffix(".log"), "w") as log:
+            code = subprocess.run(command, stdout=log, stderr=log).returncode
+        if code not in (0, 3):
+            raise SystemExit(f"{run.path.name} failed with code {code}: see {run.path.with_suffix('.log')}.")
+        return read_outcome(run, "grpo", "", time.monotonic() - start)
+
+    with ThreadPoolExecutor(options.parallel) as pool:
+        return list(pool.map(train, arms))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--task", default="arithmetic")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--resolution", type=float, default=0.5, help="octaves between the best rate and the next")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME=VALUE", help="of rank, init and alpha")
+    parser.add_argument("--per-group", type=int, default=15, help="LoRA arms side by side")
+    parser.add_argument("--parallel", type=int, default=5, help="FFT runs at once")
+    parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds to start groups for")
+    parser.add_argument("--work", type=Path, default=Path("runs/reproduce_grpo"), help="folder of the FFT runs")
+    parser.add_argument("--output", type=Path, default=Path("runs/reproduce_grpo.csv"))
+    parser.add_argument("flags", nargs="*", help="after --: more flags of mua_rl.grpo")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+
+    start, slowest = time.monotonic(), 0.0
+    curves = [search for search in searches(options.seeds, options.resolution) if wanted(search, options.only)]
+    while True:
+        rows = read(options.output) if options.output.exists() else []
+        done = {row.arm: row.outcome for row in rows if (row.task, row.base) == (options.task, options.model)}
+        arms = [arm for search in curves for arm in search.next_arms(done)]
+        if not arms:
+            break
+        arms = sorted(arms, key=lambda arm: arm.rank or 0)  # a group is padded to its largest rank
+        full = arms[0].rank is None
+        size = options.parallel if full else options.per_group
+        group = [arm for arm in arms if (arm.rank is None) == full][:size]
+        began = time.monotonic()
+        if began - start + slowest > options.time_limit:
+            print(f"out of time with {len(arms)} runs waiting: run the same command again", flush=True)
+            return
+        outcomes = (train_full if full else train_lora)(group, options)
+        where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+        append(
+            options.output,
+            [Row("grpo", options.task, options.model, a, o, where) for a, o in zip(group, outcomes, strict=True)],
+        )
+        took = time.monotonic() - began
+        slowest = max(slowest, took)
+        for arm, outcome in zip(group, outcomes, strict=True):
+            print(f"{run_name(arm)}: {outcome.metric:.3f} (reward {outcome.reward_mean:.3f})", flush=True)
+        print(f"{len(group)} runs in {took:.0f} s", flush=True)
+    for search in curves:
+        if fault := search.verdict(done):
+            print(f"rank {search.rank or 'full'} {search.init} {search.alpha}: {fault}")
+
+
+if __name__ == "__main__":
+    main()
