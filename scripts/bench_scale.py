@@ -182,13 +182,19 @@ def end_group(process: subprocess.Popen) -> None:
 @contextmanager
 def serve(model: str, rank: str, device: str, options: argparse.Namespace) -> Iterator[str]:
     """A vLLM server of a model on a GPU of its own, as `mua_rl.grpo` asks for it."""
+    import torch
+
     from mua_rl import models
 
     path = str(random_model(model, options.out) or models.model_path(model))
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", path, "--port", str(port)]
     command += ["--host", "127.0.0.1", "--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
-    command += ["--dtype", "bfloat16", "--max-model-len", "1024", "--gpu-memory-utilization", "0.8"]
+    command += ["--max-num-seqs", "256"]
+    if torch.cuda.is_available():
+        command += ["--dtype", "bfloat16", "--gpu-memory-utilization", "0.8"]
+    else:
+        command += ["--dtype", "float32", "--enforce-eager"]
     if rank == "full":
         command += ["--weight-transfer-config", '{"backend": "nccl"}']
     else:
@@ -198,6 +204,7 @@ def serve(model: str, rank: str, device: str, options: argparse.Namespace) -> It
         "CUDA_VISIBLE_DEVICES": device,
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
     }
     log_path = options.out / f"server-{model.replace('/', '_')}-{rank}.log"
     with open(log_path, "w") as log:
