@@ -143,7 +143,7 @@ def sweeps_of(
         sweeps.append(Sweep(algorithm, task, base, curves, without, contexts(base)))
     if not any(sweep.curves for sweep in sweeps):
         reasons = [f"{curve_name(c)}: {reason}" for sweep in sweeps for c, reason in sweep.without.items()]
-        raise UserError(f"no curve of the sweep has an optimum. {reasons[0]}" if reasons else "the sweep has no runs.")
+        raise UserError(f"no curve of the sweep has an optimum. {reasons[0]}" if reasons else "the CSVs hold no runs: run the sweep first.")
     return sweeps
 
 

@@ -1,0 +1,485 @@
+"""What the rows of finished sweeps say, on sweeps whose optima are known."""
+
+import math
+import multiprocessing
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mua_rl.errors import UserError
+from mua_rl.sweep import report
+from mua_rl.sweep.arm import Arm, Outcome
+from mua_rl.sweep.measured import FFT, Context, curve_name, slope, sweeps_of
+from mua_rl.sweep.rows import COLUMNS, Row, append, read, read_all
+from mua_rl.sweep.transfer import (
+    BareRule,
+    DividedByTen,
+    Fixed,
+    RankCorrected,
+    Unchanged,
+    fit_exponent,
+    leave_one_out,
+    prediction_tests,
+    regrets,
+)
+
+SIZES = Context(width=512, outputs=256)
+FFT_OPTIMUM = -12.3
+SCHEMES = (("B", "1"), ("A", "1"), ("A", "1/r"))
+
+
+def outcome(metric=0.5, *, before=0.1, stopped="", steps=60, seconds=10.0):
+    return Outcome(metric, 0.01, before, metric, metric, False, stopped, steps, seconds)
+
+
+def row(arm, result, *, task="arithmetic", base="base", algorithm="grpo"):
+    return Row(algorithm, task, base, arm, result, "a machine")
+
+
+def optimum_of(rank, init, alpha, exponent):
+    """log2 η*: Init[B] moves by (r/m)^-exponent from FFT's, Init[A] as the theory says."""
+    if rank is None:
+        return FFT_OPTIMUM
+    if init == "B":
+        return FFT_OPTIMUM - exponent * math.log2(rank / SIZES.outputs)
+    return -6.0 if alpha == "1/r" else -6.0 - 0.5 * math.log2(rank)
+
+
+def sweep_rows(ranks=(4, 16, 64), schemes=SCHEMES, *, exponent=0.25, fft=True, seeds=2, noise=0.01, **where):
+    """Hills with one scale and a cliff three octaves past the top."""
+    rng = np.random.default_rng(len(where.get("task", "")))
+    rows = []
+    for curve in [(rank, *scheme) for scheme in schemes for rank in ranks] + [FFT] * fft:
+        best = optimum_of(*curve, exponent)
+        for log2_lr in np.arange(math.floor(best) - 4, math.floor(best) + 5, 0.5):
+            for seed in range(seeds):
+                height = 0.8 * math.exp(-(((log2_lr - best) / 2.2) ** 2))
+                result = outcome(float(0.1 + height + rng.normal(0, noise)), seconds=10.0 if curve[0] else 40.0)
+                if log2_lr > best + 3:
+                    result = Outcome.of_divergence(0.1, 20, 3.0, "not finite")
+                rows.append(row(Arm(*curve, float(log2_lr), seed), result, **where))
+    return rows
+
+
+def sweeps(rows, context=SIZES):
+    return sweeps_of(rows, contexts=lambda base: context)
+
+
+@pytest.fixture(scope="module")
+def quarter():
+    """A sweep whose Init[B] optima fall as r^(-1/4)."""
+    return sweeps(sweep_rows())
+
+
+# The CSV
+
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    rows = [
+        row(Arm(8, "B", "1/sqrt(r)", -11.5, 3), outcome(1 / 3), task='odd, "task"', base="hub/base"),
+        row(Arm(None, "", "", -14.0, 0), outcome(0.1, stopped="hopeless:\nit fell")),
+    ]
+    append(tmp_path / "deep" / "sweep.csv", rows)
+    append(tmp_path / "deep" / "sweep.csv", [])
+    assert read(tmp_path / "deep" / "sweep.csv") == rows
+
+
+def test_a_diverged_run_comes_back_with_its_nan(tmp_path):
+    append(tmp_path / "sweep.csv", [row(Arm(8, "B", "1", -3.0, 0), Outcome.of_divergence(0.1, 7, 1.5, "not finite"))])
+    (found,) = read(tmp_path / "sweep.csv")
+    assert math.isnan(found.outcome.metric)
+    assert found.outcome.diverged is True
+    assert found.outcome.steps == 7
+
+
+def _append_many(path, rank):
+    for seed in range(50):
+        append(path, [row(Arm(rank, "B", "1", -10.0, seed), outcome(0.5))] * 3)
+
+
+def test_processes_that_append_at_once_lose_no_line_and_write_one_header(tmp_path):
+    path = tmp_path / "sweep.csv"
+    fork = multiprocessing.get_context("fork")  # a fresh interpreter would spend its time on imports
+    processes = [fork.Process(target=_append_many, args=(path, rank)) for rank in (1, 2, 3, 4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert path.read_text().count("algorithm") == 1
+    assert len(read(path)) == 4 * 50 * 3
+
+
+def test_a_line_that_a_crash_cut_off_is_named_and_does_not_spoil_the_next(tmp_path):
+    path, first, last = (
+        tmp_path / "sweep.csv",
+        row(Arm(8, "B", "1", -9.0, 0), outcome()),
+        row(Arm(8, "B", "1", -8.0, 0), outcome()),
+    )
+    append(path, [first])
+    whole = path.read_text()
+    path.write_text(whole + "grpo,arithmetic,ba")
+    append(path, [last])
+    with pytest.raises(UserError, match=r"line 3 .*too few values.*delete the line"):
+        read(path)
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if not line.endswith(",ba\n")))
+    assert read(path) == [first, last]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "fault"),
+    [
+        ("rank", "8.5", "rank is '8.5'"),
+        ("rank", "-8", "rank -8"),
+        ("init", "C", "init 'C'"),
+        ("alpha", "two", "cannot read the multiplier 'two'"),
+        ("log2_lr", "nan", "log2_lr is nan"),
+        ("metric", "", "metric is ''"),
+        ("diverged", "maybe", "diverged is 'maybe'"),
+        ("machine", "one,more", "too many"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_with_its_line(tmp_path, column, value, fault):
+    path = tmp_path / "sweep.csv"
+    append(path, [row(Arm(8, "B", "1", -9.0, seed), outcome()) for seed in (0, 1)])
+    lines = path.read_text().splitlines()
+    cells = lines[2].split(",")
+    cells[COLUMNS.index(column)] = value
+    path.write_text("\n".join([*lines[:2], ",".join(cells)]))
+    with pytest.raises(UserError, match="line 3") as error:
+        read(path)
+    assert fault in str(error.value)
+
+
+def test_a_file_that_is_no_sweeps_csv_is_refused_for_reading_and_appending(tmp_path):
+    path = tmp_path / "other.csv"
+    path.write_text("task,rank\narithmetic,8\n")
+    with pytest.raises(UserError, match="lacks the columns algorithm, base"):
+        read(path)
+    with pytest.raises(UserError, match="lacks the columns"):
+        append(path, [row(Arm(8, "B", "1", -9.0, 0), outcome())])
+    assert path.read_text() == "task,rank\narithmetic,8\n"
+    path.write_text("")
+    with pytest.raises(UserError, match="is empty"):
+        read(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read(tmp_path / "none.csv")
+
+
+def test_a_run_in_two_files_counts_once_as_the_last_has_it(tmp_path):
+    old, new = row(Arm(8, "B", "1", -9.0, 0), outcome(0.2)), row(Arm(8, "B", "1", -9.0, 0), outcome(0.3))
+    other = row(Arm(8, "B", "1", -9.0, 0), outcome(0.4), base="another base")
+    append(tmp_path / "a.csv", [old])
+    append(tmp_path / "b.csv", [new, other])
+    assert read_all([tmp_path / "a.csv", tmp_path / "b.csv"]) == [new, other]
+
+
+# Optima and slopes
+
+
+def test_each_curve_has_its_optimum_where_it_was_put(quarter):
+    for curve, measured in quarter[0].curves.items():
+        assert measured.optimum.log2_lr == pytest.approx(optimum_of(*curve, 0.25), abs=0.2), curve_name(curve)
+    assert list(quarter[0].curves)[-1] == FFT
+
+
+def test_rows_of_fft_are_one_curve_whatever_their_init_says():
+    rows = [replace(r, arm=replace(r.arm, init="B", alpha="1")) if r.arm.seed else r for r in sweep_rows(schemes=())]
+    (sweep,) = sweeps(rows)
+    assert list(sweep.curves) == [FFT]
+    assert len(sweep.fft.points) == len(rows)
+
+
+def test_tasks_bases_and_algorithms_are_sweeps_of_their_own():
+    rows = [r for task in ("x", "y") for r in sweep_rows((4,), SCHEMES[:1], task=task)]
+    rows += sweep_rows((4,), SCHEMES[:1], base="other") + sweep_rows((4,), SCHEMES[:1], algorithm="ppo")
+    assert [str(sweep) for sweep in sweeps(rows)] == [
+        "grpo arithmetic other", "grpo x base", "grpo y base", "ppo arithmetic base",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("scheme", "true", "theory"), [(("B", "1"), -0.25, 0), (("A", "1"), -0.5, -0.5), (("A", "1/r"), 0, 0)]
+)
+def test_slopes_are_found_with_the_theorys_beside_them(quarter, scheme, true, theory):
+    found = slope(quarter, scheme)
+    assert found.low <= true <= found.high
+    assert found.high - found.low < 0.3
+    assert found.theory == pytest.approx(theory, abs=1e-6)
+    assert found.ranks == [4, 16, 64]
+
+
+def test_a_slope_over_several_sweeps_is_known_better_than_over_one(quarter):
+    many = sweeps([r for task in ("x", "xy", "xyz", "xyzt") for r in sweep_rows(task=task)])
+    pooled, alone = slope(many, ("B", "1")), slope(quarter, ("B", "1"))
+    assert pooled.high - pooled.low < 0.7 * (alone.high - alone.low)
+    assert pooled.low <= -0.25 <= pooled.high
+
+
+def test_the_theorys_slope_is_left_open_where_it_depends_on_an_unknown_width():
+    rows = sweep_rows((4, 64), (("B", "1/r"),))
+    assert slope(sweeps(rows, Context()), ("B", "1/r")).theory is None
+    assert slope(sweeps(rows, Context(width=2**14)), ("B", "1/r")).theory == pytest.approx(1)
+    assert slope(sweeps(sweep_rows(), Context()), ("A", "1")).theory == pytest.approx(-0.5)
+
+
+def test_a_rank_whose_optimum_is_at_the_edge_of_its_grid_counts_in_no_slope_and_no_prediction():
+    rows = [r for r in sweep_rows() if not (r.arm.rank == 64 and r.arm.log2_lr > -13)]
+    assert sweeps(rows)[0].curves[64, "B", "1"].optimum.edge == "right"
+    assert slope(sweeps(rows), ("B", "1")).ranks == [4, 16]
+    touched = {m.curve for test in prediction_tests(sweeps(rows), BareRule()) for m in (test.source, test.target)}
+    assert (64, "B", "1") not in touched
+    assert (16, "B", "1") in touched
+
+
+def test_a_run_that_was_stopped_early_is_never_the_best():
+    best = optimum_of(4, "B", "1", 0.25)
+    rows = [
+        replace(r, outcome=outcome(5.0, stopped="hopeless")) if r.arm.log2_lr > best + 2 else r
+        for r in sweep_rows((4,), SCHEMES[:1], fft=False)
+    ]
+    assert sweeps(rows)[0].curves[4, "B", "1"].optimum.log2_lr == pytest.approx(best, abs=0.25)
+
+
+def test_another_value_than_the_metric_can_be_compared():
+    rows = [
+        replace(r, outcome=replace(r.outcome, metric=0.3, reward_mean=r.outcome.metric))
+        for r in sweep_rows((4,), SCHEMES[:1])
+    ]
+    (sweep,) = sweeps_of(rows, "reward_mean")
+    assert sweep.curves[4, "B", "1"].optimum.log2_lr == pytest.approx(optimum_of(4, "B", "1", 0.25), abs=0.25)
+
+
+# Rules
+
+
+def pairs(tests):
+    return {(test.source.curve, test.target.curve) for test in tests}
+
+
+def test_the_bare_rule_predicts_within_a_scheme_and_between_init_b_and_fft_and_nothing_else(quarter):
+    covered = pairs(prediction_tests(quarter, BareRule()))
+    assert ((4, "B", "1"), FFT) in covered
+    assert (FFT, (4, "B", "1")) in covered
+    assert ((4, "A", "1"), (16, "A", "1/r")) in covered
+    assert ((4, "A", "1"), FFT) not in covered
+    assert ((4, "A", "1"), (4, "B", "1")) not in covered
+
+
+def test_the_rule_with_the_right_exponent_hits_where_the_bare_rule_misses(quarter):
+    def errors(rule):
+        tests = prediction_tests(quarter, rule)
+        return {(t.source.curve[0], t.target.curve[0]): t for t in tests if t.source.curve[1] != "A"}
+
+    bare, corrected = errors(BareRule()), errors(RankCorrected(0.25))
+    assert bare.keys() == corrected.keys()
+    assert bare[4, None].error == pytest.approx(0.25 * math.log2(256 / 4), abs=0.25)
+    assert not bare[4, None].is_hit
+    assert not bare[4, None].is_covered
+    assert all(test.is_hit for test in corrected.values())
+    assert np.mean([test.is_covered for test in corrected.values()]) > 0.8
+    assert {test.kind for test in corrected.values()} == {"within Init[B]", "Init[B] → FFT", "FFT → Init[B]"}
+
+
+def test_init_a_is_predicted_as_the_theory_says_whatever_the_correction(quarter):
+    def of_init_a(rule):
+        return [t.prediction for t in prediction_tests(quarter, rule) if t.source.curve[1] == "A"]
+
+    assert of_init_a(RankCorrected(0.5)) == of_init_a(BareRule())
+    assert all(test.is_hit for test in prediction_tests(quarter, BareRule()) if test.source.curve[1] == "A")
+
+
+def test_without_the_layers_outputs_the_correction_predicts_ranks_but_not_fft():
+    covered = pairs(prediction_tests(sweeps(sweep_rows(), Context(width=512)), RankCorrected(0.25)))
+    assert ((4, "B", "1"), (64, "B", "1")) in covered
+    assert not any(FFT in pair for pair in covered)
+
+
+def test_a_rules_own_spread_widens_its_interval(quarter):
+    source = quarter[0].curves[4, "B", "1"]
+    narrow, wide = (RankCorrected(0.25, spread).predict(source, FFT, SIZES) for spread in (0.0, 1.0))
+    assert wide.log2_lr == narrow.log2_lr
+    assert wide.log2_interval[0] < narrow.log2_interval[0] - 0.5
+    assert wide.log2_interval[1] > narrow.log2_interval[1] + 0.5
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.25, 0.5])
+def test_the_exponent_is_fitted_from_the_optima(exponent):
+    rule = fit_exponent(sweeps(sweep_rows(schemes=SCHEMES[:1], exponent=exponent)))
+    assert rule.exponent == pytest.approx(exponent, abs=0.06)
+    assert rule.spread < 0.3
+
+
+def test_the_exponent_needs_curves_that_it_changes():
+    assert fit_exponent(sweeps(sweep_rows(schemes=SCHEMES[1:]))) is None
+
+
+def test_each_task_is_predicted_by_a_rule_fitted_on_the_others_only():
+    kept = [r for base in ("s0", "s1") for r in sweep_rows(schemes=SCHEMES[:1], exponent=0.5, task="task", base=base)]
+    found = sweeps(kept + sweep_rows(schemes=SCHEMES[:1], exponent=0.0, task="other"))
+    tests = leave_one_out(found)
+    assert len(tests) == len(prediction_tests(found, BareRule()))
+    rules = {(test.sweep.task, test.rule) for test in tests}
+    assert len(rules) == 2
+    for task, rule in rules:
+        assert float(rule.split("^")[1]) == pytest.approx(0.0 if task == "task" else 0.5, abs=0.06)
+
+
+def test_habits_apply_to_what_they_are_said_of():
+    (sweep,) = sweeps(sweep_rows((8,), (("B", "1"), ("A", "1"), ("A", "2"))))
+    a, twice, b = (sweep.curves[8, *scheme] for scheme in (("A", "1"), ("A", "2"), ("B", "1")))
+    assert DividedByTen().predict(a, FFT, SIZES).log2_lr == pytest.approx(a.optimum.log2_lr - math.log2(10))
+    assert DividedByTen().predict(b, FFT, SIZES) is None
+    assert DividedByTen().predict(a, a.curve, SIZES) is None
+    assert Unchanged().predict(twice, FFT, SIZES).log2_lr == twice.optimum.log2_lr
+    assert Unchanged().predict(a, FFT, SIZES) is None
+    assert Fixed().predict(a, FFT, SIZES).log2_lr == pytest.approx(-19.93, abs=0.01)
+
+
+# Regret
+
+
+def test_regret_is_the_share_of_ffts_gain_that_is_lost_at_the_transferred_rate(quarter):
+    found = {regret.source.curve[0]: regret for regret in regrets(quarter, BareRule())}
+    assert set(found) == {4, 16, 64}
+    off = 0.25 * math.log2(256 / 4)
+    assert found[4].share == pytest.approx(1 - math.exp(-((off / 2.2) ** 2)), abs=0.07)
+    assert not found[4].within_noise
+    assert all(regret.share < 0.02 for regret in regrets(quarter, RankCorrected(0.25)))
+    assert all(regret.share >= 0 for rule in (BareRule(), DividedByTen(), Fixed()) for regret in regrets(quarter, rule))
+
+
+def test_the_cost_of_tuning_is_a_share_of_ffts_sweep(quarter):
+    regret = regrets(quarter, BareRule())[0]
+    fft = quarter[0].fft
+    assert regret.steps == pytest.approx(regret.source.steps / fft.steps)
+    assert 0.2 < regret.seconds < 0.35  # a quarter of the seconds a run
+    (fixed,) = regrets(quarter, Fixed())
+    assert (fixed.steps, fixed.seconds, fixed.source) == (0, 0, None)
+
+
+def test_a_rate_outside_ffts_grid_gives_a_bound(quarter):
+    (fixed,) = regrets(quarter, Fixed())
+    assert fixed.is_bound
+    assert fixed.share > 0.9
+    assert not regrets(quarter, BareRule())[0].is_bound
+
+
+def test_where_fft_gains_nothing_there_is_no_share_to_lose():
+    rows = [replace(r, outcome=replace(r.outcome, before=0.95)) if r.arm.rank is None else r for r in sweep_rows((4,))]
+    assert all(math.isnan(regret.share) for regret in regrets(sweeps(rows), BareRule()))
+
+
+# The report
+
+
+def run_report(monkeypatch, capsys, *flags):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["report", *map(str, flags)])
+    report.main()
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def csvs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("csvs")
+    append(folder / "a.csv", sweep_rows((4, 64), SCHEMES[:2], base="hub/model", task="first"))
+    append(folder / "b.csv", sweep_rows((4, 64), SCHEMES[:2], base="policy-w256", task="second task", algorithm="ppo"))
+    return [folder / "a.csv", folder / "b.csv"]
+
+
+def test_the_report_says_everything_and_says_the_same_again(csvs, tmp_path, monkeypatch, capsys):
+    flags = [*csvs, "--sizes", "*=512,256", "--out"]
+    printed = run_report(monkeypatch, capsys, *flags, tmp_path / "one")
+    run_report(monkeypatch, capsys, *flags, tmp_path / "two")
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == [
+        "grpo-first-hub-model-curves.png", "grpo-first-hub-model-optimum.png", "ppo-second-task-policy-w256-curves.png",
+        "ppo-second-task-policy-w256-optimum.png", "report.md",
+    ]  # fmt: skip
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    text = (tmp_path / "one" / "report.md").read_text()
+    for name in names[:-1]:
+        assert f"]({name})" in text
+    for phrase in (
+        "held-out accuracy",
+        "held-out return",
+        "Slope of",
+        "within 0.5 octave",
+        "always 1e-06",
+        "fitted on",
+    ):
+        assert phrase in text
+        assert phrase in printed
+    for line in text.splitlines():
+        if line.startswith("|"):
+            assert line.count("|") >= 4
+
+
+def test_every_table_of_the_report_has_as_many_cells_in_each_line(csvs, tmp_path):
+    tables = report.write_report(sweeps(read_all(csvs)), tmp_path)
+    assert len(tables) == 7
+    for table in tables:
+        assert {len(line) for line in table.lines} == {len(table.columns)}, table.title
+
+
+def test_the_report_names_curves_without_an_optimum_and_optima_at_an_edge(tmp_path, monkeypatch, capsys):
+    rows = [r for r in sweep_rows((4, 16, 64), SCHEMES[:1]) if not (r.arm.rank == 64 and r.arm.log2_lr > -13)]
+    lost = Outcome.of_divergence(0.1, 5, 1.0, "not finite")
+    append(tmp_path / "c.csv", [replace(r, outcome=lost) if r.arm.rank == 16 else r for r in rows])
+    text = run_report(monkeypatch, capsys, tmp_path / "c.csv", "--out", tmp_path)
+    assert "most runs diverged at every learning rate" in text
+    assert "at the right end: extend the grid" in text
+    assert "Without `--sizes` of base" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "rows", [sweep_rows((4,), SCHEMES[:1], fft=False), sweep_rows(schemes=())], ids=["one rank", "FFT alone"]
+)
+def test_a_sweep_of_one_curve_has_a_report(tmp_path, monkeypatch, capsys, rows):
+    append(tmp_path / "c.csv", rows)
+    assert "optima by held-out accuracy" in run_report(monkeypatch, capsys, tmp_path / "c.csv", "--out", tmp_path)
+
+
+def test_two_sweeps_whose_names_make_one_file_name_have_two_figures(tmp_path):
+    rows = [r for base in ("a/b", "a b") for r in sweep_rows(schemes=(), base=base)]
+    report.write_report(sweeps(rows), tmp_path)
+    assert len(list(tmp_path.glob("*-curves*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([row(Arm(8, "B", "1", -9.0, seed), outcome()) for seed in (0, 1)], "Init\\[B\\] α=1 r=8.*two learning rates"),
+        (
+            [row(Arm(8, "B", "1", -9.0, 0), outcome(math.nan)), row(Arm(8, "B", "1", -8.0, 0), outcome(math.nan))],
+            "diverged",
+        ),
+    ],
+)
+def test_a_sweep_without_any_optimum_is_refused(tmp_path, monkeypatch, capsys, rows, message):
+    append(tmp_path / "c.csv", rows)
+    with pytest.raises(UserError, match=message):
+        run_report(monkeypatch, capsys, tmp_path / "c.csv", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_csv_with_a_header_alone_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "c.csv").write_text(",".join(COLUMNS) + "\n")
+    with pytest.raises(UserError, match="no runs: run the sweep first"):
+        run_report(monkeypatch, capsys, tmp_path / "c.csv", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("sizes", ["base", "base=512", "base=0,256", "=1,2", "base=a,b"])
+def test_sizes_that_are_none_are_refused(csvs, tmp_path, monkeypatch, capsys, sizes):
+    with pytest.raises(UserError, match="--sizes takes"):
+        run_report(monkeypatch, capsys, csvs[0], "--out", tmp_path, "--sizes", sizes)
+
+
+def test_the_first_pattern_that_fits_gives_a_bases_sizes():
+    contexts = report.parse_sizes(["hub/*=64,32", "*=8,4"])
+    assert (contexts("hub/model").width, contexts("hub/model").outputs) == (64, 32)
+    assert contexts("other").width == 8
+    assert report.parse_sizes([])("other") == Context()
