@@ -1,0 +1,419 @@
+"""`python -m mua_rl.sweep`: what it is asked, how it runs arms, what it leaves; with made-up runs but for the last."""
+
+import importlib
+import io
+import json
+import math
+import subprocess
+import sys
+import threading
+from dataclasses import asdict, replace
+
+import pytest
+from helpers import make_record
+from rich.console import Console
+
+from mua_rl.errors import UserError
+from mua_rl.record import LRRecord
+from mua_rl.run import RunFolder
+from mua_rl.sweep import rows, runner
+from mua_rl.sweep.arguments import parse, parse_scheme
+from mua_rl.sweep.arm import Arm, Outcome
+from mua_rl.sweep.base import Facts
+from mua_rl.sweep.runner import Single, arm_flags, environments, read_outcome, run_name
+
+command = importlib.import_module("mua_rl.sweep.__main__")
+ARM = Arm(8, "A", "1/r", -10.5, 43)
+
+
+def facts(known=True, **changes):
+    record = make_record(**changes)
+    return Facts(replace(record, learning_rate=1e-3), replace(record, learning_rate=2**-11), "a record", known)
+
+
+class FakeRunner:
+    """Runs arms of a hill whose top is at 2^-10.4 for LoRA and 2^-11.4 for FFT."""
+
+    at_once = 1
+
+    def __init__(self):
+        self.arms = []
+
+    def group(self, arm):
+        return arm
+
+    def run(self, arms):
+        self.arms += arms
+        return [self.respond(arm) for arm in arms]
+
+    def respond(self, arm):
+        top = -10.4 if arm.rank else -11.4
+        metric = 0.4 + 0.5 * math.exp(-(((arm.log2_lr - top) / 2.5) ** 2)) + 0.001 * arm.seed / 43
+        return Outcome(metric, 0.01, 0.4, 0.6, 0.7, False, "", 300, 2.0)
+
+
+@pytest.fixture
+def sweep(monkeypatch, tmp_path):
+    """Runs the command in a folder with a fake runner; gives what was printed, the folder, and the runner."""
+    monkeypatch.setattr(command, "find_facts", lambda request: facts())
+
+    def run(*flags, runner=None):
+        runner = runner or FakeRunner()
+        monkeypatch.setattr(command, "choose_runners", lambda *_: [runner])
+        console = Console(record=True, width=120, file=io.StringIO())
+        folder = command.sweep(parse(["--output_dir", str(tmp_path / "out"), *flags]), console)
+        return console.export_text(), folder, runner
+
+    return run
+
+
+def test_ranks_and_schemes_make_a_curve_each_and_full_finetuning_one():
+    request = parse(["--ranks", "8", "64", "full", "--schemes", "B", "A/r", "--seeds", "3"])
+    assert request.curves == [(8, "B", "1"), (8, "A", "1/r"), (64, "B", "1"), (64, "A", "1/r"), (None, "B", "1")]
+    assert request.seeds == (42, 43, 44)
+    assert parse(["--rank", "16", "--init", "A", "--alpha", "16/r"]).curves == [(16, "A", "16/r")]
+    assert parse([]).curves == [(32, "B", "1")]
+
+
+def test_schemes_are_read_as_people_write_them():
+    assert [parse_scheme(text) for text in ("B", "a", "A/r", "B/sqrt(r)", "A*0.5", "A*16/r")] == [
+        ("B", "1"), ("A", "1"), ("A", "1/r"), ("B", "1/sqrt(r)"), ("A", "0.5"), ("A", "16/r"),
+    ]  # fmt: skip
+
+
+def test_every_flag_of_the_trainer_is_passed_on_and_the_sweeps_own_are_not():
+    request = parse(["--max_steps", "7", "--model", "smollm2", "--workers", "2", "--seed", "5", "--lr-from", "x"])
+    assert request.given == {"max_steps": 7, "model": "smollm2"}
+    assert request.seeds == (5, 6)
+    pytest.importorskip("stable_baselines3")
+    request = parse(["--algo", "ppo", "--env_id", "CartPole-v1", "--n_epochs", "3", "--grid", "-9", "-7"])
+    assert request.given == {"env_id": "CartPole-v1", "n_epochs": 3}
+    assert request.curves == [(8, "B", "1")]
+
+
+def test_a_config_file_names_the_algorithm_and_flags_win(tmp_path):
+    pytest.importorskip("stable_baselines3")
+    (tmp_path / "c.yaml").write_text("algo: ppo\nranks: [4, full]\nseeds: 5\nenv_id: CartPole-v1\n")
+    request = parse(["--config", str(tmp_path / "c.yaml"), "--seeds", "3"])
+    assert (request.sweep.algo, request.task, request.sweep.seeds) == ("ppo", "CartPole-v1", 3)
+    assert request.curves == [(4, "B", "1"), (None, "B", "1")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--no_such_flag", "1"], "no_such_flag"),
+        (["--ranks", "eight"], "not 'eight'"),
+        (["--ranks", "-4"], "not '-4'"),
+        (["--ranks", "8", "--rank", "4"], "exclude each other"),
+        (["--schemes", "C"], "not 'C'"),
+        (["--schemes", "B", "--init", "A"], "give one or the other"),
+        (["--grid", "-10", "-14"], "empty"),
+        (["--grid", "-10"], "empty or none"),
+        (["--grid", "1e-4", "1e-3"], "empty or none"),
+        (["--resolution", "0"], "above 0"),
+        (["--resolution", "nan"], "above 0"),
+        (["--seeds", "0"], "at least 1"),
+        (["--workers", "0"], "at least 1"),
+        (["--time_limit", "-1"], "above 0"),
+        (["--lr", "1e-3"], "drop --lr"),
+        (["--algo", "dpo"], "grpo or ppo"),
+        (["--resume", "/no/such/folder"], "no run folder"),
+    ],
+)
+def test_what_cannot_be_used_is_one_clear_line(flags, message):
+    with pytest.raises(UserError, match=message) as error:
+        parse(flags)
+    assert "\n" not in str(error.value)
+
+
+def test_a_search_begins_around_the_records_rate_moved_by_the_rules_and_widely_where_they_are_silent():
+    request = parse(["--ranks", "8"])
+    assert facts().search((64, "B", "1"), request).scan == (-13, -12, -11, -10, -9)
+    assert facts().search((None, "B", "1"), request).scan == (-13, -12, -11, -10, -9)
+    assert facts(scheme="Init[A]").search((32, "A", "1"), request).scan == (-14, -13, -12, -11, -10)  # r^-1/2
+    wide = facts().search((8, "A", "1"), request)  # between Init[B] and Init[A] only exponents are known
+    assert (wide.step, len(wide.scan)) == (2, 5)
+    assert facts(known=False).search((8, "B", "1"), request).scan == (-15, -13, -11, -9, -7)
+    assert facts().search((8, "B", "1"), parse(["--grid", "-8", "-6"])).scan == (-8, -7, -6)
+
+
+def test_facts_survive_json():
+    assert Facts.from_dict(json.loads(json.dumps(asdict(facts())))) == facts()
+
+
+def test_a_sweep_ends_with_csv_report_figure_and_a_record_of_the_first_lora_curve(sweep):
+    text, folder, runner = sweep("--ranks", "full", "8")
+    record = LRRecord.load(folder)
+    assert (record.rank, record.scheme, record.seeds) == (8, "Init[B]", [42, 43])
+    assert math.log2(record.learning_rate) == pytest.approx(-10.4, abs=0.35)
+    assert record.metric["before"] == 0.4
+    assert record.metric["after"] == pytest.approx(0.9, abs=0.03)
+    assert "interval" in record.note
+    assert {row.arm for row in rows.read(folder / "sweep.csv")} == set(runner.arms)
+    assert (folder / "report.md").exists()
+    assert list(folder.glob("*-curves.png"))
+    assert f"--rank full --lr-from {folder}" in text
+    assert "Init[B] α=1 r=8" in text
+
+
+def test_a_record_that_a_sweep_wrote_gives_other_runs_their_rate(sweep):
+    _, folder, _ = sweep()
+    again = parse(["--lr-from", str(folder)])
+    assert again.adapter.lr_from == str(folder)
+    assert LRRecord.load(folder).configuration().rank == 32
+
+
+def test_the_same_command_goes_on_and_repeats_nothing_and_more_ranks_can_be_added(sweep):
+    _, _, first = sweep("--ranks", "8")
+    _, _, second = sweep("--ranks", "8")
+    assert first.arms
+    assert second.arms == []
+    _, folder, third = sweep("--ranks", "8", "full")
+    assert {arm.rank for arm in third.arms} == {None}
+    assert len(rows.read(folder / "sweep.csv")) == len(first.arms) + len(third.arms)
+
+
+def test_resume_takes_the_sweeps_own_settings(sweep, tmp_path):
+    _, folder, first = sweep("--ranks", "8", "--max_steps", "9", "--time_limit", "1e-9")
+    assert first.arms == []
+    request = parse(["--resume", str(folder)])
+    assert request.curves == [(8, "B", "1")]
+    assert request.given == {"max_steps": 9}
+    with pytest.raises(UserError, match="drop max_steps"):
+        parse(["--resume", str(folder), "--max_steps", "5"])
+
+
+def test_time_that_is_up_is_said_and_leaves_no_record(sweep):
+    text, folder, _ = sweep("--time_limit", "1e-9")
+    assert "Time is up" in text
+    assert not (folder / "lr_record.json").exists()
+
+
+def test_other_settings_and_other_folders_are_refused(sweep, tmp_path):
+    sweep("--max_steps", "9")
+    with pytest.raises(UserError, match="max_steps: 9 → 10"):
+        sweep("--max_steps", "10")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "x.txt").write_text("x")
+    with pytest.raises(UserError, match="not empty"):
+        sweep("--output_dir", str(tmp_path / "notes"))
+    RunFolder.create(str(tmp_path / "run"), "x").start({"rank": "8"})
+    with pytest.raises(UserError, match="something else"):
+        sweep("--output_dir", str(tmp_path / "run"))
+    with pytest.raises(UserError, match="no sweep"):
+        parse(["--resume", str(tmp_path / "run")])
+
+
+def test_diverged_and_stopped_runs_are_named_and_never_the_record(sweep):
+    class Breaking(FakeRunner):
+        def respond(self, arm):
+            if arm.log2_lr > -11:
+                return Outcome.of_divergence(0.4, 10, 1.0, "the gradient was not finite")
+            return replace(super().respond(arm), stopped="" if arm.log2_lr > -13 else "far behind its peers")
+
+    text, folder, _ = sweep(runner=Breaking())
+    assert "diverged, or got worse, at 2^-10, 2^-9" in text
+    assert "stopped early at 2^-13" in text
+    assert -13 < math.log2(LRRecord.load(folder).learning_rate) <= -10.5
+
+
+def test_a_sweep_in_which_nothing_learns_writes_no_record(sweep):
+    class Useless(FakeRunner):
+        def respond(self, arm):
+            return replace(super().respond(arm), metric=0.4 if arm.log2_lr < -5 else 0.1, diverged=arm.log2_lr >= -5)
+
+    text, folder, _ = sweep(runner=Useless())
+    assert "No learning rate was found" in text
+    assert "no run got better than the base" in text
+    assert not (folder / "lr_record.json").exists()
+
+
+def test_a_head_without_a_rate_of_its_own_gets_the_tuned_one(sweep, monkeypatch):
+    monkeypatch.setattr(command, "find_facts", lambda request: facts(other_learning_rates={"head": 1e-3, "x": 0.5}))
+    _, folder, _ = sweep()
+    record = LRRecord.load(folder)
+    assert record.other_learning_rates == {"head": record.learning_rate, "x": 0.5}
+
+
+TRAINER = """
+import json, sys, time
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+from mua_rl.run import RunFolder
+{resume}
+run = RunFolder.create(flags["--output_dir"], "x")
+run.start(flags)
+{body}
+"""
+GOOD = """
+run.log(0, {"held_out/accuracy": 0.4})
+for step in range(1, 21):
+    run.log(step, {"reward": 0.4 + step / 100, "loss": 0.0})
+run.finish({"diverged": False, "held_out/before": 0.4, "held_out/after": 0.75, "held_out/standard_error": 0.02,
+            "seconds": 1.5, "steps": 20})
+(run.path / "adapter").mkdir()
+(run.path / "checkpoint-20").mkdir()
+"""
+
+
+@pytest.fixture
+def single(tmp_path, monkeypatch):
+    """A `Single` whose trainer is a script of a few lines."""
+
+    script, popen = tmp_path / "trainer.py", subprocess.Popen
+
+    def start(arguments, **options):
+        assert arguments[:3] == [sys.executable, "-m", "mua_rl.grpo"]
+        return popen([sys.executable, str(script), *arguments[3:]], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.05)
+
+    def make(body, *flags, resume="", stop=None):
+        script.write_text(TRAINER.format(body=body, resume=resume))
+        request = parse(["--max_steps", "20", *flags])
+        return Single(request, tmp_path, {"MUA_TEST": "1"}, stop or threading.Event())
+
+    return make
+
+
+def test_a_single_run_is_asked_for_its_arm_and_read_into_an_outcome(single, tmp_path):
+    [outcome] = single(GOOD).run([ARM])
+    assert (outcome.metric, outcome.error, outcome.before, outcome.steps) == (0.75, 0.02, 0.4, 20)
+    assert outcome.reward_mean == pytest.approx(0.505)
+    assert outcome.reward_last == pytest.approx(0.595)
+    assert not outcome.diverged
+    folder = tmp_path / "runs" / "r8-A-1-r-lr-10.5-s43"
+    asked = RunFolder(folder).settings()
+    assert asked["--lr"] == repr(2**-10.5)
+    assert (asked["--rank"], asked["--init"], asked["--alpha"], asked["--seed"]) == ("8", "A", "1/r", "43")
+    assert not (folder / "adapter").exists()
+    assert not (folder / "checkpoint-20").exists()
+
+
+def test_weights_are_kept_where_that_is_asked_for(single, tmp_path):
+    single(GOOD, "--keep_weights", "true").run([ARM])
+    assert (tmp_path / "runs" / run_name(ARM) / "adapter").exists()
+
+
+def test_a_run_that_had_ended_is_read_and_not_repeated(single):
+    first = single(GOOD).run([ARM])
+    [again] = single("raise SystemExit(9)").run([ARM])
+    assert replace(again, seconds=0) == replace(first[0], seconds=0)
+
+
+def test_a_run_that_was_cut_off_starts_anew_or_goes_on_from_its_checkpoint(single, tmp_path):
+    folder = tmp_path / "runs" / run_name(ARM)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("{}")
+    assert single(GOOD).run([ARM])[0].metric == 0.75
+    (folder / "result.json").unlink()
+    (folder / "checkpoint-10").mkdir()
+    (folder / "checkpoint-10" / "trainer_state.json").write_text("{}")
+    resume = 'assert flags == {"--resume": sys.argv[2]}\nrun = RunFolder(flags["--resume"])\n'
+    resume += 'run.finish({"diverged": False, "held_out/after": 0.8, "held_out/standard_error": 0.1})\nsys.exit()'
+    assert single("", resume=resume).run([ARM])[0].metric == 0.8
+
+
+def test_a_diverged_run_is_an_outcome_and_a_failed_one_an_error_with_the_logs_last_lines(single, tmp_path):
+    diverged = 'run.finish({"diverged": True, "reason": "nan in step 3", "held_out/before": 0.4})\nsys.exit(3)'
+    [outcome] = single(diverged).run([ARM])
+    assert outcome.diverged
+    assert math.isnan(outcome.metric)
+    assert (outcome.stopped, outcome.before) == ("nan in step 3", 0.4)
+    failing = 'print("CUDA out of memory")\nsys.exit(1)'
+    with pytest.raises(UserError, match=r"code 1.*CUDA out of memory"):
+        single(failing).run([replace(ARM, seed=44)])
+
+
+def test_a_hopeless_run_is_ended_early(single):
+    body = """
+for step in range(1, 13):
+    run.log(step, {"reward": 0.5 - 0.02 * step, "loss": 0.0})
+time.sleep(60)
+"""
+    [outcome] = single(body).run([ARM])
+    assert outcome.stopped.startswith("the reward fell")
+    assert not outcome.diverged
+    assert outcome.steps == 12
+    assert outcome.seconds < 30
+
+
+def test_a_sweep_that_ends_ends_its_runs(single):
+    stop = threading.Event()
+    threading.Timer(0.5, stop.set).start()
+    with pytest.raises(runner.Stopped):
+        single("time.sleep(60)", stop=stop).run([ARM])
+
+
+def test_a_result_of_ppo_is_read_too(tmp_path):
+    run = RunFolder.create(str(tmp_path / "run"), "x")
+    run.log(0, {"held_out/return": 16.0})
+    run.log(1024, {"rollout/ep_rew_mean": 20.0})
+    returns = {"mean": 400.0, "std": 20.0, "iqm": 410.0, "episodes": 16}
+    run.finish({"diverged": False, "held_out/before": {"mean": 16.0}, "held_out/after": returns, "env_steps": 1024})
+    outcome = read_outcome(run, "ppo", "", 3.0)
+    assert (outcome.metric, outcome.error, outcome.before, outcome.steps) == (400.0, 5.0, 16.0, 1024)
+    assert (outcome.reward_mean, outcome.seconds) == (20.0, 3.0)
+
+
+def test_arms_have_names_and_flags_of_their_own():
+    arms = [ARM, replace(ARM, alpha="1"), replace(ARM, init="B"), replace(ARM, rank=None), replace(ARM, log2_lr=-10.0)]
+    assert len({run_name(arm) for arm in arms}) == len(arms)
+    assert arm_flags(replace(ARM, rank=None)) == ["--rank", "full", "--lr", repr(2**-10.5), "--seed", "43"]
+
+
+def test_workers_share_out_cores_and_gpus(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(runner.os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in environments(3)] == ["2", "5", "2"]
+    assert {e["OMP_NUM_THREADS"] for e in environments(3)} == {"2"}
+    assert "CUDA_VISIBLE_DEVICES" not in environments(1)[0]
+
+
+def run_command(*flags):
+    return subprocess.run(
+        [sys.executable, "-m", "mua_rl.sweep", *map(str, flags)], capture_output=True, text=True, timeout=500
+    )
+
+
+def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
+    run = run_command("--ranks", "many")
+    assert run.returncode == 2
+    assert run.stderr.strip().splitlines()[-1].startswith("mua_rl: error: --rank takes")
+    assert "Traceback" not in run.stderr
+
+
+TINY = ["--seeds", "1", "--max_steps", "2", "--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1"]
+TINY += ["--held_out_problems", "16", "--held_out_steps", "0", "--report_to", "none"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side_by_side", ["on", "off"])
+def test_a_grpo_sweep_from_command_to_record(tmp_path, side_by_side):
+    out = tmp_path / "out"
+    run = run_command("--ranks", 4, "--grid", -8, -7, "--side_by_side", side_by_side, "--output_dir", out, *TINY)
+    assert run.returncode == 0, run.stderr
+    table = rows.read(out / "sweep.csv")
+    assert {row.arm.log2_lr for row in table} >= {-8, -7}
+    assert {row.outcome.steps for row in table} == {2}
+    assert len({row.outcome.before for row in table}) == 1
+    logs = list((out / "runs").glob("*.log"))
+    assert len(logs) == (0 if side_by_side == "on" else len(table))
+    assert "search begins around the shipped record" in run.stdout
+
+
+@pytest.mark.slow
+def test_a_ppo_sweep_from_command_to_record_and_on_to_full_finetuning(tmp_path):
+    pytest.importorskip("stable_baselines3")
+    out, steps = tmp_path / "out", ["--total_timesteps", "4096", "--eval_episodes", "8"]
+    run = run_command("--algo", "ppo", "--ranks", 4, "--grid", -7, -6, "--seeds", 1, "--output_dir", out, *steps)
+    assert run.returncode == 0, run.stderr
+    record = LRRecord.load(out)
+    assert (record.algorithm, record.rank, record.widths) == ("ppo", 4, [128])
+    assert record.other_learning_rates == {"head": record.learning_rate}
+    ppo = importlib.import_module("mua_rl.ppo")
+    arguments, adapter, given = ppo.parse(["--rank", "full", "--lr-from", str(out), *steps])
+    assert ppo.set_up(arguments, adapter).rate.value == record.learning_rate
+    assert given["rank"] == "full"
