@@ -41,8 +41,9 @@ class GRPOTrainer(CorrectedGRPOTrainer):
             super().__init__(*args, **kwargs)
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and self.accelerator.mixed_precision != "no":
-            # accelerate would have gradients summed over the processes in bf16.
-            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
+            # accelerate would have gradients summed over the processes, and log-probs returned, in bf16.
+            policy = plugin.mixed_precision_policy
+            plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Named groups instead of the Trainer's two anonymous ones; the schedule multiplies each group's own peak."""
