@@ -35,6 +35,7 @@ from mua_rl.ppo_base import BasePolicy
 from mua_rl.ppo_envs import check_env_id, evaluation_envs
 from mua_rl.ppo_evaluation import Returns, evaluate
 from mua_rl.ppo_trainer import PPO
+from mua_rl.record import check_learning_rate
 from mua_rl.sweep.arm import Arm, Outcome
 
 
@@ -103,6 +104,8 @@ class SideBySide:
         for arm in self.arms:
             if not arm.learning_rate > 0 or math.isinf(arm.learning_rate):
                 raise UserError(f"an arm has the learning rate {arm.learning_rate}: it must be positive and finite.")
+        if arguments.head_lr is not None:
+            check_learning_rate(arguments.head_lr, "--head_lr")
         self.options = ppo_options(arguments, base)
         self.task = _tensor_task(arguments, base)
         self.generators = [torch.Generator().manual_seed(arm.seed) for arm in self.arms]

@@ -1,0 +1,63 @@
+"""The reproduction's script: which arms there are, how they are grouped, and that none is trained twice."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("stable_baselines3")
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        import reproduce_ppo
+    finally:
+        sys.path.remove(str(SCRIPTS))
+    return reproduce_ppo
+
+
+def outcome(metric):
+    from mua_rl.sweep.arm import Outcome
+
+    return Outcome(metric, 1.0, 16.0, 100.0, 200.0, False, "", 25600, 1.5)
+
+
+def test_arms_are_the_issues(script):
+    work = script.all_work(seeds=8)
+    assert len({(one.task, one.base, one.arm) for one in work}) == len(work)
+    assert {one.arm.rank for one in work} == {None, 2, 8, 32} and max(script.RANKS) <= script.WIDTH / 8
+    assert {(one.arm.init, one.arm.alpha) for one in work if one.arm.rank} == {("B", "1"), ("A", "1"), ("A", "1/r")}
+    assert len({(one.task, one.base) for one in work}) == 4
+
+
+def test_groups_share_task_base_and_kind_and_hold_no_more_than_asked(script):
+    work = script.all_work(seeds=2)
+    groups = list(script.groups(work, 50))
+    assert [one for group in groups for one in group] == work
+    assert max(map(len, groups)) <= 50
+    for group in groups:
+        assert len({(one.task, one.base, one.arm.rank is None) for one in group}) == 1
+
+
+def test_what_is_in_the_csv_is_not_trained_again(script, tmp_path):
+    path, work = tmp_path / "out.csv", script.all_work(seeds=1)
+    assert script.finished(path) == set()
+    first, second = work[:3], work[-2:]  # FFT, whose rank is an empty cell, and LoRA
+    script.append(path, first, [outcome(float("nan"))] * 3, "here")
+    script.append(path, second, [outcome(500.0)] * 2, "here")
+    done = script.finished(path)
+    assert [one for one in work if tuple(one.columns().values()) in done] == first + second
+    header = path.read_text().splitlines()[0].split(",")
+    assert header[:4] == ["algorithm", "task", "base", "rank"] and header[-1] == "machine"
+
+
+def test_filters_choose_arms_and_an_unknown_name_is_refused(script):
+    work = script.all_work(seeds=1)
+    chosen = [one for one in work if script.wanted(one, ["task=pendulum", "rank=full,8"])]
+    assert {one.task for one in chosen} == {"pendulum"} and {one.arm.rank for one in chosen} == {None, 8}
+    with pytest.raises(SystemExit, match="not 'colour=red'"):
+        script.wanted(work[0], ["colour=red"])
