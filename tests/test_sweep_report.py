@@ -64,7 +64,7 @@ def sweep_rows(ranks=(4, 16, 64), schemes=SCHEMES, *, exponent=0.25, fft=True, s
 
 
 def sweeps(rows, context=SIZES):
-    return sweeps_of(rows, contexts=lambda base: context)
+    return sweeps_of(rows, contexts=lambda key: context)
 
 
 @pytest.fixture(scope="module")
@@ -480,6 +480,19 @@ def test_sizes_that_are_none_are_refused(csvs, tmp_path, monkeypatch, capsys, si
 
 def test_the_first_pattern_that_fits_gives_a_bases_sizes():
     contexts = report.parse_sizes(["hub/*=64,32", "*=8,4"])
-    assert (contexts("hub/model").width, contexts("hub/model").outputs) == (64, 32)
-    assert contexts("other").width == 8
-    assert report.parse_sizes([])("other") == Context()
+    assert contexts(("grpo", "a task", "hub/model")) == Context(64, 32)
+    assert contexts(("grpo", "a task", "other")) == Context(8, 4)
+    assert report.parse_sizes([])(("grpo", "a task", "other")) == Context()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(csvs, monkeypatch, capsys):
+    with pytest.raises(UserError, match="--out takes a folder"):
+        run_report(monkeypatch, capsys, csvs[0], "--out", csvs[1])
+
+
+def test_names_with_bars_and_brackets_do_not_break_the_tables(tmp_path, monkeypatch, capsys):
+    append(tmp_path / "c.csv", sweep_rows((4, 64), SCHEMES[:1], task="a|b", base="[bold]base"))
+    printed = run_report(monkeypatch, capsys, tmp_path / "c.csv", "--out", tmp_path)
+    assert "grpo a|b [bold]base: optima" in printed
+    assert "a|b [bold]base, Init[B] α=1" in printed
+    assert "| grpo a\\|b [bold]base, Init[B] α=1 |" in (tmp_path / "report.md").read_text()

@@ -15,6 +15,8 @@ from mua_rl.sweep.rows import Row
 
 Curve = tuple[int | None, str, str]
 """(rank, init, alpha), as `mua_rl.sweep.arm.Arm.curve`."""
+Key = tuple[str, str, str]
+"""(algorithm, task, base): what learning rates can be compared in."""
 FFT: Curve = (None, "", "")
 VALUES = ("metric", "reward_mean", "reward_last")
 """Fields of `Outcome` that a curve can show."""
@@ -22,7 +24,7 @@ VALUES = ("metric", "reward_mean", "reward_last")
 
 @dataclass(frozen=True)
 class Context:
-    """What a rule may know of a base policy, beside the optima.
+    """What a rule may know of a sweep beside its optima.
 
     Attributes:
         width: n, the largest fan-in of the trained layers; `None`: unknown.
@@ -62,7 +64,7 @@ class Sweep:
     Attributes:
         curves: By rank, FFT last.
         without: Curves without an optimum, and why.
-        context: Of the base policy.
+        context: What rules may know beside.
     """
 
     algorithm: str
@@ -120,37 +122,45 @@ def curve_name(curve: Curve) -> str:
 def sweeps_of(
     rows: Iterable[Row],
     value: str = "metric",
-    contexts: Callable[[str], Context] = lambda base: Context(),
+    contexts: Callable[[Key], Context] = lambda key: Context(),
 ) -> list[Sweep]:
     """Sort rows into sweeps and find the optimum of each curve.
 
     Args:
         rows: Each run once.
         value: Which of `VALUES` the curves show. The gain is counted from the metric before training with any of them.
-        contexts: Of a base policy, by its name.
+        contexts: What is known of a sweep, by its key.
 
     Raises:
         UserError: No curve has an optimum.
     """
     sweeps = []
-    for (algorithm, task, base), found in groupby(sorted(rows, key=_key), key=lambda row: _key(row)[:3]):
+    for key, found in groupby(sorted(rows, key=_order), key=_key):
         curves, without = {}, {}
         for curve, of_curve in groupby(found, key=lambda row: row.arm.curve):
             try:
                 curves[curve] = _measure(curve, list(of_curve), value)
             except UserError as error:
                 without[curve] = str(error)
-        sweeps.append(Sweep(algorithm, task, base, curves, without, contexts(base)))
+        sweeps.append(Sweep(*key, curves, without, contexts(key)))
     if not any(sweep.curves for sweep in sweeps):
         reasons = [f"{curve_name(c)}: {reason}" for sweep in sweeps for c, reason in sweep.without.items()]
-        raise UserError(f"no curve of the sweep has an optimum. {reasons[0]}" if reasons else "the CSVs hold no runs: run the sweep first.")
+        raise UserError(
+            f"no curve of the sweep has an optimum. {reasons[0]}"
+            if reasons
+            else "the CSVs hold no runs: run the sweep first."
+        )
     return sweeps
 
 
-def _key(row: Row) -> tuple:
-    """Order of curves: LoRA by rank, then FFT."""
+def _key(row: Row) -> Key:
+    return row.algorithm, row.task, row.base
+
+
+def _order(row: Row) -> tuple:
+    """LoRA by scheme and rank, then FFT."""
     rank, init, alpha = row.arm.curve
-    return (row.algorithm, row.task, row.base, init == "", init, alpha, rank or 0, row.arm.log2_lr, row.arm.seed)
+    return (*_key(row), rank is None, init, alpha, rank or 0, row.arm.log2_lr, row.arm.seed)
 
 
 def _measure(curve: Curve, rows: Sequence[Row], value: str) -> Measured:

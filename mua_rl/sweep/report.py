@@ -6,6 +6,7 @@ learning rate. The same CSVs give the same report.
 """
 
 import argparse
+import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mua_rl.errors import UserError, exit_on_user_error
 from mua_rl.sweep.figure import learning_rate_curves, optimum_against_rank
@@ -22,6 +24,7 @@ from mua_rl.sweep.measured import (
     FFT,
     VALUES,
     Context,
+    Key,
     Slope,
     Sweep,
     curve_name,
@@ -30,7 +33,7 @@ from mua_rl.sweep.measured import (
     slope,
     sweeps_of,
 )
-from mua_rl.sweep.optimum import COVERAGE
+from mua_rl.sweep.optimum import COVERAGE, Optimum
 from mua_rl.sweep.rows import read_all
 from mua_rl.sweep.transfer import (
     HABITS,
@@ -45,6 +48,7 @@ from mua_rl.sweep.transfer import (
 )
 
 FILE_NAME = "report.md"
+NOTE = "note"
 EPILOG = """examples:
   python -m mua_rl.sweep.report runs/my-sweep/sweep.csv --out runs/my-sweep/report
   python -m mua_rl.sweep.report grpo.csv ppo.csv --out report --sizes 'SmolLM2*=1536,576' '*-w256-*=256,256'"""
@@ -53,7 +57,7 @@ FITTED = "theory × (r/m)^c, c fitted on the other tasks"
 
 @dataclass(frozen=True)
 class ReportTable:
-    """A table for the file and for the terminal; the first column is text, the others are figures."""
+    """A table for the file and for the terminal; the first column and notes are text, the others are figures."""
 
     title: str
     columns: Sequence[str]
@@ -61,20 +65,21 @@ class ReportTable:
 
     def markdown(self) -> str:
         """With its title above."""
-        rule = ["---", *["---:"] * (len(self.columns) - 1)]
-        return "\n".join([f"**{self.title}**", "", *(f"| {' | '.join(cells)} |" for cells in self._all(rule))])
+        rule = ["---:" if self._is_figure(column) else "---" for column in self.columns]
+        cells = [self.columns, rule, *([cell.replace("|", r"\|") for cell in line] for line in self.lines)]
+        return "\n".join([f"**{self.title}**", "", *(f"| {' | '.join(line)} |" for line in cells)])
 
     def rich(self) -> Table:
         """For a console."""
-        table = Table(title=self.title, title_justify="left")
-        for number, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if number else "left")
+        table = Table(title=Text(self.title), title_justify="left")
+        for column in self.columns:
+            table.add_column(column, justify="right" if self._is_figure(column) else "left")
         for line in self.lines:
-            table.add_row(*line)
+            table.add_row(*(Text(cell) for cell in line))  # intervals in brackets are no markup
         return table
 
-    def _all(self, rule: list[str]) -> list[Sequence[str]]:
-        return [self.columns, rule, *self.lines]
+    def _is_figure(self, column: str) -> bool:
+        return column not in (self.columns[0], NOTE)
 
 
 def write_report(sweeps: Sequence[Sweep], out: Path, value: str = "metric", rules: Sequence[Rule] = ()) -> list:
@@ -87,8 +92,14 @@ def write_report(sweeps: Sequence[Sweep], out: Path, value: str = "metric", rule
 
     Returns:
         Its tables.
+
+    Raises:
+        UserError: The folder cannot be made.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out takes a folder, and {out} cannot be one: {error}.") from None
     all_rules = [*TRANSFER_RULES, *rules]
     tables, parts = [], ["# What the sweep says", _introduction(sweeps, value)]
     for sweep, slug in zip(sweeps, _slugs(sweeps), strict=True):
@@ -137,16 +148,24 @@ def optimum_table(sweep: Sweep, value: str) -> ReportTable:
                 f"{_number(optimum.value)} ± {_number(optimum.error)}",
                 f"{optimum.plateau[0]:.1f} to {optimum.plateau[1]:.1f}",
                 _interval(*distance(measured, sweep.fft), sign="+") if sweep.fft and curve != FFT else "–",
-                f"at the {optimum.edge} end: extend the grid" if optimum.edge else "",
+                _remark_on(optimum),
             ]
         )
     lines += [[curve_name(curve), *["–"] * 6, reason] for curve, reason in sweep.without.items()]
     before = next((f"; {_number(m.before)} before training" for m in sweep.curves.values()), "")
     return ReportTable(
         f"{sweep}: optima by {label(sweep, value)}{before}",
-        ["curve", "runs", "log2 η*", "η*", "value there", "as good", "octaves from FFT", "note"],
+        ["curve", "runs", "log2 η*", "η*", "value there", "as good", "octaves from FFT", NOTE],
         lines,
     )
+
+
+def _remark_on(optimum: Optimum) -> str:
+    if optimum.edge:
+        return f"at the {optimum.edge} end: extend the grid"
+    if optimum.low == optimum.log2_lrs[0] or optimum.high == optimum.log2_lrs[-1]:
+        return "the interval reaches the grid's end"
+    return ""
 
 
 def slope_table(sweeps: Sequence[Sweep]) -> ReportTable | None:
@@ -210,13 +229,13 @@ def regret_table(sweep: Sweep, rules: Sequence[Rule]) -> ReportTable | None:
                 [
                     f"{rule.name}{f', from {curve_name(source)}' if source else ''}",
                     f"{regret.log2_lr:.2f}",
-                    f"{'≥ ' * regret.is_bound}{regret.share:.1%}",
+                    "–" if math.isnan(regret.share) else f"{'≥ ' * regret.is_bound}{regret.share:.1%}",
                     f"{regret.steps:.0%}",
                     f"{regret.seconds:.0%}",
                     _remark(regret),
                 ]
             )
-    columns = ["rule", "log2 η", "lost of FFT's gain", "cost in steps", "in seconds", "note"]
+    columns = ["rule", "log2 η", "lost of FFT's gain", "cost in steps", "in seconds", NOTE]
     return ReportTable(f"{sweep}: FFT at a transferred LR; cost against FFT's sweep", columns, lines) if lines else None
 
 
@@ -234,7 +253,8 @@ def regret_summary(sweeps: Sequence[Sweep], rules: Sequence[Rule]) -> ReportTabl
     lines = []
     for algorithm in dict.fromkeys(sweep.algorithm for sweep in sweeps):
         for rule in [*rules, *HABITS]:
-            if found := regrets([sweep for sweep in sweeps if sweep.algorithm == algorithm], rule):
+            of_rule = regrets([sweep for sweep in sweeps if sweep.algorithm == algorithm], rule)
+            if found := [regret for regret in of_rule if not math.isnan(regret.share)]:
                 shares = [regret.share for regret in found]
                 lines.append(
                     [
@@ -286,8 +306,8 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}"
 
 
-def parse_sizes(texts: Sequence[str]) -> Callable[[str], Context]:
-    """From `PATTERN=n,m` of `--sizes` to each base's context; the first pattern that fits counts.
+def parse_sizes(texts: Sequence[str]) -> Callable[[Key], Context]:
+    """From `PATTERN=n,m` of `--sizes` to the contexts of `sweeps_of`; the first pattern that fits a base counts.
 
     Raises:
         UserError: It is none.
@@ -301,7 +321,7 @@ def parse_sizes(texts: Sequence[str]) -> Callable[[str], Context]:
                 f"'SmolLM2*=1536,576', not {text!r}."
             )
         sizes.append((match[1], Context(int(match[2]), int(match[3]))))
-    return lambda base: next((context for pattern, context in sizes if fnmatch(base, pattern)), Context())
+    return lambda key: next((context for pattern, context in sizes if fnmatch(key[2], pattern)), Context())
 
 
 def main() -> None:
