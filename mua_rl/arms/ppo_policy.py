@@ -95,7 +95,7 @@ class StackedPolicy:
         self.body = sum(shape.numel() for name, shape in self.shapes.items() if head_role_of(name) != HEAD)
         self.trained = torch.cat([stacked[name].flatten(1) for name in names], 1).to(device)
         alphas = [1.0 if arm.rank is None else _lora(arm).alpha(arm.rank) for arm in arms]
-        self.multipliers = torch.tensor(alphas, device=device)
+        self.multipliers = torch.tensor(alphas, dtype=torch.float32, device=device)
         self.frozen = {name: p.detach().to(device) for name, p in policy.named_parameters() if name not in stacked}
         on_cpu = self.trained.device.type == "cpu"
         self.actor_path = _path(policy, "mlp_extractor.policy_net", "action_net", on_cpu)
