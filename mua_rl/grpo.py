@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset
@@ -176,6 +177,8 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
         UserError: Something that was given cannot be used; nothing has been written then.
         Diverged: The run left the finite numbers; its folder says so and has no LR record.
     """
+    if adapter_arguments.resume:
+        _check_layout(RunFolder.open(adapter_arguments.resume).last_checkpoint())
     setup = prepare(arguments, adapter_arguments)
     name = f"grpo-{arguments.task}-r{setup.adapter.rank or 'full'}"
     if arguments.batch_is_given:
@@ -306,6 +309,24 @@ def _longest_prompt(tokenizer: PreTrainedTokenizerBase, rows: Dataset, most: int
     else:
         tokens = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)
     return max(map(len, tokens["input_ids"]))
+
+
+def _check_layout(checkpoint: Path | None) -> None:
+    """Refuse a checkpoint of the other kind: what FSDP2 writes is for FSDP2.
+
+    Raises:
+        UserError: It is.
+    """
+    if checkpoint is None:
+        return
+    written = (checkpoint / "pytorch_model_fsdp.bin").exists()
+    if written and not processes.sharded():
+        raise UserError(
+            f"{checkpoint} was written under FSDP2: resume with accelerate launch --config_file $(python -m "
+            "mua_rl.accelerate_configs fsdp2) and any number of processes, also 1."
+        )
+    if processes.sharded() and not written and (checkpoint / "optimizer.pt").exists():
+        raise UserError(f"{checkpoint} was written without FSDP2: resume without it, on any number of processes.")
 
 
 def _before(run: RunFolder, measure: Measure) -> float:

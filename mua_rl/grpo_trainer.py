@@ -57,6 +57,13 @@ class GRPOTrainer(CorrectedGRPOTrainer):
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As the Trainer's, without the second copy that FSDP2 makes of a tied weight."""
+        if state_dict is not None:
+            tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+            state_dict = {name: weight for name, weight in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
+
 
 class RunCallback(TrainerCallback):
     """Writes the metrics, measures held-out accuracy on the way, and stops a run that diverges.

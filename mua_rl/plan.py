@@ -399,9 +399,10 @@ def main() -> None:
     console = Console()
     name = args.model or args.params
     trained = "all trained" if size.full else f"{size.trained / 1e6:.1f} M trained"
+    lengths = f"{work.prompt} + {work.completion} tokens"
     console.print(
-        f"{name}: {size.parameters / 1e9:.2f} B weights, {trained}; {args.gpus} × {args.gpu} with "
-        f"{gpu.memory / GIB:.0f} GiB; a step: {work.completions} completions of {work.prompt} + {work.completion} tokens",
+        f"{name}: {size.parameters / 1e9:.2f} B weights, {trained}; {args.gpus} × {args.gpu}, "
+        f"{gpu.memory / GIB:.0f} GiB; a step of {work.completions} completions, {lengths}",
         highlight=False,
     )
     console.print(table(outcomes, size, work, args.steps))

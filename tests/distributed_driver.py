@@ -1,0 +1,103 @@
+"""GRPO runs in one of several processes, on completions that do not depend on how many there are.
+
+`accelerate launch … tests/distributed_driver.py FOLDER JOB…` does the jobs one after another in `FOLDER/JOB`;
+`jobs(FOLDER, JOB…)` does them in this process.
+"""
+
+import os
+import signal
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+from mua_rl import grpo, processes
+from mua_rl.errors import exit_on_user_error
+from mua_rl.grpo_trainer import GRPOTrainer
+
+STEPS, SAVED, DEATH = 5, 2, 4  # steps of a run; of its first checkpoint; the one in which a process of "killed" dies
+FLAGS = ["--completions_per_step", "16", "--num_generations", "2", "--max_steps", str(STEPS), "--report_to", "none"]
+FLAGS += ["--held_out_steps", "3", "--held_out_problems", "33", "--save_steps", str(SAVED), "--seed", "3"]
+RANKS = {"lora": "8", "fft": "full", "killed": "8", "diverged": "8", "resumed": None}
+
+
+def score(prompts, completions, **kwargs):
+    """A reward by which the completions of a group differ."""
+    return [zlib.crc32(f"{p}{c}".encode()) % 7 / 7 for p, c in zip(prompts, completions, strict=True)]
+
+
+def fixed(prompts, trainer):
+    """The k-th completion of a prompt is always the same; a group is in one process."""
+    tokenizer = trainer.processing_class
+    ids, completions, seen = tokenizer(list(prompts))["input_ids"], [], {}
+    for prompt in prompts:
+        k = seen[prompt] = seen.get(prompt, -1) + 1
+        digits = str(zlib.crc32(f"{prompt}{k}".encode()) % 1000)
+        completions.append([*tokenizer(digits, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
+    assert set(seen.values()) == {1}
+    return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+
+
+def jobs(folder, *names):
+    """Do the jobs."""
+    prepare, make_trainer = grpo.prepare, grpo.make_trainer
+
+    def prepared(*args):
+        setup = prepare(*args)
+        return replace(setup, task=replace(setup.task, rewards=(score,)))
+
+    def made(setup, arguments, run):
+        trainer, measure = make_trainer(setup, arguments, run)
+        trainer.rollout_func = fixed
+        return trainer, measure
+
+    grpo.prepare, grpo.make_trainer = prepared, made
+    step = GRPOTrainer.training_step
+    try:
+        for name in names:
+            GRPOTrainer.training_step = disturbed(step, name)
+            if name.startswith("resume:"):
+                flags = ["--resume", str(Path(folder) / name.removeprefix("resume:"))]
+            else:
+                flags = [*FLAGS, "--rank", RANKS[name], "--lr", "0.001", "--output_dir", str(Path(folder) / name)]
+            grpo.train(*grpo.parse(flags))
+    finally:
+        grpo.prepare, grpo.make_trainer, GRPOTrainer.training_step = prepare, make_trainer, step
+
+
+def disturbed(step, name):
+    """The training step, in which the last process dies, or has a gradient that is not a number."""
+
+    def disturb(self, model, *args):
+        last = processes.count() > 1 and processes.rank() == processes.count() - 1
+        if name == "killed" and last and self.state.global_step == DEATH - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        loss = step(self, model, *args)
+        if name == "diverged" and last:
+            next(p for p in model.parameters() if p.requires_grad).grad.fill_(float("nan"))
+        return loss
+
+    return disturb
+
+
+def allow_fsdp_on_the_cpu():
+    """accelerate takes FSDP for GPUs alone, by the name of how processes talk; PyTorch's works here too."""
+    inner = PartialState.__init__
+
+    def init(self, *args, **kwargs):
+        inner(self, *args, **kwargs)
+        if self._shared_state.get("distributed_type") is DistributedType.MULTI_CPU:
+            self._shared_state["distributed_type"] = self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = init
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if processes.sharded():
+        allow_fsdp_on_the_cpu()
+    exit_on_user_error(lambda: jobs(*sys.argv[1:]))
