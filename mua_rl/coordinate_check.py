@@ -288,12 +288,14 @@ def main() -> None:
     run = RunFolder.create(args.output_dir, f"coordinate-check-{Path(args.model).name}")
     try:
         rows = measure(args)
+        found = lines(rows, args.tolerance)
+        if not found:
+            raise UserError("only embeddings carry LoRA, and the rules do not speak of them: choose --target-modules.")
     except UserError:
         run.path.rmdir()  # nothing is in it
         raise
     run.start(vars(args))
     write_csv(rows, run.path / "coordinate_check.csv")
-    found = lines(rows, args.tolerance)
     console = Console()
     if not console.is_terminal:
         console.width = 120

@@ -225,6 +225,9 @@ def figure(found: Sequence[Line], axis: str) -> Figure:
     for row, rule in zip(grid, rules, strict=True):
         for axes, title in zip(row, titles, strict=True):
             members = [line for line in shown if (line.title, line.lr_rule) == (title, rule)]
+            if shown and not members:  # its fixed LR is the transferred one
+                axes.set_visible(False)
+                continue
             for line in members:
                 points = {x: 2**size for x, size in line.sizes.items() if x is not None and math.isfinite(size)}
                 width = 2.5 if line.quantity in (DELTA_Z, DELTA_Z_B) else 1.2
@@ -236,7 +239,6 @@ def figure(found: Sequence[Line], axis: str) -> Figure:
             axes.set_xscale("log", base=2)
             axes.set_yscale("log", base=2)
             axes.grid(alpha=0.3)
-            axes.set_visible(bool(members or not shown))
             axes.legend(fontsize=7)
     drawing.supxlabel("rank r" if axis == "rank" else "width n (largest fan-in)")
     drawing.supylabel("feature update of a step (root mean square)")
