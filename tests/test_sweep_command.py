@@ -237,22 +237,31 @@ def test_a_head_without_a_rate_of_its_own_gets_the_tuned_one(sweep, monkeypatch)
 
 
 TRAINER = """
-import json, sys, time
+import json, os, sys, time
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-from mua_rl.run import RunFolder
-{resume}
-run = RunFolder.create(flags["--output_dir"], "x")
-run.start(flags)
+folder = flags.get("--output_dir") or flags["--resume"]
+
+def log(step, **values):
+    with open(folder + "/metrics.jsonl", "a") as stream:
+        stream.write(json.dumps({{"step": step, **values}}) + chr(10))
+
+def finish(**result):
+    with open(folder + "/result.json", "w") as stream:
+        json.dump(result, stream)
+
+if "--resume" not in flags:
+    os.mkdir(folder)
+    with open(folder + "/flags.json", "w") as stream:
+        json.dump(flags, stream)
 {body}
 """
 GOOD = """
-run.log(0, {"held_out/accuracy": 0.4})
+log(0, **{"held_out/accuracy": 0.4})
 for step in range(1, 21):
-    run.log(step, {"reward": 0.4 + step / 100, "loss": 0.0})
-run.finish({"diverged": False, "held_out/before": 0.4, "held_out/after": 0.75, "held_out/standard_error": 0.02,
-            "seconds": 1.5, "steps": 20})
-(run.path / "adapter").mkdir()
-(run.path / "checkpoint-20").mkdir()
+    log(step, reward=0.4 + step / 100, loss=0.0)
+finish(**{"diverged": False, "held_out/before": 0.4, "held_out/after": 0.75, "held_out/standard_error": 0.02})
+os.mkdir(folder + "/adapter")
+os.mkdir(folder + "/checkpoint-20")
 """
 
 
@@ -269,8 +278,8 @@ def single(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", start)
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.05)
 
-    def make(body, *flags, resume="", stop=None):
-        script.write_text(TRAINER.format(body=body, resume=resume))
+    def make(body, *flags, stop=None):
+        script.write_text(TRAINER.format(body=body))
         request = parse(["--max_steps", "20", *flags])
         return Single(request, tmp_path, {"MUA_TEST": "1"}, stop or threading.Event())
 
@@ -284,7 +293,7 @@ def test_a_single_run_is_asked_for_its_arm_and_read_into_an_outcome(single, tmp_
     assert outcome.reward_last == pytest.approx(0.595)
     assert not outcome.diverged
     folder = tmp_path / "runs" / "r8-A-1-r-lr-10.5-s43"
-    asked = RunFolder(folder).settings()
+    asked = json.loads((folder / "flags.json").read_text())
     assert asked["--lr"] == repr(2**-10.5)
     assert (asked["--rank"], asked["--init"], asked["--alpha"], asked["--seed"]) == ("8", "A", "1/r", "43")
     assert not (folder / "adapter").exists()
@@ -310,13 +319,13 @@ def test_a_run_that_was_cut_off_starts_anew_or_goes_on_from_its_checkpoint(singl
     (folder / "result.json").unlink()
     (folder / "checkpoint-10").mkdir()
     (folder / "checkpoint-10" / "trainer_state.json").write_text("{}")
-    resume = 'assert flags == {"--resume": sys.argv[2]}\nrun = RunFolder(flags["--resume"])\n'
-    resume += 'run.finish({"diverged": False, "held_out/after": 0.8, "held_out/standard_error": 0.1})\nsys.exit()'
-    assert single("", resume=resume).run([ARM])[0].metric == 0.8
+    on = 'assert flags == {"--resume": folder}'
+    on += '\nfinish(**{"diverged": False, "held_out/after": 0.8, "held_out/standard_error": 0.1})'
+    assert single(on).run([ARM])[0].metric == 0.8
 
 
 def test_a_diverged_run_is_an_outcome_and_a_failed_one_an_error_with_the_logs_last_lines(single, tmp_path):
-    diverged = 'run.finish({"diverged": True, "reason": "nan in step 3", "held_out/before": 0.4})\nsys.exit(3)'
+    diverged = 'finish(**{"diverged": True, "reason": "nan in step 3", "held_out/before": 0.4})\nsys.exit(3)'
     [outcome] = single(diverged).run([ARM])
     assert outcome.diverged
     assert math.isnan(outcome.metric)
@@ -329,7 +338,7 @@ def test_a_diverged_run_is_an_outcome_and_a_failed_one_an_error_with_the_logs_la
 def test_a_hopeless_run_is_ended_early(single):
     body = """
 for step in range(1, 13):
-    run.log(step, {"reward": 0.5 - 0.02 * step, "loss": 0.0})
+    log(step, reward=0.5 - 0.02 * step, loss=0.0)
 time.sleep(60)
 """
     [outcome] = single(body).run([ARM])

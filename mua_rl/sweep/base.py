@@ -48,7 +48,8 @@ class Facts:
         """The search for a curve's optimum."""
         resolution = request.sweep.resolution
         if request.sweep.grid is not None:
-            scan, step = scan_range(*request.sweep.grid, resolution)
+            low, high = request.sweep.grid
+            scan, step = scan_range(low, high, resolution)
         else:
             scan, step = scan_around(*self._centre(curve), resolution)
         return Search(*curve, scan, step, resolution, request.seeds)

@@ -42,7 +42,7 @@ def write_csv(path: Path, lines: Sequence[rows.Row]) -> None:
 def write_tables(folder: Path, facts: Facts, lines: Sequence[rows.Row]) -> tuple[Sweep | None, list[ReportTable]]:
     """Write the report and its figures; what was measured (`None` where no curve has an optimum), and the tables."""
     try:
-        sweeps = sweeps_of(lines, contexts=lambda _: Context(width=max(facts.template.widths)))
+        sweeps = sweeps_of(lines, contexts=lambda *_: Context(width=max(facts.template.widths)))
     except UserError:
         return None, []
     return sweeps[0], write_report(sweeps, folder)
