@@ -205,6 +205,16 @@ def test_other_settings_and_other_folders_are_refused(sweep, tmp_path):
         parse(["--resume", str(tmp_path / "run")])
 
 
+def test_a_sweep_that_cannot_begin_leaves_nothing_behind(sweep, monkeypatch, tmp_path):
+    def refuse(request):
+        raise UserError("there is no such task")
+
+    monkeypatch.setattr(command, "find_facts", refuse)
+    with pytest.raises(UserError, match="no such task"):
+        sweep()
+    assert not (tmp_path / "out").exists()
+
+
 def test_diverged_and_stopped_runs_are_named_and_never_the_record(sweep):
     class Breaking(FakeRunner):
         def respond(self, arm):

@@ -1,13 +1,14 @@
 """`python -m mua_rl.sweep --algo grpo|ppo …`: find the best learning rate, at one rank or many; every flag of the
 trainer is a flag of the sweep too.
 
-Without flags it tunes LoRA of rank 32 on the embedded model and task, all learning rates side by side. The same command
-goes on with a sweep that was cut off, and more processes with `--resume FOLDER`, here or on machines that share the
-study, help with one that runs.
+Without flags it tunes LoRA of rank 32 on the embedded model and task, the learning rates side by side.
+`--resume FOLDER` goes on with a sweep that was cut off, and helps with one that runs: any number of processes can share
+a study.
 """
 
 import math
 import os
+import shutil
 import sys
 import threading
 import time
@@ -35,8 +36,8 @@ from mua_rl.sweep.work import work_together
 STUDY = "study.journal"
 
 
-def open_folder(request: Request) -> Path:
-    """The folder of the sweep: a new one, or the one that `--output_dir` names, if it is empty or a sweep's.
+def open_folder(request: Request) -> tuple[Path, bool]:
+    """The folder of the sweep, and whether it is new: not where `--output_dir` names a sweep's, which goes on.
 
     Raises:
         UserError: It is of something else.
@@ -45,9 +46,21 @@ def open_folder(request: Request) -> Path:
     if output_dir is not None and (Path(output_dir) / CONFIG).exists():
         if "algo" not in RunFolder(output_dir).settings():
             raise UserError(f"{output_dir} is the folder of something else than a sweep: choose another --output_dir.")
-        return Path(output_dir)
+        return Path(output_dir), False
     name = f"sweep-{request.sweep.algo}-{request.task.rpartition(':')[2]}"
-    return open_run(None, output_dir, name, request.everything)[0].path
+    return open_run(None, output_dir, name, request.everything)[0].path, True
+
+
+def open_study(request: Request, folder: Path) -> tuple[Study, Facts]:
+    """The study of the sweep, with what it knows of the base.
+
+    Raises:
+        UserError: It has other settings, or the trainer cannot use what was given.
+    """
+    given = request.everything
+    name = request.sweep.study_name or " ".join([request.sweep.algo, request.task, str(given.get("model", ""))]).strip()
+    study = Study.open(request.sweep.study or str(folder / STUDY), name, request.comparable())
+    return study, Facts.from_dict(study.facts(lambda: asdict(find_facts(request))))
 
 
 def choose_runners(
@@ -125,15 +138,15 @@ def sweep(request: Request, console: Console) -> Path:
         UserError: Something that was given cannot be used, or a run failed.
     """
     deadline = time.monotonic() + (request.sweep.time_limit or math.inf)
-    folder = open_folder(request)
-    location = request.sweep.study or str(folder / STUDY)
-    name = (
-        request.sweep.study_name or f"{request.sweep.algo} {request.task} {request.everything.get('model', '')}".strip()
-    )
-    study = Study.open(location, name, request.comparable())
-    facts = Facts.from_dict(study.facts(lambda: asdict(find_facts(request))))
+    folder, is_new = open_folder(request)
+    try:
+        study, facts = open_study(request, folder)
+    except UserError:
+        if is_new:  # nothing is left of a sweep that cannot be run
+            shutil.rmtree(folder)
+        raise
     searches = [facts.search(curve, request) for curve in request.curves]
-    announce(request, facts, searches, folder, location, console)
+    announce(request, facts, searches, folder, console)
     display, stop = Display(study, console), threading.Event()
     runners = choose_runners(request, folder, stop, display.on_step, console)
 
@@ -147,9 +160,7 @@ def sweep(request: Request, console: Console) -> Path:
     return folder
 
 
-def announce(
-    request: Request, facts: Facts, searches: list[Search], folder: Path, study: str, console: Console
-) -> None:
+def announce(request: Request, facts: Facts, searches: list[Search], folder: Path, console: Console) -> None:
     """What is about to be done."""
     source = f"{facts.source_name} ({facts.source.learning_rate:.4g} for {facts.source.configuration()})"
     console.print(
@@ -157,7 +168,7 @@ def announce(
         f"curve{'s'[: len(searches) > 1]}, learning rates in steps of {request.sweep.resolution:g} "
         f"octave{'s'[: request.sweep.resolution != 1]}, {request.sweep.seeds} seed{'s'[: request.sweep.seeds > 1]} "
         f"near the optimum\nthe search begins around {source}{'' if facts.known else ', a guess'}\n"
-        f"folder {folder}, study {study}",
+        f"folder {folder}{f', study {request.sweep.study}' if request.sweep.study else ''}",
         highlight=False,
         soft_wrap=True,
     )

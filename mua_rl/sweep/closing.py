@@ -2,6 +2,7 @@
 
 import os
 import statistics
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +33,7 @@ def rows_of(
 
 def write_csv(path: Path, lines: Sequence[rows.Row]) -> None:
     """Write all runs of a study to a CSV, whole or not at all: the study has them all, whoever ran them."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.unlink(missing_ok=True)
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     rows.append(scratch, lines)
     if lines:
         os.replace(scratch, path)

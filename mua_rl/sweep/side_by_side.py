@@ -108,7 +108,8 @@ def _train(
         from mua_rl.ppo_arguments import limit_threads
 
         limit_threads()
-        return ppo.train_side_by_side(request.trainer, arms, *_ppo_base(request))
+        threads = max(1, (os.cpu_count() or 1) // request.sweep.workers)
+        return ppo.train_side_by_side(request.trainer, arms, *_ppo_base(request), workers=threads)
     from mua_rl.arms import grpo
 
     curves: dict[Arm, RewardCurve] = {} if peers is None else peers
