@@ -31,6 +31,7 @@ SHAPES = {
 
 _SAFE = 0.95  # of the memory: the rest is the CUDA context and fragments
 _NODE = 8  # GPUs that NVLink joins
+_ENGINE_SEQUENCES = 256  # that vLLM works on at once, unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,9 @@ class Outcome:
     """What a layout comes to.
 
     Attributes:
-        trainer, engine: Bytes on a GPU of either kind.
+        trainer, engine: Bytes on a GPU of either kind; of the narrowest pass where nothing fits.
         cache: Bytes of KV cache that fit beside them, at most what all of an engine's sequences want.
-        passes: As many sequences at once as fit; `None`: nothing fits.
+        passes: `None`: nothing fits.
         estimate: Seconds; `None`: nothing fits.
     """
 
@@ -154,8 +155,8 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Of a step; its phases follow one another."""
-        return self.generation + self.training + self.communication + self.sync
+        """Of a step: gradients and the next layer's weights travel while the GPU computes."""
+        return self.generation + max(self.training, self.communication) + self.sync
 
 
 def estimate(size: PolicySize, layout: Layout, passes: Passes, work: Work, gpu: Gpu, concurrent: int) -> Estimate:
@@ -166,7 +167,7 @@ def estimate(size: PolicySize, layout: Layout, passes: Passes, work: Work, gpu: 
         concurrent: Sequences that an engine's cache has room for at once.
     """
     sequences = -(-work.completions // layout.engines)
-    batch = min(sequences, concurrent)
+    batch = min(sequences, concurrent, _ENGINE_SEQUENCES)
     kv_token = engine_memory(size, sequences=batch).kv_token
     gpus = layout.tensor_parallel
     reads = 2 * size.parameters + batch * (work.prompt + work.completion / 2) * kv_token
@@ -225,14 +226,16 @@ def load_config(model: str | None, params: str | None) -> object:
             tie_word_embeddings=tied,
         )
     assert model is not None
+    if model.lower() in SHAPES:
+        raise UserError(f"{model} is a shape and no model: --params {model}.")
     try:
         return AutoConfig.from_pretrained(models.model_path(model))
     except (OSError, ValueError) as error:
         raise UserError(f"the configuration of {model} cannot be read: {str(error).strip().splitlines()[0]}") from None
 
 
-def layouts(gpus: int, size: PolicySize, gpu: Gpu) -> Iterator[Layout]:
-    """The layouts to compare on so many GPUs."""
+def layouts(gpus: int, completions: int, size: PolicySize, gpu: Gpu) -> Iterator[Layout]:
+    """The layouts to compare on so many GPUs; trainers share a step's completions equally."""
     beside, alone = (_tensor_parallel(size, int(gpu.memory * share), gpus) for share in (0.45, 0.9))
     if gpus == 1:
         yield Layout("colocated", 1, 1, 1, False)
@@ -240,6 +243,8 @@ def layouts(gpus: int, size: PolicySize, gpu: Gpu) -> Iterator[Layout]:
     yield Layout("ddp", gpus, gpus // beside, beside, False)
     yield Layout("fsdp2", gpus, gpus // beside, beside, True)
     for trainers in sorted({gpus // 4, gpus // 2, 3 * gpus // 4} - {0}):
+        if completions % trainers:
+            continue
         rest = gpus - trainers
         if rest >= alone:
             yield Layout("server", trainers, rest // alone, alone, trainers > 1)
@@ -254,15 +259,15 @@ def _tensor_parallel(size: PolicySize, room: int, gpus: int) -> int:
 
 
 def outcome(size: PolicySize, layout: Layout, work: Work, gpu: Gpu) -> Outcome:
-    """The widest passes of a layout that fit, without recomputing activations if they can be had, and their time."""
-    each = max(1, work.completions // layout.trainers)
+    """The passes of a layout that fit and take the least time."""
+    each = work.completions // layout.trainers
     sequences = -(-work.completions // layout.engines)
-    engine = engine_memory(size, sequences=min(sequences, 256), tensor_parallel=layout.tensor_parallel)
+    engine = engine_memory(size, sequences=min(sequences, _ENGINE_SEQUENCES), tensor_parallel=layout.tensor_parallel)
     room = int(gpu.memory * _SAFE)
-    least, wanted = engine.cache(1, work.length), engine.cache(sequences, work.length)
-    widths = [each // number for number in range(1, each + 1) if each % number == 0]
+    one, wanted = engine.cache(1, work.length), engine.cache(sequences, work.length)
+    fitting, least = [], None
     for checkpointing in (False, True):
-        for micro_batch in widths:
+        for micro_batch in [each // number for number in range(1, each + 1) if each % number == 0]:
             trainer = trainer_memory(
                 size,
                 micro_batch=micro_batch,
@@ -272,14 +277,13 @@ def outcome(size: PolicySize, layout: Layout, work: Work, gpu: Gpu) -> Outcome:
                 sharded=layout.sharded,
             )
             left = room - engine.weights - engine.workspace - (trainer.total if layout.colocated else 0)
-            # A wide pass is worth nothing where it leaves the engine a quarter of its sequences at a time.
-            if left >= max(least, wanted // 4) and trainer.total <= room:
-                passes = Passes(micro_batch, each // micro_batch, checkpointing)
-                cache = min(wanted, left)
-                concurrent = max(1, cache // engine.cache(1, work.length))
-                made = estimate(size, layout, passes, work, gpu, concurrent)
-                return Outcome(layout, trainer, engine, cache, passes, made)
-    return Outcome(layout, trainer, engine, least, None, None)
+            if left >= one and trainer.total <= room:
+                passes, cache = Passes(micro_batch, each // micro_batch, checkpointing), min(wanted, left)
+                made = estimate(size, layout, passes, work, gpu, cache // one)
+                fitting.append(Outcome(layout, trainer, engine, cache, passes, made))
+            least = Outcome(layout, trainer, engine, one, None, None)
+    assert least is not None
+    return min(fitting, key=lambda o: o.estimate.seconds if o.estimate else math.inf, default=least)
 
 
 def command(outcome: Outcome, model: str, rank: str, work: Work) -> list[str]:
@@ -395,7 +399,7 @@ def main() -> None:
     size = policy_size(load_config(args.model, args.params), args.rank)
     if args.completions % args.gpus:
         raise UserError(f"{args.completions} completions cannot be shared by {args.gpus} GPUs: choose --completions.")
-    outcomes = [outcome(size, layout, work, gpu) for layout in layouts(args.gpus, size, gpu)]
+    outcomes = [outcome(size, layout, work, gpu) for layout in layouts(args.gpus, work.completions, size, gpu)]
     console = Console()
     name = args.model or args.params
     trained = "all trained" if size.full else f"{size.trained / 1e6:.1f} M trained"
