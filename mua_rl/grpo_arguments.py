@@ -100,7 +100,7 @@ class GRPOArguments(GRPOConfig):
         self.requested_output_dir = self.output_dir  # the next line fills in a default
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
-        if not torch.accelerator.is_available():
+        if (processes.launched() > 1 or processes.sharded()) and not torch.accelerator.is_available():
             self.use_cpu = True  # accelerate takes several processes on the CPU for a mistake otherwise
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every trained weight is used; looking for others costs time
