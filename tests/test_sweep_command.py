@@ -426,7 +426,7 @@ def test_a_grpo_sweep_from_command_to_record(tmp_path, side_by_side):
 @pytest.mark.slow
 def test_a_ppo_sweep_from_command_to_record_and_on_to_full_finetuning(tmp_path):
     pytest.importorskip("stable_baselines3")
-    out, steps = tmp_path / "out", ["--total_timesteps", "4096", "--eval_episodes", "8"]
+    out, steps = tmp_path / "out", ["--total_timesteps", "8192", "--eval_episodes", "8"]
     run = run_command("--algo", "ppo", "--ranks", 4, "--grid", -7, -6, "--seeds", 1, "--output_dir", out, *steps)
     assert run.returncode == 0, run.stderr
     record = LRRecord.load(out)

@@ -26,6 +26,7 @@ from mua_rl.sweep.arguments import Request, parse
 from mua_rl.sweep.arm import Arm, Outcome
 from mua_rl.sweep.base import Facts, find_facts
 from mua_rl.sweep.closing import CSV, make_record, rows_of, warnings_of, write_csv, write_tables
+from mua_rl.sweep.measured import curve_name
 from mua_rl.sweep.report import FILE_NAME as REPORT
 from mua_rl.sweep.runner import Runner, Single, environments
 from mua_rl.sweep.search import Search
@@ -107,8 +108,10 @@ class Display:
         self.bar = self.progress.add_task("runs", total=None)
 
     def on_step(self, step: int, steps: int) -> None:
-        """Show how far a group of arms is."""
+        """Show how far a group of arms is; in a log file, where there is no bar, now and then."""
         self.progress.update(self.bar, description=f"runs (step {step} of {steps})")
+        if self.progress.disable and step % max(1, steps // 5) == 0:
+            self.console.print(f"step {step} of {steps}", highlight=False)
 
     def on_outcome(self, arm: Arm, outcome: Outcome) -> None:
         """Show an arm's outcome."""
@@ -199,7 +202,10 @@ def conclude(
     found = measured.curves.get(first.curve) if measured else None
     record = make_record(facts, first, found, outcomes) if found else None
     if record is None:
-        console.print("[bold red]No learning rate was found[/], so no LR record was written.", soft_wrap=True)
+        name = escape(curve_name(first.curve))
+        console.print(
+            f"[bold red]No learning rate was found[/] for {name}, so no LR record was written.", soft_wrap=True
+        )
         return
     record.save(folder)
     same = [f" --{key} {request.given[key]}" for key in ("model", "task", "env_id", "base") if key in request.given]
