@@ -14,6 +14,7 @@ from requests.adapters import HTTPAdapter
 
 from mua_rl import grpo, models
 from mua_rl.errors import UserError
+from mua_rl.rollout_correction import answers
 from mua_rl.rollouts import EngineFailed
 from mua_rl.run import RunFolder
 
@@ -29,20 +30,7 @@ def server():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_SERVER_DEV_MODE": "1",
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-    }
-    # The module that `vllm serve` runs: the command itself asks for the metadata of a package called vllm.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", models.model_path("embedded")]
-    command += ["--served-model-name", "base", "--enable-lora", "--max-lora-rank", "8", "--dtype", "float32"]
-    command += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--max-num-seqs", "64"]
-    command += ["--enforce-eager", "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    process = start(port)
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300
     while True:
         try:
@@ -54,6 +42,24 @@ def server():
             time.sleep(0.5)
     yield url, process
     stop(process)
+
+
+def start(port):
+    """Start a server and do not wait for it."""
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    }
+    # The module that `vllm serve` runs: the command itself asks for the metadata of a package called vllm.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", models.model_path("embedded")]
+    command += ["--served-model-name", "base", "--enable-lora", "--max-lora-rank", "8", "--dtype", "float32"]
+    command += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--max-num-seqs", "64"]
+    command += ["--enforce-eager", "--host", "127.0.0.1", "--port", str(port)]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
 
 
 def stop(process):
@@ -84,7 +90,7 @@ def test_a_server_without_room_for_the_rank_is_told_how_to_start(server, tmp_pat
         trainer_of(server[0], tmp_path / "run", rank=16)
 
 
-def test_a_server_has_the_policy_of_every_step_and_its_end_is_a_clear_error(server, tmp_path):
+def test_a_server_has_the_policy_of_every_step_also_after_a_restart_and_its_end_is_a_clear_error(server, tmp_path):
     url, process = server
     trainer, run = trainer_of(url, tmp_path / "run", rank=5)
     trainer.train()
@@ -96,8 +102,16 @@ def test_a_server_has_the_policy_of_every_step_and_its_end_is_a_clear_error(serv
     served = [model["id"] for model in client._get(f"{url}/v1/models")["data"]]
     assert served == ["base", client.model]
 
-    stop(process)
     client.session.mount("http://", HTTPAdapter(max_retries=0))
+    prompt_ids = trainer._tokenize_prompts(trainer.train_dataset[:4]["prompt"])[0]
+    before = answers(trainer.vllm_generation, prompt_ids)
+    stop(process)
+    process = start(url.rpartition(":")[2])  # without the adapter
+    try:
+        assert answers(trainer.vllm_generation, prompt_ids)[0] == before[0]
+        assert trainer.check_rollouts().logp_difference < 1e-4
+    finally:
+        stop(process)
     client.patience = 0
     with pytest.raises(EngineFailed, match=r"while the policy was brought to it.*ConnectionError"):
         trainer.check_rollouts()
