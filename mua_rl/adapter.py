@@ -143,12 +143,12 @@ class LoRA:
 
     def configuration(self, model: nn.Module, optimizer: str = "adamw") -> Configuration:
         """See `Adapter.configuration`."""
-        width = max(self.widths(model))
+        width, outputs = _sizes(model, self.target_modules)
         if self.rank > width:
             raise UserError(
                 f"rank {self.rank} exceeds the width {width} of the model's layers: choose a smaller --rank."
             )
-        return Configuration(self.scheme, width, self.rank, self.alpha, optimizer)
+        return Configuration(self.scheme, width, self.rank, self.alpha, optimizer, outputs=outputs)
 
     def widths(self, model: nn.Module) -> list[int]:
         """See `Adapter.widths`."""
@@ -181,7 +181,8 @@ class Full:
 
     def configuration(self, model: nn.Module, optimizer: str = "adamw") -> Configuration:
         """See `Adapter.configuration`."""
-        return Configuration(Scheme.FFT, max(self.widths(model)), optimizer=optimizer)
+        width, outputs = _sizes(model, self.target_modules)
+        return Configuration(Scheme.FFT, width, optimizer=optimizer, outputs=outputs)
 
     def widths(self, model: nn.Module) -> list[int]:
         """See `Adapter.widths`."""
@@ -279,19 +280,31 @@ def _inject(model: nn.Module, config: LoraConfig) -> PeftModel:
 
 def _widths(model: nn.Module, targets: TargetModules) -> list[int]:
     """Fan-ins of the targeted layers of a plain or LoRA-carrying model."""
-    found: set[int] = {fan_in(lora_matrices(layer)[0]) for _, layer in lora_layers(model)}
-    if not found:
-        found = {fan_in(weight) for _, weight in targeted_layers(model, targets)}
+    return sorted({fan_in(a) for a, _ in _matrices(model, targets)})
+
+
+def _sizes(model: nn.Module, targets: TargetModules) -> tuple[int, int]:
+    """The largest fan-in n and the smallest fan-out m of the targeted layers."""
+    matrices = _matrices(model, targets)
+    return max(fan_in(a) for a, _ in matrices), min(len(b) for _, b in matrices)
+
+
+def _matrices(model: nn.Module, targets: TargetModules) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A and B of the targeted layers of a plain or LoRA-carrying model; of a plain one, shapes without values."""
+    found = [lora_matrices(layer) for _, layer in lora_layers(model)]
+    found = found or [matrices for _, matrices in targeted_layers(model, targets)]
     if not found:
         raise UserError(f"no layer of the model matches the target modules {targets!r}.")
-    return sorted(found)
+    return found
 
 
-def targeted_layers(model: nn.Module, targets: TargetModules) -> Iterator[tuple[str, torch.Tensor]]:
+def targeted_layers(
+    model: nn.Module, targets: TargetModules
+) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
     """Layers of a plain model that PEFT would adapt, found by PEFT itself on a copy without storage.
 
     Yields:
-        Each layer's name, and the A that a LoRA would have, a shape without values; its rank means nothing.
+        Each layer's name, and the A and B that a LoRA would have, shapes without values; their rank means nothing.
 
     Raises:
         UserError: There is none.
@@ -305,4 +318,4 @@ def targeted_layers(model: nn.Module, targets: TargetModules) -> Iterator[tuple[
     rank = math.lcm(*(module.groups for module in convolutions))  # PEFT wants a rank that every grouping divides
     config: Any = LoraConfig(r=rank, target_modules=resolve_targets(model, targets))
     for name, layer in lora_layers(_inject(skeleton, config)):
-        yield name.removeprefix("base_model.model."), lora_matrices(layer)[0]
+        yield name.removeprefix("base_model.model."), lora_matrices(layer)

@@ -49,6 +49,13 @@ class AdapterArguments:
         default=None,
         metadata={"help": "LR record, or folder of a finished run, that gives the learning rate (whatever its rank)."},
     )
+    rank_exponent: float | None = field(
+        default=None,
+        metadata={
+            "help": "The LR of a record is taken to another rank by the theory times (r/m)^-c. Default c: as measured, "
+            "0.5 for GRPO and 0 (the theory alone) for PPO."
+        },
+    )
     start_from: str | None = field(
         default=None,
         metadata={"help": "Folder of a finished run whose policy to start from: its LoRA is merged into the weights."},
@@ -200,7 +207,7 @@ def resolve_learning_rate(
             raise UserError("--lr and --lr-from exclude each other: give one of them.")
         return policy.given(arguments.lr)
     record, source = find_record(arguments, base, algorithm)
-    rate = policy.transfer(record, target, source)
+    rate = policy.transfer(record, target, source, arguments.rank_exponent)
     if base.is_base_of(record):
         return rate
     return LearningRate(

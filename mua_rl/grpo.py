@@ -27,7 +27,7 @@ from mua_rl.envs.tasks import Task, get_task
 from mua_rl.errors import Diverged, UserError, exit_on_user_error
 from mua_rl.grpo_arguments import GRPOArguments, parse
 from mua_rl.grpo_report import announce, report
-from mua_rl.grpo_trainer import GRPOTrainer, ProgressBar, RunCallback
+from mua_rl.grpo_trainer import GRPOTrainer, ProgressBar, RunCallback, Start
 from mua_rl.heldout import HeldOutResult, gather, held_out, is_conversational
 from mua_rl.policy import LearningRate
 from mua_rl.record import LRRecord, package_versions
@@ -65,8 +65,13 @@ def check(arguments: GRPOArguments) -> None:
     """Refuse what would fail later, before anything is written.
 
     Raises:
-        UserError: vLLM is asked for and is not installed.
+        UserError: vLLM is asked for and is not installed, or the launcher leaves most processes without weights.
     """
+    if processes.sharded() and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
+        raise UserError(
+            "every process needs the weights at the start: set fsdp_cpu_ram_efficient_loading to false in accelerate's "
+            "configuration, or take the one that python -m mua_rl.accelerate_configs fsdp2 names."
+        )
     if arguments.use_vllm:
         from importlib.util import find_spec
 
@@ -190,20 +195,22 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
     if processes.is_main():
         announce(run, setup.task.name, setup.base.name, setup.policy, setup.configuration, setup.rate)
     trainer, measure = make_trainer(setup, arguments, run)
-    before = _before(run, measure)
-    start = time.perf_counter()
+    start = Start(lambda: _before(run, measure))
+    trainer.add_callback(start)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Diverged as error:
         rate = setup.rate.value
         if processes.is_main():
-            run.finish({"diverged": True, "reason": str(error), "held_out/before": before, "learning_rate": rate})
+            run.finish(
+                {"diverged": True, "reason": str(error), "held_out/before": start.accuracy, "learning_rate": rate}
+            )
         raise
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start.time
     after = measure()
     trainer.save_model(str(run.path / setup.adapter.saved_as))
     if processes.is_main():
-        close(run, setup, arguments, before, after, seconds, trainer.state.global_step)
+        close(run, setup, arguments, start.accuracy, after, seconds, trainer.state.global_step)
     return run
 
 
@@ -282,6 +289,7 @@ def lr_record(arguments: GRPOArguments, setup: Setup, metric: dict) -> LRRecord:
         metric=metric,
         seeds=[arguments.seed],
         versions=package_versions(),
+        outputs=setup.configuration.outputs,
         note=setup.rate.reason,
     )
 

@@ -23,7 +23,7 @@ def target_configuration(record: LRRecord, rank: int | None, init: str | None = 
     """The record's configuration at another rank (`None`: full finetuning), initialisation or multiplier."""
     source = record.configuration()
     if rank is None:
-        return Configuration(Scheme.FFT, source.width, optimizer=source.optimizer)
+        return Configuration(Scheme.FFT, source.width, optimizer=source.optimizer, outputs=source.outputs)
     scheme = Scheme(f"Init[{init}]") if init else source.scheme
     if scheme is Scheme.FFT:
         scheme = Scheme.INIT_B  # the LoRA that shares FFT's learning rate
@@ -34,7 +34,7 @@ def target_configuration(record: LRRecord, rank: int | None, init: str | None = 
         raise UserError(str(error)) from None
 
 
-def table(record: LRRecord, name: str, init: str | None, alpha: str | None) -> Table:
+def table(record: LRRecord, name: str, init: str | None, alpha: str | None, rank_exponent: float | None) -> Table:
     """One row per power-of-two rank up to the smallest fan-in, and one for full finetuning."""
     source, largest = record.configuration(), min(record.widths)
     columns = Table(title=f"{name}: {record.learning_rate:.4g} for {source}", title_justify="left")
@@ -44,7 +44,7 @@ def table(record: LRRecord, name: str, init: str | None, alpha: str | None) -> T
     targets = [(str(rank), target_configuration(record, rank, init, alpha)) for rank in ranks]
     for label, target in [*targets, ("full", target_configuration(record, None))]:
         try:
-            rate = transfer(record, target, name).value
+            rate = transfer(record, target, name, rank_exponent).value
             cells = (f"{rate:.4g}", f"{rate / record.learning_rate:.4g}")
         except UserError as error:
             cells = ("–", str(error).rsplit(": ", 1)[-1])
@@ -60,13 +60,16 @@ def main() -> None:
     parser.add_argument("--rank", help="target rank; 0 or full: full finetuning. Without it: the whole table")
     parser.add_argument("--init", choices=["A", "B"], help="target initialisation (default: the record's)")
     parser.add_argument("--alpha", help="target multiplier, e.g. 1, 1/r, 16/sqrt(r) (default: the record's)")
+    parser.add_argument(
+        "--rank-exponent", "--rank_exponent", type=float, help="c of the factor (r/m)^-c beside the theory (see README)"
+    )
     args = parser.parse_args()
     record, name = LRRecord.load(args.record), str(args.record)
     if args.rank is None:
-        Console().print(table(record, name, args.init, args.alpha))
+        Console().print(table(record, name, args.init, args.alpha, args.rank_exponent))
         return
     target = target_configuration(record, parse_rank(args.rank), args.init, args.alpha)
-    rate = transfer(record, target, name)
+    rate = transfer(record, target, name, args.rank_exponent)
     print(f"{rate.value:.6g}  for {target}\n{rate.reason}")
 
 

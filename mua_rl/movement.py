@@ -23,7 +23,7 @@ from mua_rl.errors import Diverged, UserError
 from mua_rl.heldout import is_conversational
 from mua_rl.optim import named_groups
 
-_ROWS_AT_ONCE = 16
+_ROWS_AT_ONCE = 48
 
 
 @dataclass(frozen=True)

@@ -248,6 +248,7 @@ def lr_record(arguments: PPOArguments, setup: Setup, metric: dict) -> LRRecord:
         seeds=[arguments.seed],
         versions=package_versions(),
         other_learning_rates={"head": model.head_learning_rate or setup.rate.value},
+        outputs=configuration.outputs,
         note=setup.rate.reason,
     )
 

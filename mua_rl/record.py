@@ -47,6 +47,7 @@ class LRRecord:
         weight_precision: dtype of the trained weights.
         other_learning_rates: LR of trained parameters that the theory does not cover, by role (e.g. "head").
         lora_plus_ratio: LR of B over LR of A.
+        outputs: m, the smallest fan-out of the trained layers; `None`: not known.
         note: Where the learning rate comes from, in a sentence.
         created: ISO 8601, UTC.
     """
@@ -70,6 +71,7 @@ class LRRecord:
     weight_precision: str = "float32"
     other_learning_rates: dict[str, float] = field(default_factory=dict)
     lora_plus_ratio: float = 1.0
+    outputs: int | None = None
     note: str = ""
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -93,6 +95,7 @@ class LRRecord:
             alpha=AlphaRule.parse(self.alpha),
             optimizer=str(self.optimizer.get("name", "")),
             lora_plus_ratio=self.lora_plus_ratio,
+            outputs=self.outputs,
         )
 
     def save(self, path: Path | str) -> Path:

@@ -16,7 +16,7 @@ change the weights by entries of the same size. Everything else is refused with 
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -102,6 +102,8 @@ class Configuration:
         alpha: The multiplier's rule; ignored for FFT.
         optimizer: Its name, as in `--optim`; the rules hold for Adam's family.
         lora_plus_ratio: LR of B over LR of A; the rules hold at 1 (LoRA+ takes 16, say).
+        outputs: m, the smallest fan-out among the trained layers, which bounds the rank of a full update; no rule
+            here depends on it (`mua_rl.policy.rank_correction` does).
     """
 
     scheme: Scheme
@@ -110,6 +112,7 @@ class Configuration:
     alpha: AlphaRule = ALPHA_ONE
     optimizer: str = "adamw"
     lora_plus_ratio: float = 1.0
+    outputs: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.width < 1:

@@ -41,8 +41,9 @@ def write_csv(path: Path, lines: Sequence[rows.Row]) -> None:
 
 def write_tables(folder: Path, facts: Facts, lines: Sequence[rows.Row]) -> tuple[Sweep | None, list[ReportTable]]:
     """Write the report and its figures; what was measured (`None` where no curve has an optimum), and the tables."""
+    context = Context(width=max(facts.template.widths), outputs=facts.template.outputs)
     try:
-        sweeps = sweeps_of(lines, contexts=lambda *_: Context(width=max(facts.template.widths)))
+        sweeps = sweeps_of(lines, contexts=lambda *_: context)
     except UserError:
         return None, []
     return sweeps[0], write_report(sweeps, folder)

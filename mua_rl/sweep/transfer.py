@@ -269,7 +269,8 @@ class Regret:
         sweep: Of what.
         source: The curve that was tuned; `None` for a rule that needs none.
         log2_lr: Where FFT is run.
-        share: Of the gain (FFT's best less the value before training) that is lost there, by FFT's fitted curve.
+        share: Of the gain (FFT's best less the value before training) that is lost there, by FFT's fitted curve; all
+            of it where FFT diverged, and in between the share of the way from the last that survived.
         is_bound: Whether the learning rate is outside FFT's grid: then `share` is of the grid's end, and at least that.
         within_noise: Whether FFT's value there cannot be told from its best.
         steps, seconds: Cost of tuning the source, as a share of what FFT's own sweep cost.
@@ -302,7 +303,7 @@ def regrets(sweeps: Sequence[Sweep], rule: Rule) -> list[Regret]:
 
 def _regret(rule: Rule, sweep: Sweep, fft: Measured, source: Measured | None, log2_lr: float) -> Regret:
     best = float(fft.optimum.values.max())
-    gain, lost = best - fft.before, best - fft.optimum.value_at(log2_lr)
+    gain, lost = best - fft.before, best - _value_at(fft, log2_lr)
     low, high = fft.optimum.plateau
     return Regret(
         rule=rule.name,
@@ -310,8 +311,21 @@ def _regret(rule: Rule, sweep: Sweep, fft: Measured, source: Measured | None, lo
         source=source,
         log2_lr=log2_lr,
         share=lost / gain if gain > 0 else math.nan,
-        is_bound=not fft.optimum.covers(log2_lr),
+        is_bound=not fft.optimum.covers(log2_lr) and not log2_lr >= _cliff(fft),
         within_noise=low <= log2_lr <= high,
         steps=source.steps / fft.steps if source else 0.0,
         seconds=source.seconds / fft.seconds if source and fft.seconds else 0.0,
     )
+
+
+def _cliff(measured: Measured) -> float:
+    """log2 of the smallest learning rate beyond those that most runs survived; infinity where there is none."""
+    return min((lr for lr, _, _ in measured.points if lr > measured.optimum.largest), default=math.inf)
+
+
+def _value_at(measured: Measured, log2_lr: float) -> float:
+    """The fitted metric; beyond the last learning rate that most runs survived, down to what was there before."""
+    last, cliff = measured.optimum.largest, _cliff(measured)
+    if log2_lr <= last or cliff == math.inf:
+        return measured.optimum.value_at(log2_lr)
+    return float(np.interp(log2_lr, [last, cliff], [measured.optimum.value_at(last), measured.before]))
