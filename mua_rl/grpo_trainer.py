@@ -1,6 +1,7 @@
 """GRPO: TRL's trainer with the optimizer groups of `mua_rl.optim`, and the callbacks of a run."""
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import ProgressCallback, TrainerCallback
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer as trl_grpo_trainer
 
@@ -40,6 +41,12 @@ class GRPOTrainer(CorrectedGRPOTrainer):
         with replaced(trl_grpo_trainer, "VLLMGeneration", generation) if generation else nullcontext():
             super().__init__(*args, **kwargs)
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None:
+            assert self.model is not None
+            for module in self.model.modules():
+                if isinstance(module, PreTrainedModel):
+                    # transformers' mark by which `generate` goes on until every process has its answers.
+                    module._is_fsdp_managed_module = True  # type: ignore[assignment]
         if plugin is not None and self.accelerator.mixed_precision != "no":
             # accelerate would have gradients summed over the processes, and log-probs returned, in bf16.
             policy = plugin.mixed_precision_policy
@@ -121,6 +128,28 @@ class RunCallback(TrainerCallback):
         """One line of metrics a step."""
         if state.is_world_process_zero and logs and "loss" in logs:
             self.run.log(state.global_step, {**logs, **self.used})
+
+
+class Start(TrainerCallback):
+    """Measures the policy before its first step: where weights are sharded, only then are they in their places.
+
+    Args:
+        measure: Held-out accuracy before the first step.
+
+    Attributes:
+        accuracy: What it gave.
+        time: When training began, by `time.perf_counter`.
+    """
+
+    def __init__(self, measure: Callable[[], float]) -> None:
+        self.measure = measure
+        self.accuracy = math.nan
+        self.time = math.nan
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Measure."""
+        self.accuracy = self.measure()
+        self.time = time.perf_counter()
 
 
 class ProgressBar(ProgressCallback):

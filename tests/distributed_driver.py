@@ -44,7 +44,7 @@ def fixed(prompts, trainer):
 
 def jobs(folder, *names):
     """Do the jobs."""
-    prepare, make_trainer = grpo.prepare, grpo.make_trainer
+    prepare, make_trainer, held_out = grpo.prepare, grpo.make_trainer, grpo.held_out
 
     def prepared(*args):
         setup = prepare(*args)
@@ -55,18 +55,23 @@ def jobs(folder, *names):
         trainer.rollout_func = fixed
         return trainer, measure
 
+    def uneven(model, tokenizer, task, rows, length):
+        return held_out(model, tokenizer, task, rows, 2 + 2 * processes.rank())
+
     grpo.prepare, grpo.make_trainer = prepared, made
     step = GRPOTrainer.training_step
     try:
         for name in names:
             GRPOTrainer.training_step = disturbed(step, name)
+            grpo.held_out = uneven if name == "killed" else held_out  # processes that end their answers at other times
             if name.startswith("resume:"):
                 flags = ["--resume", str(Path(folder) / name.removeprefix("resume:"))]
             else:
                 flags = [*FLAGS, "--rank", RANKS[name], "--lr", "0.001", "--output_dir", str(Path(folder) / name)]
             grpo.train(*grpo.parse(flags))
     finally:
-        grpo.prepare, grpo.make_trainer, GRPOTrainer.training_step = prepare, make_trainer, step
+        grpo.prepare, grpo.make_trainer, grpo.held_out = prepare, make_trainer, held_out
+        GRPOTrainer.training_step = step
 
 
 def disturbed(step, name):
