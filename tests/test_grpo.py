@@ -86,7 +86,7 @@ def test_the_saved_adapter_is_plain_peft_with_the_trained_policys_answers(lora_r
 
 def test_full_finetuning_takes_the_lora_tuned_rate_and_saves_all_weights(lora_run, tmp_path):
     full = run("--rank", "full", "--lr-from", lora_run.path, "--max_steps", 2, "--output_dir", tmp_path / "full")
-    assert full.result()["learning_rate"] == 2**-8 * (4 / 128) ** 0.5  # r = 4 of m = 128 outputs
+    assert full.result()["learning_rate"] == 2**-8 * (8 / 128) ** 0.5  # r = 8 of m = 128 outputs
     assert LRRecord.load(full.path).scheme == "FFT"
     weights = load_file(full.path / "model" / "model.safetensors")
     base = models.load_model("embedded").state_dict()
@@ -97,7 +97,7 @@ def test_full_finetuning_takes_the_lora_tuned_rate_and_saves_all_weights(lora_ru
 def test_starting_from_a_lora_run_begins_at_its_accuracy_with_full_finetuning(lora_run, tmp_path):
     run_ = run("--start-from", lora_run.path, "--max_steps", 1, "--output_dir", tmp_path / "on")
     assert run_.result()["held_out/before"] == lora_run.result()["held_out/after"]
-    assert run_.result()["learning_rate"] == 2**-8 * (4 / 128) ** 0.5
+    assert run_.result()["learning_rate"] == 2**-8 * (8 / 128) ** 0.5
     assert LRRecord.load(run_.path).rank is None
     further = run("--start-from", run_.path, "--rank", 4, "--max_steps", 1, "--output_dir", tmp_path / "further")
     assert further.result()["held_out/before"] == run_.result()["held_out/after"]

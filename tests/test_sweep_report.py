@@ -496,3 +496,20 @@ def test_names_with_bars_and_brackets_do_not_break_the_tables(tmp_path, monkeypa
     assert "grpo a|b [bold]base: optima" in printed
     assert "a|b [bold]base, Init[B] α=1" in printed
     assert "| grpo a\\|b [bold]base, Init[B] α=1 |" in (tmp_path / "report.md").read_text()
+
+
+def test_a_rate_at_which_full_finetuning_diverged_loses_all_and_one_off_the_grid_is_but_a_bound():
+    def hill(curve, best, lowest, highest, cliff=math.inf):
+        for lr in range(lowest, highest + 1):
+            for seed in (0, 1):
+                metric = 0.6 - 0.02 * (lr - best) ** 2
+                result = outcome(metric) if lr < cliff else Outcome.of_divergence(0.1, 20, 3.0, "not finite")
+                yield row(Arm(*curve, float(lr), seed), result)
+
+    (found,) = sweeps([*hill(FFT, -14, -17, -12, cliff=-12), *hill((8, "B", "1"), -11, -14, -8)])
+    (beyond,) = regrets([found], BareRule())
+    assert beyond.log2_lr == pytest.approx(-11, abs=0.3)
+    assert beyond.share == pytest.approx(1.0)
+    assert not beyond.is_bound
+    (below,) = regrets([found], Fixed(2.0**-20))
+    assert below.is_bound

@@ -256,14 +256,15 @@ def regret_summary(sweeps: Sequence[Sweep], rules: Sequence[Rule]) -> ReportTabl
             of_rule = regrets([sweep for sweep in sweeps if sweep.algorithm == algorithm], rule)
             if found := [regret for regret in of_rule if not math.isnan(regret.share)]:
                 shares = [regret.share for regret in found]
+                least = "≥ " * any(regret.is_bound for regret in found)
                 lines.append(
                     [
                         f"{algorithm}: {rule.name}",
                         str(len(found)),
-                        f"{statistics.median(shares):.1%}",
-                        f"{max(shares):.1%}",
-                        _share([share <= 0.03 for share in shares]),
-                        _share([share <= 0.1 for share in shares]),
+                        f"{least}{statistics.median(shares):.1%}",
+                        f"{least}{max(shares):.1%}",
+                        _share([regret.share <= 0.03 and not regret.is_bound for regret in found]),
+                        _share([regret.share <= 0.1 and not regret.is_bound for regret in found]),
                         f"{statistics.fmean(regret.steps for regret in found):.0%}",
                         f"{statistics.fmean(regret.seconds for regret in found):.0%}",
                     ]
