@@ -412,10 +412,10 @@ TINY += ["--held_out_problems", "16", "--held_out_steps", "0", "--report_to", "n
 @pytest.mark.parametrize("side_by_side", ["on", "off"])
 def test_a_grpo_sweep_from_command_to_record(tmp_path, side_by_side):
     out = tmp_path / "out"
-    run = run_command("--ranks", 4, "--grid", -8, -7, "--side_by_side", side_by_side, "--output_dir", out, *TINY)
+    run = run_command("--ranks", 4, "--grid", -5, -4, "--side_by_side", side_by_side, "--output_dir", out, *TINY)
     assert run.returncode == 0, run.stderr
     table = rows.read(out / "sweep.csv")
-    assert {row.arm.log2_lr for row in table} >= {-8, -7}
+    assert {row.arm.log2_lr for row in table} >= {-5, -4}
     assert {row.outcome.steps for row in table} == {2}
     assert len({row.outcome.before for row in table}) == 1
     logs = list((out / "runs").glob("*.log"))
