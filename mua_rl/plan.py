@@ -200,7 +200,7 @@ def policy_size(config: object, rank: str) -> PolicySize:
     """
     parsed = parse_rank(rank)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[arg-type]
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return PolicySize.of(adapter_for(parsed, "B", "1", "mlp").attach(model))
 
 

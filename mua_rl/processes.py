@@ -68,7 +68,7 @@ def total(value: float, device: torch.device | str) -> float:
         value: This process's.
         device: Where the processes exchange tensors.
     """
-    return float(reduce(torch.tensor(value, device=device), "sum"))  # type: ignore[arg-type]
+    return float(reduce(torch.tensor(value, device=device), "sum"))
 
 
 def gathered(rows: Sequence[Value]) -> list[Value]:

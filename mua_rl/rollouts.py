@@ -230,9 +230,11 @@ class AdapterRollouts(_Rollouts):
         with self._dist.gather_params(matrices):  # DeepSpeed's; FSDP2's are gathered one by one
             tensors = export_tensors(self.model, self.lora_dtype)
         if self.mode == "colocate":
-            self.llm.exchange(name, number, tensors)
+            llm: Any = self.llm
+            llm.exchange(name, number, tensors)
         elif self.accelerator.is_main_process:
-            self.vllm_client.exchange(name, tensors)
+            server: Any = self.vllm_client
+            server.exchange(name, tensors)
 
 
 class _AdapterServer(VLLMClient):
