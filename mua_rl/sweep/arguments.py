@@ -11,11 +11,11 @@ from mua_rl.errors import UserError
 from mua_rl.rules import AlphaRule
 from mua_rl.run import CONFIG, RunFolder, with_whole_paths
 
-PER_ARM = ("rank", "init", "alpha", "lr", "learning_rate", "lr_from", "seed", "output_dir")
+PER_ARM = ("rank", "init", "alpha", "lr", "learning_rate", "lr_from", "rank_exponent", "seed", "output_dir")
 """Settings of the trainer that each run gets from the sweep."""
 WITHOUT_EFFECT = (
-    "lr_from", "output_dir", "report_to", "tensorboard_log", "wandb", "progress_bar", "verbose", "save_strategy",
-    "save_steps", "save_total_limit",
+    "lr_from", "rank_exponent", "output_dir", "report_to", "tensorboard_log", "wandb", "progress_bar", "verbose",
+    "save_strategy", "save_steps", "save_total_limit",
 )  # fmt: skip
 """Settings that may change while a study goes on: what a run reaches does not depend on them."""
 

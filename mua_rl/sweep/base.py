@@ -51,14 +51,15 @@ class Facts:
             low, high = request.sweep.grid
             scan, step = scan_range(low, high, resolution)
         else:
-            scan, step = scan_around(*self._centre(curve), resolution)
+            scan, step = scan_around(*self._centre(curve, request.adapter.rank_exponent), resolution)
         return Search(*curve, scan, step, resolution, request.seeds)
 
-    def _centre(self, curve: Curve) -> tuple[float, bool]:
+    def _centre(self, curve: Curve, rank_exponent: float | None) -> tuple[float, bool]:
         """log2 of the learning rate to look around, and whether it is more than a guess."""
         target = self.record_of(curve).configuration()
         try:
-            return math.log2(policy.transfer(self.source, target).value), self.known
+            rate = policy.transfer(self.source, target, self.source_name, rank_exponent)
+            return math.log2(rate.value), self.known
         except UserError:  # the theory has only the exponents, which do for a guess
             ratio = best_lr_order(target) / best_lr_order(self.source.configuration())
             return math.log2(self.source.learning_rate * ratio), False
