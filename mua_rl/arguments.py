@@ -129,7 +129,9 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     for position, argument in enumerate(arguments):
         if argument.startswith("--config="):  # TRL's parser knows the two words only
             arguments[position : position + 1] = argument.split("=", 1)
-    parser = _Parser(list(dataclass_types))  # type: ignore[arg-type]  # its annotation wants dataclass instances
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
+    parser = _Parser(list(dataclass_types), prog=name)  # type: ignore[arg-type]  # its annotation wants instances
     defaults = vars(parser.parse_args([]))
     try:
         instances = parser.parse_args_and_config(list(arguments))
