@@ -1,6 +1,6 @@
 """Ready configurations of `accelerate launch`, chosen by name: ddp, fsdp2, zero3.
 
-    accelerate launch --config_file $(python -m mua_rl.accelerate_configs ddp) --num_processes 2 -m mua_rl.grpo
+accelerate launch --config_file $(python -m mua_rl.accelerate_configs ddp) --num_processes 2 -m mua_rl.grpo
 """
 
 from pathlib import Path
