@@ -13,4 +13,5 @@ def main() -> None:
     print(config_file(sys.argv[1]))
 
 
-exit_on_user_error(main)
+if __name__ == "__main__":
+    exit_on_user_error(main)
