@@ -25,7 +25,8 @@ from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 from mua_rl import models
 from mua_rl.adapter import LoRA, TargetModules
 from mua_rl.arms.generation import Answers, Decoder
-from mua_rl.arms.objective import LOSS_TYPES, completion_weights, group_advantages, loss
+from mua_rl.arms.grpo_settings import check
+from mua_rl.arms.objective import completion_weights, group_advantages, loss
 from mua_rl.arms.stacked import LoRAStack
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import UserError
@@ -41,33 +42,6 @@ KeepGoing = Callable[[Arm, list[Metrics]], str | None]
 """Why an arm shall end early, given its metrics so far; `None` lets it go on."""
 
 ROLE = "lora"
-
-TAKEN: dict[str, tuple] = {
-    "beta": (0.0,),
-    "loss_type": LOSS_TYPES,
-    "num_iterations": (1,),
-    "importance_sampling_level": ("token",),
-    "scale_rewards": ("group", "batch", "none"),
-    "multi_objective_aggregation": ("sum_then_normalize",),
-    "delta": (None,),
-    "off_policy_mask_threshold": (None,),
-    "top_entropy_quantile": (1.0,),
-    "entropy_coef": (0.0,),
-    "use_adaptive_entropy": (False,),
-    "top_p": (1.0,),
-    "top_k": (0, None),
-    "min_p": (None, 0.0),
-    "repetition_penalty": (1.0,),
-    "generation_kwargs": (None,),
-    "cast_lm_head_to_fp32": (False,),
-    "use_vllm": (False,),
-    "use_transformers_continuous_batching": (False,),
-    "use_liger_kernel": (False,),
-    "gradient_checkpointing": (False,),
-    "fp16": (False,),
-    "optim": ("adamw_torch", "adamw_torch_fused"),
-}
-"""Settings that arms side by side know, with the values that they take; the loss is TRL's for all of these."""
 
 _CUDA_COMPLETIONS, _CPU_COMPLETIONS = 128, 256
 """Completions of all arms together in one forward pass, by default: on a GPU about the memory of one run's 64."""
@@ -124,7 +98,7 @@ class SideBySide:
         phases: Seconds spent so far on generation, rewards and the update.
 
     Raises:
-        UserError: An arm is full finetuning, or a setting is not in `TAKEN`; the message says to run singly.
+        UserError: See `mua_rl.arms.grpo_settings.check`; the message says to run singly.
     """
 
     def __init__(
@@ -501,33 +475,6 @@ def train_side_by_side(
         for number in trainer.stack.active:
             trainer.save_adapter(number, adapters / f"arm-{number}")
     return outcomes
-
-
-def check(arguments: GRPOArguments, arms: Sequence[Arm]) -> None:
-    """Refuse what arms side by side do not know.
-
-    Raises:
-        UserError: See `SideBySide`.
-    """
-    if not arms:
-        raise UserError("there is no arm to train: give at least one.")
-    for arm in arms:
-        if arm.rank is None:
-            raise UserError("full finetuning (--rank full) shares no frozen base: run it singly.")
-    for name, taken in TAKEN.items():
-        value = getattr(arguments, name)
-        if getattr(value, "value", value) not in taken:
-            raise UserError(
-                f"arms side by side do not know --{name} {getattr(value, 'value', value)}: drop it, or run the arms "
-                "singly."
-            )
-    if arguments.steps_per_generation != arguments.gradient_accumulation_steps:
-        raise UserError(
-            "arms side by side make one optimizer step of each batch of completions: drop --steps_per_generation and "
-            "--generation_batch_size, or run the arms singly."
-        )
-    if arguments.max_steps < 1:
-        raise UserError("arms side by side need --max_steps.")
 
 
 def prompt_order(rows: Dataset, prompts: int, steps: int, seed: int, shuffle: bool = True) -> Iterator[list[int]]:

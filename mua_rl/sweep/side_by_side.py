@@ -82,9 +82,9 @@ def why_not(request: Request, curve: tuple[int | None, str, str]) -> str:
     arm = Arm(*curve, log2_lr=-10.0, seed=0)
     try:
         if request.sweep.algo == "grpo":
-            from mua_rl.arms import grpo
+            from mua_rl.arms.grpo_settings import check
 
-            grpo.check(request.trainer, [arm])
+            check(request.trainer, [arm])
         else:
             from mua_rl.arms import ppo
 

@@ -1,0 +1,63 @@
+"""What GRPO arms side by side can be asked: the settings of a single run that they know, and the values they take."""
+
+from collections.abc import Sequence
+
+from mua_rl.arms.objective import LOSS_TYPES
+from mua_rl.errors import UserError
+from mua_rl.grpo_arguments import GRPOArguments
+from mua_rl.sweep.arm import Arm
+
+TAKEN: dict[str, tuple] = {
+    "beta": (0.0,),
+    "loss_type": LOSS_TYPES,
+    "num_iterations": (1,),
+    "importance_sampling_level": ("token",),
+    "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("sum_then_normalize",),
+    "delta": (None,),
+    "off_policy_mask_threshold": (None,),
+    "top_entropy_quantile": (1.0,),
+    "entropy_coef": (0.0,),
+    "use_adaptive_entropy": (False,),
+    "top_p": (1.0,),
+    "top_k": (0, None),
+    "min_p": (None, 0.0),
+    "repetition_penalty": (1.0,),
+    "generation_kwargs": (None,),
+    "cast_lm_head_to_fp32": (False,),
+    "use_vllm": (False,),
+    "use_transformers_continuous_batching": (False,),
+    "use_liger_kernel": (False,),
+    "gradient_checkpointing": (False,),
+    "fp16": (False,),
+    "optim": ("adamw_torch", "adamw_torch_fused"),
+}
+"""Settings that arms side by side know, with the values that they take; the loss is TRL's for all of these."""
+
+
+def check(arguments: GRPOArguments, arms: Sequence[Arm]) -> None:
+    """Refuse what arms side by side do not know.
+
+    Raises:
+        UserError: There is no arm, an arm is full finetuning, or a setting is not in `TAKEN`; the message says to run
+            singly.
+    """
+    if not arms:
+        raise UserError("there is no arm to train: give at least one.")
+    for arm in arms:
+        if arm.rank is None:
+            raise UserError("full finetuning (--rank full) shares no frozen base: run it singly.")
+    for name, taken in TAKEN.items():
+        value = getattr(arguments, name)
+        if getattr(value, "value", value) not in taken:
+            raise UserError(
+                f"arms side by side do not know --{name} {getattr(value, 'value', value)}: drop it, or run the arms "
+                "singly."
+            )
+    if arguments.steps_per_generation != arguments.gradient_accumulation_steps:
+        raise UserError(
+            "arms side by side make one optimizer step of each batch of completions: drop --steps_per_generation and "
+            "--generation_batch_size, or run the arms singly."
+        )
+    if arguments.max_steps < 1:
+        raise UserError("arms side by side need --max_steps.")
