@@ -12,10 +12,12 @@ from mua_rl.errors import UserError
 from mua_rl.sweep import report
 from mua_rl.sweep.arm import Arm, Outcome
 from mua_rl.sweep.measured import FFT, Context, curve_name, slope, sweeps_of
+from mua_rl.sweep.movements import read_movements
 from mua_rl.sweep.rows import COLUMNS, Row, append, read, read_all
 from mua_rl.sweep.transfer import (
     BareRule,
     DividedByTen,
+    EqualMovement,
     Fixed,
     RankCorrected,
     Unchanged,
@@ -513,3 +515,24 @@ def test_a_rate_at_which_full_finetuning_diverged_loses_all_and_one_off_the_grid
     assert not beyond.is_bound
     (below,) = regrets([found], Fixed(2.0**-20))
     assert below.is_bound
+
+
+def test_equal_movement_takes_a_rate_over_by_what_was_measured_whatever_the_initialisation(tmp_path):
+    file = tmp_path / "movement.csv"
+    lines = ["task,base,rank,init,alpha,log2_lr,seed,steps,kl,machine"]
+    for curve, rate in {(8, "A", "1"): 2.0**5, FFT: 2.0**9}.items():  # √KL per step and unit of learning rate
+        for steps, log2_lr in ((1, -16), (2, -15)):
+            kl = (rate * steps * 2.0**log2_lr) ** 2
+            lines.append(f"arithmetic,base,{curve[0] or ''},{curve[1]},{curve[2]},{log2_lr},0,{steps},{kl},cpu")
+    file.write_text("\n".join(lines) + "\n")
+    movements = read_movements([file])["arithmetic", "base"]
+    assert movements == {(8, "A", "1"): pytest.approx(2**5), FFT: pytest.approx(2**9)}
+    (found,) = sweeps(sweep_rows(ranks=(8,), schemes=(("A", "1"),)), Context(movement=movements))
+    source = found.curves[8, "A", "1"]
+    for exponent, octaves in ((1.0, 4), (0.5, 2)):
+        prediction = EqualMovement(exponent).predict(source, FFT, found.context)
+        assert prediction.log2_lr == pytest.approx(source.optimum.log2_lr - octaves)
+    assert EqualMovement().predict(source, (16, "B", "1"), found.context) is None
+    file.write_text("rank,kl\n8,x\n")
+    with pytest.raises(UserError, match="measure_movement"):
+        read_movements([file])

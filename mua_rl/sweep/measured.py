@@ -29,7 +29,7 @@ class Context:
     Attributes:
         width: n, the largest fan-in of the trained layers; `None`: unknown.
         outputs: m, the fan-out of the trained layers (the rank of a full update); `None`: unknown.
-        movement: A number measured for each curve, e.g. how far one step moves the policy per unit of LR.
+        movement: Of curves, √KL per step and unit of learning rate (`mua_rl.sweep.movements`), where it was measured.
     """
 
     width: int | None = None

@@ -10,7 +10,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -33,11 +33,13 @@ from mua_rl.sweep.measured import (
     slope,
     sweeps_of,
 )
+from mua_rl.sweep.movements import read_movements
 from mua_rl.sweep.optimum import COVERAGE, Optimum
 from mua_rl.sweep.rows import read_all
 from mua_rl.sweep.transfer import (
     HABITS,
     HIT,
+    MOVEMENT_RULES,
     TRANSFER_RULES,
     Regret,
     Rule,
@@ -340,10 +342,17 @@ def main() -> None:
         help="largest fan-in n and fan-out m of the trained layers, for base policies by name\n"
         "(* stands for anything); needed to predict FFT from a rank by more than the bare theory",
     )  # fmt: skip
+    parser.add_argument(
+        "--movement", type=Path, nargs="+", default=[], metavar="CSV",
+        help="movements from scripts/measure_movement.py, for the rules that use them",
+    )  # fmt: skip
     args = parser.parse_args()
-    sweeps = sweeps_of(read_all(args.csv), args.value, parse_sizes(args.sizes))
+    sizes, movements = parse_sizes(args.sizes), read_movements(args.movement)
+    sweeps = sweeps_of(
+        read_all(args.csv), args.value, lambda key: replace(sizes(key), movement=movements.get(key[1:], {}))
+    )
     console = Console()
-    for table in write_report(sweeps, args.out, args.value):
+    for table in write_report(sweeps, args.out, args.value, MOVEMENT_RULES if movements else ()):
         console.print(table.rich())
     print(f"written to {args.out / FILE_NAME}")
 

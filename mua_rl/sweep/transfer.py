@@ -97,6 +97,32 @@ class RankCorrected:
 
 
 @dataclass(frozen=True)
+class EqualMovement:
+    """The learning rate at which a step moves the policy as far as at the source's optimum, or part of the way there.
+
+    Needs no theory and covers any two curves whose movement was measured, Init[A] and FFT too.
+
+    Attributes:
+        exponent: 1 makes movements equal, 1/2 is the geometric mean of that and of equal learning rates.
+    """
+
+    exponent: float = 1.0
+    needs_source: bool = True
+
+    @property
+    def name(self) -> str:
+        """See `Rule`."""
+        return f"equal movement^{self.exponent:g}"
+
+    def predict(self, source: Measured, target: Curve, context: Context) -> Prediction | None:
+        """See `Rule`."""
+        found = context.movement
+        if source.curve not in found or target not in found:
+            return None
+        return moved(source.optimum, -self.exponent * math.log2(found[target] / found[source.curve]))
+
+
+@dataclass(frozen=True)
 class DividedByTen:
     """FFT's learning rate is a tenth of LoRA's, as Tinker's cookbook has it, whose LoRA begins with B at zero."""
 
@@ -142,6 +168,8 @@ class Fixed:
 
 
 TRANSFER_RULES: tuple[Rule, ...] = (BareRule(), RankCorrected(0.25), RankCorrected(0.5))
+MOVEMENT_RULES: tuple[Rule, ...] = (EqualMovement(), EqualMovement(0.5))
+"""Where movements were measured."""
 HABITS: tuple[Rule, ...] = (DividedByTen(), Unchanged(), Fixed())
 """What people do instead."""
 
