@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from datasets import Dataset
 from torch import nn
@@ -28,7 +28,7 @@ from mua_rl.errors import Diverged, UserError, exit_on_user_error
 from mua_rl.grpo_arguments import GRPOArguments, parse
 from mua_rl.grpo_report import announce, report
 from mua_rl.grpo_trainer import GRPOTrainer, ProgressBar, RunCallback, Start
-from mua_rl.heldout import HeldOutResult, gather, held_out, is_conversational
+from mua_rl.heldout import HeldOutResult, gather, held_out, is_conversational, prompt_ids
 from mua_rl.policy import LearningRate
 from mua_rl.record import LRRecord, package_versions
 from mua_rl.rollouts import EngineFailed, generation_class, plan_engine
@@ -129,8 +129,8 @@ def prepare(arguments: GRPOArguments, adapter_arguments: AdapterArguments) -> Se
     model, base = load_base(arguments, adapter_arguments.start_from)
     configuration = adapter.configuration(model, optimizer=str(getattr(arguments.optim, "value", arguments.optim)))
     rate = resolve_learning_rate(adapter_arguments, configuration, base, "grpo")
-    widths = adapter.widths(model)
     policy = adapter.attach(model, seed=arguments.seed)
+    widths = adapter.widths(policy)  # of a LoRA read off its layers; before, PEFT would look for them once more
     rows = splits(task, is_conversational(tokenizer), arguments.held_out_problems)
     arguments.learning_rate = rate.value
     if arguments.max_completion_length is None:
@@ -311,12 +311,7 @@ def _longest_prompt(tokenizer: PreTrainedTokenizerBase, rows: Dataset, most: int
     """Tokens of the longest prompt, or `None` where there are more rows than `most`."""
     if len(rows) > most:
         return None
-    prompts = list(rows["prompt"])
-    if isinstance(prompts[0], str):
-        tokens: Any = tokenizer(prompts)
-    else:
-        tokens = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)
-    return max(map(len, tokens["input_ids"]))
+    return max(map(len, prompt_ids(tokenizer, rows["prompt"])))
 
 
 def _check_layout(checkpoint: Path | None) -> None:

@@ -48,6 +48,19 @@ def is_conversational(tokenizer: Any) -> bool:
     return tokenizer.chat_template is not None
 
 
+def prompt_ids(tokenizer: Any, prompts: Sequence, **options: Any) -> list[list[int]]:
+    """Token ids of prompts (strings, or lists of messages) as a policy is asked them.
+
+    Args:
+        options: Of the chat template.
+    """
+    if isinstance(prompts[0], str):
+        return tokenizer(list(prompts))["input_ids"]
+    return tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True, **options)[
+        "input_ids"
+    ]
+
+
 @torch.no_grad()
 def generate(
     model: Any,

@@ -20,7 +20,7 @@ from trl.trainer.utils import pad, selective_log_softmax
 from mua_rl.adapter import Adapter
 from mua_rl.envs.tasks import Task
 from mua_rl.errors import Diverged, UserError
-from mua_rl.heldout import is_conversational
+from mua_rl.heldout import is_conversational, prompt_ids
 from mua_rl.optim import named_groups
 
 _ROWS_AT_ONCE = 48
@@ -71,11 +71,7 @@ def probe_batch(
     set_seed(seed)
     for start in range(0, min(len(rows), 10 * prompts), prompts):
         piece = rows[start : start + prompts]
-        if is_conversational(tokenizer):
-            ids: Any = tokenizer.apply_chat_template(piece["prompt"], add_generation_prompt=True, return_dict=True)
-        else:
-            ids = tokenizer(piece["prompt"])
-        left = [torch.tensor(row) for row in ids["input_ids"] for _ in range(group)]
+        left = [torch.tensor(ids) for ids in prompt_ids(tokenizer, piece["prompt"]) for _ in range(group)]
         inputs = pad(left, padding_value=tokenizer.pad_token_id, padding_side="left").to(device)
         there = pad([torch.ones_like(row) for row in left], padding_side="left").to(device)
         out = model.generate(

@@ -273,18 +273,13 @@ def step_table(results: dict[str, dict[str, Any]]) -> str:
     return f"\n{arms[0]['device']}, {arms[0]['versions']}\n" + columns(rows)
 
 
-def sync_arm(size: str, way: str) -> dict[str, Any]:
-    """A sync alone: a random Llama with LoRA of rank 32 on the MLP projections, and an engine that holds the base."""
-    import torch
-    from accelerate import Accelerator
-    from transformers import AutoModelForCausalLM, LlamaConfig
+def llama_config(
+    hidden: int, intermediate: int, layers: int, heads: int, key_heads: int, vocabulary: int, **more: Any
+) -> Any:
+    """A Llama of one of the `SIZES`."""
+    from transformers import LlamaConfig
 
-    from mua_rl.adapter import LoRA, lora_layers, lora_matrices
-    from mua_rl.rollouts import generation_class
-
-    cuda = torch.cuda.is_available()
-    hidden, intermediate, layers, heads, key_heads, vocabulary = SIZES[size]
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
@@ -292,8 +287,21 @@ def sync_arm(size: str, way: str) -> dict[str, Any]:
         num_key_value_heads=key_heads,
         vocab_size=vocabulary,
         max_position_embeddings=2048,
-        tie_word_embeddings=False,
+        **{"tie_word_embeddings": False, **more},
     )
+
+
+def sync_arm(size: str, way: str) -> dict[str, Any]:
+    """A sync alone: a random Llama with LoRA of rank 32 on the MLP projections, and an engine that holds the base."""
+    import torch
+    from accelerate import Accelerator
+    from transformers import AutoModelForCausalLM
+
+    from mua_rl.adapter import LoRA, lora_layers, lora_matrices
+    from mua_rl.rollouts import generation_class
+
+    cuda = torch.cuda.is_available()
+    config = llama_config(*SIZES[size])
     folder = tempfile.mkdtemp(prefix="bench_grpo-")
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)

@@ -33,7 +33,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench_grpo import PHASES, SIZES, WARM_UP, Phases, columns, instrument, mean
+from bench_grpo import PHASES, SIZES, WARM_UP, Phases, columns, instrument, llama_config, mean
 
 LAYOUTS = {
     # name: (processes that train, accelerate's configuration)
@@ -240,7 +240,7 @@ def random_model(name: str, out: Path) -> Path | None:
         models.load_tokenizer(models.EMBEDDED).save_pretrained(folder)
         tokenizer = json.loads((folder / "tokenizer.json").read_text())
         words = tokenizer["model"]["vocab"]
-        words |= {f"{i:x} ": i for i in range(len(words), llama_config(name).vocab_size)}
+        words |= {f"{i:x} ": i for i in range(len(words), random_config(name).vocab_size)}
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return folder
 
@@ -251,29 +251,13 @@ def random_llama(size: str, dtype: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        return AutoModelForCausalLM.from_config(llama_config(size), dtype=dtype)
+        return AutoModelForCausalLM.from_config(random_config(size), dtype=dtype)
 
 
-def llama_config(size: str) -> Any:
+def random_config(size: str) -> Any:
     """The configuration of one of the sizes; 135m is SmolLM2's."""
-    from transformers import LlamaConfig
-
-    hidden, intermediate, layers, heads, key_heads, vocabulary = {
-        **SIZES,
-        "135m": (576, 1536, 30, 9, 3, 49152),
-    }[size]
-    return LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        vocab_size=vocabulary,
-        max_position_embeddings=2048,
-        tie_word_embeddings=size == "135m",
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+    shape = {**SIZES, "135m": (576, 1536, 30, 9, 3, 49152)}[size]
+    return llama_config(*shape, tie_word_embeddings=size == "135m", eos_token_id=2, pad_token_id=0)
 
 
 def child(options: argparse.Namespace) -> None:

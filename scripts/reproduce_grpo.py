@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from selection import passes
 
 from mua_rl import grpo
 from mua_rl.arms.grpo import train_side_by_side
@@ -54,14 +55,7 @@ def searches(seeds: Sequence[int], resolution: float) -> list[Search]:
 
 def wanted(search: Search, only: Sequence[str]) -> bool:
     """Whether a curve passes every filter `name=value[,value…]` of rank (full: FFT), init and alpha."""
-    values = {"rank": str(search.rank or "full"), "init": search.init, "alpha": search.alpha}
-    for item in only:
-        name, _, allowed = item.partition("=")
-        if name not in values:
-            raise SystemExit(f"--only takes {', '.join(values)} as in rank=4,16, not {item!r}.")
-        if values[name] not in allowed.split(","):
-            return False
-    return True
+    return passes({"rank": str(search.rank or "full"), "init": search.init, "alpha": search.alpha}, only)
 
 
 def flags(options: argparse.Namespace) -> list[str]:

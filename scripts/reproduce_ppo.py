@@ -10,21 +10,22 @@ arm; lines that are there are not repeated. Two processes share the work by `--o
 """
 
 import argparse
-import csv
 import math
 import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from compare_ppo import TASKS, half_octaves
+from selection import passes
 
 from mua_rl.ppo_base import BasePolicy, read_base_policy
+from mua_rl.sweep import rows
 from mua_rl.sweep.arm import Arm, Outcome
 
 WIDTH = 256
@@ -49,8 +50,13 @@ class Work:
 
     def columns(self) -> dict[str, str]:
         """What identifies it in the CSV."""
-        values = {"task": TASKS[self.task].env_id, "base": self.base, **asdict(self.arm)}
-        return {name: "" if value is None else str(value) for name, value in values.items()}
+        return columns(TASKS[self.task].env_id, self.base, self.arm)
+
+
+def columns(env_id: str, base: str, arm: Arm) -> dict[str, str]:
+    """What identifies an arm among all of them."""
+    values = {"task": env_id, "base": base, **asdict(arm)}
+    return {name: "" if value is None else str(value) for name, value in values.items()}
 
 
 def all_work(seeds: int) -> list[Work]:
@@ -69,14 +75,7 @@ def all_work(seeds: int) -> list[Work]:
 
 def wanted(work: Work, only: Sequence[str]) -> bool:
     """Whether it passes every filter `name=value[,value…]` (task: its short name; rank: full for FFT)."""
-    values = {**work.columns(), "task": work.task, "rank": str(work.arm.rank or "full")}
-    for item in only:
-        name, _, allowed = item.partition("=")
-        if name not in values:
-            raise SystemExit(f"--only takes {', '.join(values)} as in task=pendulum, not {item!r}.")
-        if values[name] not in allowed.split(","):
-            return False
-    return True
+    return passes({**work.columns(), "task": work.task, "rank": str(work.arm.rank or "full")}, only)
 
 
 def groups(work: Sequence[Work], per_group: int) -> Iterator[list[Work]]:
@@ -124,24 +123,13 @@ def finished(path: Path) -> set[tuple[str, ...]]:
     """The arms of a CSV, by the values of `Work.columns`."""
     if not path.exists():
         return set()
-    names = ["task", "base", *(field.name for field in fields(Arm))]
-    with open(path, newline="") as stream:
-        return {tuple(row[name] for name in names) for row in csv.DictReader(stream)}
+    return {tuple(columns(row.task, row.base, row.arm).values()) for row in rows.read(path)}
 
 
 def append(path: Path, work: Sequence[Work], outcomes: Sequence[Outcome], where: str) -> None:
     """Add a group's lines."""
-    rows = [
-        {"algorithm": "ppo", **one.columns(), **asdict(outcome), "machine": where}
-        for one, outcome in zip(work, outcomes, strict=True)
-    ]
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", newline="") as stream:
-        writer = csv.DictWriter(stream, rows[0])
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    done = zip(work, outcomes, strict=True)
+    rows.append(path, [rows.Row("ppo", TASKS[one.task].env_id, one.base, one.arm, o, where) for one, o in done])
 
 
 def train_group(work: Sequence[Work], base: BasePolicy, device: str) -> list[Outcome]:

@@ -33,7 +33,7 @@ from mua_rl.errors import UserError
 from mua_rl.grpo import load_base, splits
 from mua_rl.grpo_arguments import GRPOArguments
 from mua_rl.grpo_trainer import RunCallback
-from mua_rl.heldout import HeldOutResult, is_conversational, score
+from mua_rl.heldout import HeldOutResult, is_conversational, prompt_ids, score
 from mua_rl.optim import learning_rates
 from mua_rl.sweep.arm import Arm, Outcome
 
@@ -293,13 +293,9 @@ class SideBySide:
     def _read(self, rows: Dataset, numbers: Sequence[int]) -> tuple[dict[int, dict], dict[int, list[int]]]:
         """Some rows of a split, and the token ids of their prompts, by number."""
         found = rows.select(numbers).to_list()
-        prompts = [row["prompt"] for row in found]
-        if isinstance(prompts[0], str):
-            ids: Any = self.tokenizer(prompts)
-        else:
-            options = cast(dict, self.arguments.chat_template_kwargs or {})
-            ids = self.tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True, **options)
-        return dict(zip(numbers, found, strict=True)), dict(zip(numbers, ids["input_ids"], strict=True))
+        options = cast(dict, self.arguments.chat_template_kwargs or {})
+        ids = prompt_ids(self.tokenizer, [row["prompt"] for row in found], **options)
+        return dict(zip(numbers, found, strict=True)), dict(zip(numbers, ids, strict=True))
 
     def _pad(self, prompts: list[list[list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts of the arms as `(K, p, P)` ids, padded on the left, and their mask."""

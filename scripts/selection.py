@@ -1,0 +1,14 @@
+"""What `--only NAME=VALUE[,VALUE…]` of the reproductions chooses."""
+
+from collections.abc import Mapping, Sequence
+
+
+def passes(values: Mapping[str, str], only: Sequence[str]) -> bool:
+    """Whether something with these values passes every filter `name=value[,value…]`."""
+    for item in only:
+        name, _, allowed = item.partition("=")
+        if name not in values:
+            raise SystemExit(f"--only takes {', '.join(values)} as in rank=4,full, not {item!r}.")
+        if values[name] not in allowed.split(","):
+            return False
+    return True
