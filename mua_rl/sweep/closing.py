@@ -77,7 +77,7 @@ def make_record(
     template, learning_rate = facts.record_of(search.curve), 2.0**optimum.log2_lr
     seeds, tried = sorted({arm.seed for arm in good}), {log2_lr for log2_lr, _, _ in measured.points}
     note = (
-        f"python -m mua_rl.sweep: optimum of a fit to {len(measured.points)} runs at {len(tried)} learning rates with "
+        f"a sweep: optimum of a fit to {len(measured.points)} runs at {len(tried)} learning rates with "
         f"up to {len(seeds)} seed{'s'[: len(seeds) > 1]}; log2 of it {optimum.log2_lr:.2f}, {COVERAGE:.0%} interval "
         f"{optimum.low:.2f} to {optimum.high:.2f}"
     )

@@ -9,7 +9,7 @@ import argparse
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -50,6 +50,8 @@ from mua_rl.sweep.transfer import (
 )
 
 FILE_NAME = "report.md"
+METRICS = {"grpo": "held-out accuracy", "ppo": "held-out return"}
+"""What an algorithm's metric is called."""
 NOTE = "note"
 EPILOG = """examples:
   python -m mua_rl.sweep.report runs/my-sweep/sweep.csv --out runs/my-sweep/report
@@ -84,13 +86,20 @@ class ReportTable:
         return column not in (self.columns[0], NOTE)
 
 
-def write_report(sweeps: Sequence[Sweep], out: Path, value: str = "metric", rules: Sequence[Rule] = ()) -> list:
+def write_report(
+    sweeps: Sequence[Sweep],
+    out: Path,
+    value: str = "metric",
+    rules: Sequence[Rule] = (),
+    metrics: Mapping[str, str] = METRICS,
+) -> list:
     """Write `report.md` and its figures into a folder.
 
     Args:
         sweeps: From `sweeps_of`.
         value: What the curves show, one of `VALUES`.
         rules: Transfer rules to hold against the others.
+        metrics: What the metric is called, by algorithm.
 
     Returns:
         Its tables.
@@ -107,12 +116,12 @@ def write_report(sweeps: Sequence[Sweep], out: Path, value: str = "metric", rule
     for sweep, slug in zip(sweeps, _slugs(sweeps), strict=True):
         parts.append(f"## {sweep}")
         if sweep.curves:
-            learning_rate_curves(sweep, out / f"{slug}-curves.png", label(sweep, value))
+            learning_rate_curves(sweep, out / f"{slug}-curves.png", label(sweep, value, metrics))
             parts.append(f"![metric against learning rate]({slug}-curves.png)")
         if sweep.schemes():
             optimum_against_rank(sweep, out / f"{slug}-optimum.png")
             parts.append(f"![optimum against rank]({slug}-optimum.png)")
-        tables.append(optimum_table(sweep, value))
+        tables.append(optimum_table(sweep, label(sweep, value, metrics)))
         parts.append(tables[-1].markdown())
         if details := regret_table(sweep, [*all_rules, *HABITS]):
             tables.append(details)
@@ -126,18 +135,16 @@ def write_report(sweeps: Sequence[Sweep], out: Path, value: str = "metric", rule
     return tables
 
 
-def label(sweep: Sweep, value: str) -> str:
+def label(sweep: Sweep, value: str, metrics: Mapping[str, str] = METRICS) -> str:
     """What a curve shows."""
-    what = {"grpo": ("accuracy", "reward"), "ppo": ("return", "return")}.get(sweep.algorithm, ("metric", "reward"))
-    return {
-        "metric": f"held-out {what[0]}",
-        "reward_mean": f"mean training {what[1]}",
-        "reward_last": f"training {what[1]} at the end",
-    }[value]
+    if value == "metric":
+        return metrics.get(sweep.algorithm, "held-out metric")
+    kind = "return" if sweep.algorithm == "ppo" else "reward"
+    return {"reward_mean": f"mean training {kind}", "reward_last": f"training {kind} at the end"}[value]
 
 
-def optimum_table(sweep: Sweep, value: str) -> ReportTable:
-    """Each curve's optimum."""
+def optimum_table(sweep: Sweep, shown: str) -> ReportTable:
+    """Each curve's optimum, by what the curves show."""
     lines = []
     for curve, measured in sweep.curves.items():
         optimum = measured.optimum
@@ -156,7 +163,7 @@ def optimum_table(sweep: Sweep, value: str) -> ReportTable:
     lines += [[curve_name(curve), *["–"] * 6, reason] for curve, reason in sweep.without.items()]
     before = next((f"; {_number(m.before)} before training" for m in sweep.curves.values()), "")
     return ReportTable(
-        f"{sweep}: optima by {label(sweep, value)}{before}",
+        f"{sweep}: optima by {shown}{before}",
         ["curve", "runs", "log2 η*", "η*", "value there", "as good", "octaves from FFT", NOTE],
         lines,
     )
@@ -327,6 +334,17 @@ def parse_sizes(texts: Sequence[str]) -> Callable[[Key], Context]:
     return lambda key: next((context for pattern, context in sizes if fnmatch(key[2], pattern)), Context())
 
 
+def parse_metrics(texts: Sequence[str]) -> dict[str, str]:
+    """`METRICS`, and those of `ALGORITHM=NAME` of `--metric`.
+
+    Raises:
+        UserError: It is none.
+    """
+    if wrong := [text for text in texts if not re.fullmatch(r"[^=]+=.+", text)]:
+        raise UserError(f"--metric takes an algorithm and a name, as in sft='token accuracy', not {wrong[0]!r}.")
+    return METRICS | dict(text.split("=", 1) for text in texts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m mua_rl.sweep.report",
@@ -346,13 +364,18 @@ def main() -> None:
         "--movement", type=Path, nargs="+", default=[], metavar="CSV",
         help="movements from scripts/measure_movement.py, for the rules that use them",
     )  # fmt: skip
+    parser.add_argument(
+        "--metric", nargs="+", default=[], metavar="ALGORITHM=NAME", help="what an algorithm's metric is called"
+    )
     args = parser.parse_args()
     sizes, movements = parse_sizes(args.sizes), read_movements(args.movement)
     sweeps = sweeps_of(
         read_all(args.csv), args.value, lambda key: replace(sizes(key), movement=movements.get(key[1:], {}))
     )
     console = Console()
-    for table in write_report(sweeps, args.out, args.value, MOVEMENT_RULES if movements else ()):
+    for table in write_report(
+        sweeps, args.out, args.value, MOVEMENT_RULES if movements else (), parse_metrics(args.metric)
+    ):
         console.print(table.rich())
     print(f"written to {args.out / FILE_NAME}")
 

@@ -1,0 +1,307 @@
+"""Learning-rate curves over LoRA ranks and full finetuning (FFT), with any model and any library's training loop.
+
+What the scripts of the fields (`finetune_*.py`, issue 10) have in common. Each gives a `Field`: a base model, one
+training run, one measurement. From it comes either
+
+    python scripts/finetune_text.py --lr 0.0005 --rank 8         # one run, at a learning rate that is given …
+    python scripts/finetune_text.py --lr_from RUN --rank full    # … or from a record, at any rank
+    python scripts/finetune_text.py                              # the curves: a search over learning rates at each rank
+
+The curves' CSV, figures, report and LR record are those of `python -m mua_rl.sweep`, and so is the search. Runs that
+the CSV has are not repeated, so the same command goes on after a stop, and several processes share the work by `--only`.
+"""
+
+import math
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from selection import passes
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+from transformers import set_seed
+from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
+
+from mua_rl import optim
+from mua_rl.adapter import Adapter, Full, TargetModules, fingerprint
+from mua_rl.arguments import AdapterArguments, Base, parse_arguments, parse_rank, resolve_learning_rate
+from mua_rl.errors import Diverged, UserError
+from mua_rl.record import LRRecord, package_versions
+from mua_rl.rules import Configuration
+from mua_rl.run import MODEL_FOLDER, open_run
+from mua_rl.sweep.arm import Arm, Outcome
+from mua_rl.sweep.base import Facts
+from mua_rl.sweep.closing import make_record, warnings_of
+from mua_rl.sweep.measured import Context, sweeps_of
+from mua_rl.sweep.report import write_report
+from mua_rl.sweep.rows import Row, append, read
+from mua_rl.sweep.search import Search, scan_range
+
+HEAD = "head"
+
+
+@dataclass(frozen=True)
+class Field:
+    """A finetuning problem.
+
+    Attributes:
+        algorithm: For records and tables, e.g. "sft": learning rates are compared within one.
+        task: Of the data.
+        base: Name of the base model.
+        target_modules: The layers that carry LoRA.
+        load: Gives a fresh copy of the base model, the same each time (a new head too), on the device that trains.
+        train: Trains a model for `steps` optimizer steps with an optimizer and its schedule (one `step()` of each a
+            step), drawing its data by a seed; clips gradients to norm 1.
+        measure: The metric, larger being better, and its standard error.
+        metric: Its name.
+        steps: Optimizer steps of a run.
+        batch: Sizes of a step, for the record.
+        head: Dotted name of a module without pretrained weights, which LoRA runs train fully beside A and B.
+    """
+
+    algorithm: str
+    task: str
+    base: str
+    target_modules: TargetModules
+    load: Callable[[], nn.Module]
+    train: Callable[[nn.Module, Optimizer, LRScheduler, int], None]
+    measure: Callable[[nn.Module], tuple[float, float]]
+    metric: str
+    steps: int
+    batch: dict[str, Any] = field(default_factory=dict)
+    head: str | None = None
+
+
+@dataclass
+class CurveArguments:
+    """Which curves; without meaning for one run."""
+
+    ranks: list[str] = field(
+        default_factory=lambda: ["4", "16", "full"], metadata={"help": "LoRA ranks, and full for full finetuning."}
+    )
+    grid: list[float] = field(
+        default_factory=lambda: [-13.0, -6.0],
+        metadata={"help": "log2 of the first and the last learning rate of the scan; the search goes on past an end."},
+    )
+    resolution: float = field(default=0.5, metadata={"help": "Octaves between the best learning rate and the next."})
+    seeds: int = field(default=3, metadata={"help": "Seeds near the best learning rate."})
+    only: list[str] = field(
+        default_factory=list, metadata={"help": "Curves to measure now, as in rank=4,16; the report has all."}
+    )
+    head_lr: float = field(default=1e-3, metadata={"help": "Learning rate of a new head."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder of the run, or of the curves."})
+
+
+def parse(arguments_type: type, argv: list[str] | None = None) -> tuple[Any, AdapterArguments, CurveArguments, dict]:
+    """The command line of a field's script: its own arguments, the adapter's, the curves', and what was given.
+
+    Raises:
+        UserError: A flag cannot be used.
+    """
+    types = (arguments_type, AdapterArguments, CurveArguments)
+    (own, adapter_arguments, curves), given = parse_arguments(types, argv)
+    if adapter_arguments.start_from or adapter_arguments.resume:
+        raise UserError("these scripts have no --start_from and no --resume: curves go on by the same command.")
+    if len(curves.grid) != 2 or not curves.grid[0] < curves.grid[1]:
+        raise UserError(f"--grid takes two exponents, the smaller first, as in -13 -6, not {curves.grid}.")
+    if not 0 < curves.resolution <= 1 or curves.seeds < 1:
+        raise UserError("--resolution takes a number up to 1, and --seeds one from 1 on.")
+    return own, adapter_arguments, curves, given
+
+
+def run(problem: Field, adapter_arguments: AdapterArguments, curves: CurveArguments, given: dict) -> None:
+    """One run where a learning rate is given, else the curves.
+
+    Raises:
+        UserError: Something that was given cannot be used.
+        Diverged: The one run left the finite numbers.
+    """
+    if adapter_arguments.lr is None and adapter_arguments.lr_from is None:
+        measure_curves(problem, adapter_arguments, curves)
+    else:
+        run_once(problem, adapter_arguments, curves, given)
+
+
+def finetune(
+    problem: Field, adapter: Adapter, learning_rate: float, seed: int, head_lr: float
+) -> tuple[nn.Module, float, float]:
+    """Train a fresh copy of the base by the paper's recipe.
+
+    AdamW, gradients clipped at 1, warm-up over the first 5 % of the steps, cosine decay to a tenth.
+
+    Returns:
+        The trained model, its metric and the metric's standard error; NaN where training diverged.
+    """
+    model = adapter.attach(problem.load(), seed=seed)
+    roles = adapter.learning_rates(learning_rate)
+    if problem.head is not None:
+        for name, weight in model.named_parameters():
+            if _is_in(name, problem.head):
+                weight.data = weight.data.float()
+                weight.requires_grad_(True)
+        roles[HEAD] = head_lr
+
+    def role_of(name: str) -> str:
+        return HEAD if problem.head and _is_in(name, problem.head) else optim.role_of(name)
+
+    optimizer = AdamW(optim.named_groups(model, roles, weight_decay=0.01, role_of=role_of), betas=(0.9, 0.999))
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, round(0.05 * problem.steps), problem.steps, min_lr_rate=0.1
+    )
+    set_seed(seed)
+    try:
+        problem.train(model, optimizer, schedule, seed)
+    except Diverged:
+        return model, math.nan, math.nan
+    return model, *problem.measure(model)
+
+
+def _is_in(name: str, module: str) -> bool:
+    return f".{module}." in f".{name}"
+
+
+def run_once(problem: Field, adapter_arguments: AdapterArguments, curves: CurveArguments, given: dict) -> None:
+    """One run with a run folder: settings, versions, what was trained, result and LR record.
+
+    Raises:
+        UserError: As `mua_rl.arguments.resolve_learning_rate`.
+        Diverged: The run left the finite numbers.
+    """
+    adapter = adapter_arguments.adapter(problem.target_modules)
+    base_model = problem.load()
+    base = Base(problem.base, fingerprint(base_model))
+    configuration = adapter.configuration(base_model)
+    rate = resolve_learning_rate(adapter_arguments, configuration, base, problem.algorithm)
+    print(f"{problem.base} on {problem.task}, {configuration}: learning rate {rate.value:.4g}, {rate.reason}")
+    name = f"{problem.algorithm}-{problem.task}-r{adapter.rank or 'full'}"
+    folder, _ = open_run(None, curves.output_dir, name, given)
+    before, _ = problem.measure(base_model)
+    start = time.monotonic()
+    model, metric, error = finetune(problem, adapter, rate.value, 0, curves.head_lr)
+    diverged = not metric >= before - 2 * error
+    folder.finish(
+        {
+            "diverged": diverged,
+            "held_out/before": before,
+            "held_out/after": metric,
+            "held_out/standard_error": error,
+            "learning_rate": rate.value,
+            "reason": rate.reason,
+            "seconds": time.monotonic() - start,
+            "steps": problem.steps,
+        }
+    )
+    if diverged:
+        raise Diverged(f"{problem.metric} went from {before:.4g} to {metric:.4g}: try a smaller --lr.")
+    model.save_pretrained(folder.path / adapter.saved_as)  # type: ignore[operator]
+    if problem.head and adapter.rank is not None:
+        adapter.merged(model).save_pretrained(folder.path / MODEL_FOLDER)  # type: ignore[operator]  # with the head
+    record = record_of(problem, adapter, configuration, base, curves.head_lr)
+    result = {"name": problem.metric, "before": before, "after": metric}
+    replace(record, learning_rate=rate.value, metric=result, seeds=[0], note=rate.reason).save(folder.path)
+    print(f"{problem.metric}: {before:.4g} before, {metric:.4g} ± {error:.2g} after; in {folder.path}")
+
+
+def record_of(problem: Field, adapter: Adapter, configuration: Configuration, base: Base, head_lr: float) -> LRRecord:
+    """An LR record but for the learning rate, what it reached, and its seeds."""
+    return LRRecord(
+        learning_rate=1e-3,
+        scheme=configuration.scheme.value,
+        rank=configuration.rank,
+        alpha=str(configuration.alpha),
+        widths=adapter.widths(problem.load()),
+        target_modules=adapter.target_modules,
+        algorithm=problem.algorithm,
+        task=problem.task,
+        base_model=base.name,
+        base_fingerprint=base.fingerprint,
+        optimizer={"name": "adamw", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01, "max_grad_norm": 1.0},
+        schedule={"name": "cosine", "warmup_fraction": 0.05, "final_fraction": 0.1, "steps": problem.steps},
+        batch=problem.batch,
+        metric={"name": problem.metric},
+        seeds=[],
+        versions=package_versions(),
+        other_learning_rates={HEAD: head_lr} if problem.head else {},
+        outputs=configuration.outputs,
+    )
+
+
+def measure_curves(problem: Field, adapter_arguments: AdapterArguments, curves: CurveArguments) -> None:
+    """Search each curve's best learning rate, one run after another; then the report and the LR record.
+
+    Raises:
+        UserError: A rank does not fit the model.
+    """
+    out = Path(curves.output_dir or Path("runs") / f"{problem.algorithm}-{problem.task}")
+    csv = out / "sweep.csv"
+    scan, step = scan_range(*curves.grid, curves.resolution)
+    searches = []
+    for text in curves.ranks:
+        arm = Arm(parse_rank(text), adapter_arguments.init, adapter_arguments.alpha, 0.0, 0)
+        arm.adapter(problem.target_modules).configuration(problem.load())  # refuses a rank that does not fit
+        searches.append(Search(*arm.curve, scan, step, curves.resolution, tuple(range(curves.seeds))))
+    wanted = [one for one in searches if passes({"rank": str(one.rank or "full")}, curves.only)]
+    before, _ = problem.measure(problem.load())
+    with tqdm(unit="run") as bar:
+        while waiting := [arm for one in wanted for arm in one.next_arms(outcomes_of(csv, problem))]:
+            bar.total = bar.n + len(waiting)
+            outcome = run_arm(problem, waiting[0], before, curves.head_lr)
+            append(csv, [Row(problem.algorithm, problem.task, problem.base, waiting[0], outcome, machine())])
+            bar.set_postfix_str(f"r={waiting[0].rank or 'full'} 2^{waiting[0].log2_lr:g}: {outcome.metric:.4g}")
+            bar.update()
+    close(problem, searches, out, curves.head_lr)
+
+
+def outcomes_of(csv: Path, problem: Field) -> dict[Arm, Outcome]:
+    """The runs of this problem that a CSV has."""
+    rows = read(csv) if csv.exists() else []
+    return {row.arm: row.outcome for row in rows if (row.task, row.base) == (problem.task, problem.base)}
+
+
+def run_arm(problem: Field, arm: Arm, before: float, head_lr: float) -> Outcome:
+    """One run of a curve."""
+    start = time.monotonic()
+    _, metric, error = finetune(problem, arm.adapter(problem.target_modules), arm.learning_rate, arm.seed, head_lr)
+    seconds = time.monotonic() - start
+    if not math.isfinite(metric):
+        return Outcome.of_divergence(before, problem.steps, seconds, "the metric left the finite numbers")
+    worse = metric + 2 * error < before
+    return Outcome(metric, error, before, metric, metric, worse, "", problem.steps, seconds)
+
+
+def close(problem: Field, searches: list[Search], out: Path, head_lr: float) -> None:
+    """Report, figures and LR record of what there is, the record of the first curve that has an optimum."""
+    model = problem.load()
+    full = Full(problem.target_modules)
+    configuration = full.configuration(model)
+    outcomes = outcomes_of(out / "sweep.csv", problem)
+    context = Context(configuration.width, configuration.outputs)
+    rows = [row for row in read(out / "sweep.csv") if row.arm in outcomes]
+    sweep = sweeps_of(rows, contexts=lambda key: context)[0]
+    write_report([sweep], out, metrics={problem.algorithm: problem.metric})
+    for warning in [warning for one in searches for warning in warnings_of(one, outcomes)]:
+        print(f"note: {warning}")
+    template = record_of(problem, full, configuration, Base(problem.base, fingerprint(model)), head_lr)
+    for search in searches:
+        if search.curve in sweep.curves:
+            record = make_record(Facts(template, template, "", True), search, sweep.curves[search.curve], outcomes)
+            if record is not None:
+                print(f"record: {record.save(out)} ({record.learning_rate:.3g} for r={record.rank or 'full'})")
+                break
+    print(f"report: {out / 'report.md'}")
+
+
+def device() -> torch.device:
+    """What trains."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def machine() -> str:
+    """What a run ran on, for the CSV."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
