@@ -212,9 +212,8 @@ def resolve_learning_rate(
     rate = policy.transfer(record, target, source, arguments.rank_exponent)
     if base.is_base_of(record):
         return rate
-    return LearningRate(
-        rate.value, f"a guess, since no record fits {base.name} (tune it, or give --lr or --lr-from): {rate.reason}"
-    )
+    why = f"a guess, since no record fits {base.name} (tune it, or give --lr or --lr-from): {rate.why}"
+    return LearningRate(rate.value, why)  # how far off it may be was measured on one base
 
 
 def find_record(arguments: AdapterArguments, base: Base, algorithm: str) -> tuple[LRRecord, str]:

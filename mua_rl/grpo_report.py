@@ -12,10 +12,12 @@ from mua_rl.run import CURVE, RunFolder
 def announce(
     run: RunFolder, task: str, base: str, policy: nn.Module, configuration: Configuration, rate: LearningRate
 ) -> None:
-    """Three lines before the first step."""
+    """Some lines before the first step."""
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     _print(f"[bold]{task}[/] with {base}, {configuration}: {trained:,} trained weights")
     _print(f"learning rate [bold]{rate.value:.4g}[/]: {rate.reason}")
+    if rate.warning:
+        _print(f"[yellow]{rate.warning}[/]")
     _print(f"run folder {run.path}")
 
 

@@ -1,6 +1,7 @@
 """`python -m mua_rl.lr RECORD [--rank R]`: the learning rate that a record gives for a rank or for full finetuning."""
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,16 +39,17 @@ def table(record: LRRecord, name: str, init: str | None, alpha: str | None, rank
     """One row per power-of-two rank up to the smallest fan-in, and one for full finetuning."""
     source, largest = record.configuration(), min(record.widths)
     columns = Table(title=f"{name}: {record.learning_rate:.4g} for {source}", title_justify="left")
-    for heading in ("rank", "learning rate", "times the record's"):
+    for heading in ("rank", "learning rate", "times the record's", "nine times in ten"):
         columns.add_column(heading, justify="right")
     ranks = sorted({2**k for k in range(largest.bit_length()) if 2**k <= largest} | {source.rank or 1})
     targets = [(str(rank), target_configuration(record, rank, init, alpha)) for rank in ranks]
     for label, target in [*targets, ("full", target_configuration(record, None))]:
         try:
-            rate = transfer(record, target, name, rank_exponent).value
-            cells = (f"{rate:.4g}", f"{rate / record.learning_rate:.4g}")
+            rate = transfer(record, target, name, rank_exponent)
+            accuracy = rate.accuracy or ("not measured" if rate.warning else "")
+            cells = (f"{rate.value:.4g}", f"{rate.value / record.learning_rate:.4g}", accuracy)
         except UserError as error:
-            cells = ("–", str(error).rsplit(": ", 1)[-1])
+            cells = ("–", str(error).rsplit(": ", 1)[-1], "")
         columns.add_row(label, *cells, style="bold" if target == source else None)
     return columns
 
@@ -71,6 +73,8 @@ def main() -> None:
     target = target_configuration(record, parse_rank(args.rank), args.init, args.alpha)
     rate = transfer(record, target, name, args.rank_exponent)
     print(f"{rate.value:.6g}  for {target}\n{rate.reason}")
+    if rate.warning:
+        print(f"warning: {rate.warning}", file=sys.stderr)
 
 
 if __name__ == "__main__":

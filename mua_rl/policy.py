@@ -1,6 +1,7 @@
 """The LR policy: from an LR record and a target configuration to the learning rate, with its reason."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from mua_rl.errors import UserError
 from mua_rl.record import LRRecord, check_learning_rate
@@ -18,14 +19,81 @@ at any rank.
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """How far off `transfer` was between two schemes, as measured in docs/results.
+
+    Attributes:
+        ranks: The smallest and the largest LoRA rank.
+        alphas: The multipliers.
+        steps: Of a run, as an LR record's schedule counts them: the mean of the curve whose runs took longest.
+        octaves: |log2 of the predicted over the measured best learning rate| that nine pairs in ten kept to.
+        loss: Share of the gain that nine pairs in ten lost at most at the predicted learning rate.
+    """
+
+    ranks: tuple[int, int]
+    alphas: tuple[str, ...]
+    steps: int
+    octaves: float
+    loss: float
+
+
+EVIDENCE: Mapping[str, Mapping[str, Evidence]] = {
+    "grpo": {
+        "FFT, Init[B]": Evidence(ranks=(4, 256), alphas=("1",), steps=60, octaves=0.56, loss=0.014),
+        "Init[A]": Evidence(ranks=(4, 16), alphas=("1", "1/r"), steps=60, octaves=0.56, loss=0.014),
+        "Init[B]": Evidence(ranks=(4, 256), alphas=("1",), steps=60, octaves=0.56, loss=0.014),
+    },
+    "ppo": {
+        "FFT, Init[B]": Evidence(ranks=(2, 32), alphas=("1",), steps=40_960, octaves=2.13, loss=0.062),
+        "Init[A]": Evidence(ranks=(2, 32), alphas=("1", "1/r"), steps=40_960, octaves=2.08, loss=0.281),
+        "Init[B]": Evidence(ranks=(2, 32), alphas=("1",), steps=40_960, octaves=1.11, loss=0.021),
+    },
+}
+"""By algorithm and `pair_kind`: what `mua_rl.sweep.transfer.evidence` says of docs/results/reproduce_*.csv.
+
+GRPO has too few pairs to tell its kinds apart: they share what all of them showed. Curves of PPO's are flat: the best
+learning rate is not known well there, nor does it matter much. tests/test_policy.py tells when this is stale.
+"""
+
+WEAK_LOSS = 0.1
+"""Of the gain: where one pair in ten loses more, a rule is weak."""
+LONG = 10
+"""Times the longest measured runs: where a record's runs took longer, nothing measured tells."""
+
+
+def pair_kind(source: Scheme, target: Scheme) -> str:
+    """What a prediction is between, whatever its direction, as `EVIDENCE` has it: "Init[B]", "FFT, Init[B]"."""
+    return ", ".join(sorted({source, target}))
+
+
+@dataclass(frozen=True)
 class LearningRate:
-    """A learning rate with the reason for it, to be shown to the user and kept with the run."""
+    """A learning rate with the reason for it, to be shown to the user and kept with the run.
+
+    Attributes:
+        value: η.
+        why: Where it comes from.
+        octaves: How far off it may be, nine times in ten; `None`: nothing was measured, or nothing was predicted.
+        warning: Why it should not be relied on, and what to do; "": no reason to doubt it.
+    """
 
     value: float
-    reason: str
+    why: str
+    octaves: float | None = None
+    warning: str = ""
 
     def __post_init__(self) -> None:
         check_learning_rate(self.value)
+
+    @property
+    def accuracy(self) -> str:
+        """`octaves` in words; "" for `None`."""
+        return "" if self.octaves is None else f"within a factor of {2**self.octaves:.2g}"
+
+    @property
+    def reason(self) -> str:
+        """Where it comes from and how far off it may be."""
+        return f"{self.why}; {self.accuracy} of the best nine times in ten, as measured" if self.accuracy else self.why
 
 
 def given(value: float) -> LearningRate:
@@ -85,4 +153,42 @@ def transfer(
     if correction != 1:
         reason += f"; in short runs a larger rank wants less, (r/m)^-{exponent:g}: times {correction:.4g}"
     value = record.learning_rate * ratio * correction
-    return LearningRate(value, f"{source_name} has {record.learning_rate:.4g} for {source}; {reason}")
+    rate = LearningRate(value, f"{source_name} has {record.learning_rate:.4g} for {source}; {reason}")
+    return rate if target == source else _judged(rate, record, target, exponent)
+
+
+def _judged(rate: LearningRate, record: LRRecord, target: Configuration, exponent: float) -> LearningRate:
+    """A transferred learning rate with how far off it may be, and a warning where that is unknown or much."""
+    known = EVIDENCE.get(record.algorithm, {}).get(pair_kind(record.configuration().scheme, target.scheme))
+    doubt = _why_unmeasured(record, target, exponent, known)
+    octaves = None if known is None or doubt else known.octaves
+    if octaves is not None and known.loss > WEAK_LOSS:
+        doubt = f"one such transfer in ten lost more than {known.loss:.0%} of the gain"
+    if not doubt:
+        return replace(rate, octaves=octaves)
+    where = f"--ranks {target.rank or 'full'}"
+    how = f" (python -m mua_rl.sweep --algo {record.algorithm} {where})" if record.algorithm in EVIDENCE else ""
+    return replace(rate, octaves=octaves, warning=f"{doubt}: tune nearer to the target{how}.")
+
+
+def _why_unmeasured(record: LRRecord, target: Configuration, exponent: float, known: Evidence | None) -> str:
+    """Why docs/results does not tell how far off a learning rate may be; "" where it does."""
+    source, algorithm = record.configuration(), record.algorithm
+    if algorithm not in EVIDENCE:
+        return f"no transfer was measured with {algorithm}"
+    if known is None:
+        return f"no transfer from {source.scheme} to {target.scheme} was measured with {algorithm}"
+    if exponent != RANK_EXPONENTS[algorithm]:
+        return f"transfer with {algorithm} was measured with --rank_exponent {RANK_EXPONENTS[algorithm]:g}"
+    if source.width != target.width:
+        return "no transfer between widths was measured"
+    sides = [side for side in (source, target) if side.rank is not None]
+    low, high = known.ranks
+    if odd := [side.rank for side in sides if not low <= side.rank <= high]:
+        return f"r = {odd[0]} is outside the ranks that were measured with {algorithm}, {low} to {high}"
+    if odd := [side.alpha for side in sides if str(side.alpha) not in known.alphas]:
+        return f"α = {odd[0]} was not measured with {source.scheme} and {algorithm}"
+    steps = record.schedule.get("steps") or record.schedule.get("env_steps")
+    if isinstance(steps, int | float) and steps > LONG * known.steps:
+        return f"the record's runs took {steps:,} steps, and those that were measured with {algorithm} {known.steps:,}"
+    return ""

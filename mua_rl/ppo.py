@@ -158,6 +158,8 @@ def train(arguments: PPOArguments, adapter_arguments: AdapterArguments, given: d
         highlight=False,
         soft_wrap=True,
     )
+    if setup.rate.warning:
+        console.print(f"[yellow]{setup.rate.warning}[/]", highlight=False, soft_wrap=True)
     if setup.pretrained is None and model.attached.rank:
         console.print(
             "[yellow]There is no pretrained policy here, and LoRA keeps random weights: --rank full learns more.[/]"

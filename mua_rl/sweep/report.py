@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -44,8 +45,8 @@ from mua_rl.sweep.transfer import (
     Regret,
     Rule,
     Test,
+    calibrated,
     leave_one_out,
-    prediction_tests,
     regrets,
 )
 
@@ -203,15 +204,17 @@ def _slope_cells(found: Slope) -> list[str]:
 
 
 def prediction_table(sweeps: Sequence[Sweep], rules: Sequence[Rule]) -> ReportTable | None:
-    """How often each rule predicts one measured optimum from another within half an octave."""
-    found = [(rule.name, prediction_tests(sweeps, rule)) for rule in rules]
-    found.append((FITTED, leave_one_out(sweeps)))
-    kinds = list(dict.fromkeys(test.kind for _, tests in found for test in tests))
-    lines = []
+    """How often each rule predicts one measured optimum from another within half an octave.
+
+    Its interval is from the algorithm's other tasks; that of the fitted rule from all other tasks, as its exponent is.
+    """
+    found, fitted_elsewhere = [], leave_one_out(sweeps)
     for algorithm in dict.fromkeys(sweep.algorithm for sweep in sweeps):
-        for name, tests in found:
-            if mine := [test for test in tests if test.sweep.algorithm == algorithm]:
-                lines.append([f"{algorithm}: {name}", *_hit_cells(mine, kinds)])
+        mine = [sweep for sweep in sweeps if sweep.algorithm == algorithm]
+        found += [(f"{algorithm}: {rule.name}", leave_one_out(mine, partial(calibrated, rule))) for rule in rules]
+        found.append((f"{algorithm}: {FITTED}", [test for test in fitted_elsewhere if test.sweep in mine]))
+    kinds = list(dict.fromkeys(test.kind for _, tests in found for test in tests))
+    lines = [[name, *_hit_cells(tests, kinds)] for name, tests in found if tests]
     columns = ["rule", *kinds, "all", "mean error", "in the stated interval"]
     title = f"Predictions within {HIT:g} octave of the measured optimum"
     return ReportTable(title, columns, lines) if lines else None
@@ -287,7 +290,8 @@ def _introduction(sweeps: Sequence[Sweep], value: str) -> str:
         "Optima are those of a fit over all seeds (`mua_rl.sweep.optimum`); intervals in brackets hold "
         f"{COVERAGE:.0%}. “As good” are the learning rates whose value cannot be told from the best. A gain is the "
         "value less the held-out metric before training. Optima at an edge of their grid are left out of slopes and "
-        "predictions."
+        "predictions. A prediction's stated interval joins the source's own and the rule's error on the other tasks of "
+        "the algorithm (– where there is none), and that of the optimum it is held against."
     )
     if unknown := sorted({sweep.base for sweep in sweeps if sweep.context.outputs is None and sweep.fft}):
         text += f" Without `--sizes` of {', '.join(unknown)}, rules that need m say nothing of FFT there."

@@ -1,23 +1,29 @@
 """Rules that say what one curve's optimum tells of another's, and how well they do on finished sweeps.
 
 A rule is anything with `Rule`'s attributes. `prediction_tests` holds its predictions against the measured optima,
-`regrets` against what full finetuning (FFT) reaches at the predicted learning rate.
+`regrets` against what full finetuning (FFT) reaches at the predicted learning rate. How far off a rule may be is learnt
+from other sweeps than it is judged on: `calibrated` gives it an interval; `evidence` is for users (`mua_rl.policy`).
 """
 
 import itertools
 import math
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
+from mua_rl.policy import Evidence, pair_kind
+from mua_rl.rules import Scheme
 from mua_rl.sweep.measured import FFT, Context, Curve, Measured, Sweep, log2_ratio
-from mua_rl.sweep.optimum import RESOLUTION, Optimum
+from mua_rl.sweep.optimum import COVERAGE, RESOLUTION, Optimum
 
 HIT = 0.5
 """Octaves within which a prediction counts as right."""
-_Z90 = 1.6448536269514722
+ENOUGH = 20
+"""Pairs of curves from which on their kind is judged by itself; fewer are judged by all pairs of the algorithm."""
+_Z = statistics.NormalDist().inv_cdf((1 + COVERAGE) / 2)
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Prediction:
 
     Attributes:
         log2_lr: log2 η.
-        log2_interval: Where the rule says that the measured optimum lies, nine times in ten; `None`: it says nothing.
+        log2_interval: Where the rule says that the optimum lies, nine times in ten; `None`: it says nothing.
     """
 
     log2_lr: float
@@ -53,7 +59,7 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class BareRule:
-    """The theory's exponents and nothing else (`mua_rl.rules.lr_ratio`); its interval is the source's, moved."""
+    """The theory's exponents and nothing else (`mua_rl.rules.lr_ratio`)."""
 
     name: str = "theory"
     needs_source: bool = True
@@ -73,12 +79,10 @@ class RankCorrected:
 
     Attributes:
         exponent: c.
-        spread: Standard deviation of the rule's own error, in octaves.
         inits: The initialisations whose curves it corrects; FFT counts as "B".
     """
 
     exponent: float
-    spread: float = 0.0
     inits: tuple[str, ...] = ("B",)
     needs_source: bool = True
 
@@ -93,7 +97,7 @@ class RankCorrected:
         correction = log2_rank_ratio(source.curve, target, context, self.inits)
         if shift is None or correction is None:
             return None
-        return moved(source.optimum, shift - self.exponent * correction, self.spread)
+        return moved(source.optimum, shift - self.exponent * correction)
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,44 @@ class Fixed:
         return Prediction(math.log2(self.learning_rate)) if target == FFT else None
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """A rule with an interval that counts its own error beside its source's uncertainty; from `calibrated`.
+
+    Attributes:
+        rule: Which.
+        spreads: Standard deviation of its own error in octaves, by kind of pair.
+        otherwise: The same for other kinds; `None`: nothing is known of them, and no interval is stated.
+    """
+
+    rule: Rule
+    spreads: Mapping[str, float] = field(default_factory=dict)
+    otherwise: float | None = None
+
+    @property
+    def name(self) -> str:
+        """See `Rule`."""
+        return self.rule.name
+
+    @property
+    def needs_source(self) -> bool:
+        """See `Rule`."""
+        return self.rule.needs_source
+
+    def predict(self, source: Measured, target: Curve, context: Context) -> Prediction | None:
+        """See `Rule`."""
+        prediction = self.rule.predict(source, target, context)
+        if prediction is None or prediction.log2_interval is None:
+            return prediction
+        spread = self.spreads.get(_pair_kind(source.curve, target), self.otherwise)
+        if spread is None:
+            return Prediction(prediction.log2_lr)
+        centre, (low, high) = prediction.log2_lr, prediction.log2_interval
+        return Prediction(
+            centre, (centre - math.hypot(centre - low, _Z * spread), centre + math.hypot(high - centre, _Z * spread))
+        )
+
+
 TRANSFER_RULES: tuple[Rule, ...] = (BareRule(), RankCorrected(0.25), RankCorrected(0.5))
 MOVEMENT_RULES: tuple[Rule, ...] = (EqualMovement(), EqualMovement(0.5))
 """Where movements were measured."""
@@ -174,11 +216,9 @@ HABITS: tuple[Rule, ...] = (DividedByTen(), Unchanged(), Fixed())
 """What people do instead."""
 
 
-def moved(optimum: Optimum, shift: float, spread: float = 0.0) -> Prediction:
-    """An optimum moved by `shift` octaves, its interval widened by a rule's own `spread`."""
-    centre, own = optimum.log2_lr, _Z90 * spread
-    below, above = math.hypot(centre - optimum.low, own), math.hypot(optimum.high - centre, own)
-    return Prediction(centre + shift, (centre + shift - below, centre + shift + above))
+def moved(optimum: Optimum, shift: float) -> Prediction:
+    """An optimum and its interval, moved by `shift` octaves."""
+    return Prediction(optimum.log2_lr + shift, (optimum.low + shift, optimum.high + shift))
 
 
 def log2_rank_ratio(source: Curve, target: Curve, context: Context, inits: Sequence[str] = ("B",)) -> float | None:
@@ -219,17 +259,36 @@ class Test:
         return abs(self.error) <= HIT
 
     @property
-    def is_covered(self) -> bool | None:
-        """Whether the measured optimum is in the stated interval; `None` where none is stated."""
+    def missing(self) -> float | None:
+        """Octaves by which the measured optimum is out of the stated interval, in quadrature; `None`: none is stated.
+
+        The interval is of the true optimum. What was measured is off that by an error of its own, whose interval joins
+        the stated one, like any independent errors, by the root of the sum of squares.
+        """
         if self.prediction.log2_interval is None:
             return None
         low, high = self.prediction.log2_interval
-        return low <= self.target.optimum.log2_lr <= high
+        optimum = self.target.optimum
+        if self.error > 0:
+            allowed = math.hypot(self.prediction.log2_lr - low, optimum.high - optimum.log2_lr)
+        else:
+            allowed = math.hypot(high - self.prediction.log2_lr, optimum.log2_lr - optimum.low)
+        return math.sqrt(max(0.0, self.error**2 - allowed**2))
+
+    @property
+    def is_covered(self) -> bool | None:
+        """Whether the measured optimum is in the stated interval, but for its own error; `None`: none is stated."""
+        return None if self.missing is None else self.missing < 1e-6  # rounding
+
+    @property
+    def loss(self) -> float:
+        """Share of the target's gain that is lost at the predicted learning rate (see `Regret.share`)."""
+        return _share_lost(self.target, self.prediction.log2_lr)
 
     @property
     def kind(self) -> str:
         """Between what, e.g. "within Init[B]" or "Init[B] → FFT"."""
-        source, target = (f"Init[{m.curve[1]}]" if m.curve != FFT else "FFT" for m in (self.source, self.target))
+        source, target = _scheme(self.source.curve), _scheme(self.target.curve)
         return f"within {source}" if source == target else f"{source} → {target}"
 
 
@@ -247,30 +306,86 @@ def prediction_tests(sweeps: Sequence[Sweep], rule: Rule) -> list[Test]:
 
 
 def fit_exponent(sweeps: Sequence[Sweep], inits: tuple[str, ...] = ("B",)) -> RankCorrected | None:
-    """The exponent c, and the spread, with which `RankCorrected` predicts the optima of these sweeps best.
+    """The exponent c with which `RankCorrected` predicts the optima of these sweeps best.
 
-    Weighted least squares over all pairs that the theory covers. The spread is what is left beside the sources' own
-    uncertainty, so that intervals hold for optima as they are measured. `None` where no pair tells.
+    Weighted least squares over all pairs that the theory covers; `None` where no pair tells.
     """
-    x, y, sources, both = [], [], [], []
+    x, y, variances = [], [], []
     for test in prediction_tests(sweeps, BareRule()):
         ratio = log2_rank_ratio(test.source.curve, test.target.curve, test.sweep.context, inits)
         if ratio:
             x.append(ratio)
             y.append(test.error)
-            sources.append(test.source.optimum.draws.var())
-            both.append(sources[-1] + test.target.optimum.draws.var() + RESOLUTION**2)
+            variances.append(test.source.optimum.draws.var() + test.target.optimum.draws.var() + RESOLUTION**2)
     if not x:
         return None
-    ratios, errors, weights = np.array(x), np.array(y), 1 / np.array(both)
-    exponent = float((weights * ratios) @ errors / ((weights * ratios) @ ratios))
-    left = (errors - exponent * ratios) ** 2 - np.array(sources)
-    return RankCorrected(exponent, math.sqrt(max(0.0, float(np.average(left, weights=weights)))), inits)
+    ratios, errors, weights = np.array(x), np.array(y), 1 / np.array(variances)
+    return RankCorrected(float((weights * ratios) @ errors / ((weights * ratios) @ ratios)), inits)
+
+
+def calibrated(rule: Rule, sweeps: Sequence[Sweep]) -> Calibrated:
+    """A rule with the smallest spreads whose stated intervals cover these sweeps as often as they say.
+
+    To be judged on other sweeps (`leave_one_out`). No interval is stated where these have no pair that the rule covers.
+    """
+    tests = prediction_tests(sweeps, rule)
+    spreads = {kind: _spread(alike) for kind, alike in _by_pair(tests).items()}
+    return Calibrated(rule, spreads, _spread(tests))
+
+
+def _spread(tests: Sequence[Test]) -> float | None:
+    missing = [test.missing for test in tests if test.missing is not None]
+    return _nine_in_ten(missing) / _Z if missing else None
+
+
+def fitted(sweeps: Sequence[Sweep]) -> Calibrated | None:
+    """The theory times a power of the ranks' ratio that is fitted to these sweeps, and calibrated on them."""
+    rule = fit_exponent(sweeps)
+    return rule and calibrated(rule, sweeps)
+
+
+def evidence(sweeps: Sequence[Sweep], rule: Rule) -> dict[str, Evidence]:
+    """How far off a rule was in these sweeps of one algorithm, by kind of pair: `mua_rl.policy.EVIDENCE`."""
+    tests, found = prediction_tests(sweeps, rule), {}
+    for kind, alike in _by_pair(tests).items():
+        curves = [m for test in tests if _kind_of(test) == kind for m in (test.source, test.target)]
+        ranks = [m.curve[0] for m in curves if m.curve[0] is not None]
+        found[kind] = Evidence(
+            ranks=(min(ranks), max(ranks)),
+            alphas=tuple(sorted({m.curve[2] for m in curves if m.curve != FFT})),
+            steps=max(round(m.steps / len(m.points)) for m in curves),
+            octaves=_nine_in_ten([abs(test.error) for test in alike]),
+            loss=_nine_in_ten([test.loss for test in alike]),
+        )
+    return found
+
+
+def _by_pair(tests: Sequence[Test]) -> dict[str, Sequence[Test]]:
+    """The tests of each kind of pair (`mua_rl.policy.pair_kind`); all of them for a kind that has not `ENOUGH`."""
+    kinds = {kind: [test for test in tests if _kind_of(test) == kind] for kind in sorted({_kind_of(t) for t in tests})}
+    return {kind: alike if len(alike) >= ENOUGH else tests for kind, alike in kinds.items()}
+
+
+def _nine_in_ten(values: Sequence[float]) -> float:
+    """The smallest of them that at least `COVERAGE` of them do not exceed."""
+    return float(np.quantile(values, COVERAGE, method="inverted_cdf"))
+
+
+def _kind_of(test: Test) -> str:
+    return _pair_kind(test.source.curve, test.target.curve)
+
+
+def _pair_kind(source: Curve, target: Curve) -> str:
+    return pair_kind(_scheme(source), _scheme(target))
+
+
+def _scheme(curve: Curve) -> Scheme:
+    return Scheme.FFT if curve == FFT else Scheme(f"Init[{curve[1]}]")
 
 
 def leave_one_out(
     sweeps: Sequence[Sweep],
-    fit: Callable[[Sequence[Sweep]], Rule | None] = fit_exponent,
+    fit: Callable[[Sequence[Sweep]], Rule | None] = fitted,
     group: Callable[[Sweep], Hashable] = lambda sweep: (sweep.algorithm, sweep.task),
 ) -> list[Test]:
     """Predictions in each group of sweeps by a rule that was fitted on the other groups only.
@@ -330,20 +445,25 @@ def regrets(sweeps: Sequence[Sweep], rule: Rule) -> list[Regret]:
 
 
 def _regret(rule: Rule, sweep: Sweep, fft: Measured, source: Measured | None, log2_lr: float) -> Regret:
-    best = float(fft.optimum.values.max())
-    gain, lost = best - fft.before, best - _value_at(fft, log2_lr)
     low, high = fft.optimum.plateau
     return Regret(
         rule=rule.name,
         sweep=sweep,
         source=source,
         log2_lr=log2_lr,
-        share=lost / gain if gain > 0 else math.nan,
+        share=_share_lost(fft, log2_lr),
         is_bound=not fft.optimum.covers(log2_lr) and not log2_lr >= _cliff(fft),
         within_noise=low <= log2_lr <= high,
         steps=source.steps / fft.steps if source else 0.0,
         seconds=source.seconds / fft.seconds if source and fft.seconds else 0.0,
     )
+
+
+def _share_lost(measured: Measured, log2_lr: float) -> float:
+    """Of the gain over the metric before training; NaN where nothing was gained."""
+    best = float(measured.optimum.values.max())
+    gain = best - measured.before
+    return (best - _value_at(measured, log2_lr)) / gain if gain > 0 else math.nan
 
 
 def _cliff(measured: Measured) -> float:

@@ -1,0 +1,114 @@
+"""How far off a transferred learning rate may be: what docs/results say, and a warning where they say nothing."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import make_record
+
+from mua_rl.policy import EVIDENCE, RANK_EXPONENTS, given, pair_kind, transfer
+from mua_rl.rules import AlphaRule, Configuration, Scheme
+from mua_rl.sweep.measured import sweeps_of
+from mua_rl.sweep.report import parse_sizes
+from mua_rl.sweep.rows import read_all
+from mua_rl.sweep.transfer import RankCorrected, calibrated, evidence, leave_one_out
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+SIZES = ["smollm2=1536,576", "*-w256-*=256,256"]
+"""As docs/results/README.md gives them to the report."""
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """The sweeps in docs/results, by algorithm."""
+    found = sweeps_of(read_all(sorted(RESULTS.glob("reproduce_*.csv"))), contexts=parse_sizes(SIZES))
+    return {algorithm: [s for s in found if s.algorithm == algorithm] for algorithm in {s.algorithm for s in found}}
+
+
+def lora(rank, scheme=Scheme.INIT_B, alpha="1", width=512):
+    return Configuration(scheme, width, rank, AlphaRule.parse(alpha), "adamw_torch", outputs=512)
+
+
+FULL = Configuration(Scheme.FFT, 512, optimizer="adamw_torch", outputs=512)
+
+
+def test_the_evidence_is_what_docs_results_say_today(measured):
+    assert EVIDENCE.keys() == RANK_EXPONENTS.keys() == measured.keys()
+    for algorithm, sweeps in measured.items():
+        found = evidence(sweeps, RankCorrected(RANK_EXPONENTS[algorithm]))
+        stale = f"policy.EVIDENCE is stale, {algorithm} has {found}"
+        assert found.keys() == EVIDENCE[algorithm].keys(), stale
+        for kind, now in found.items():
+            stated = EVIDENCE[algorithm][kind]
+            assert (stated.ranks, stated.alphas, stated.steps) == (now.ranks, now.alphas, now.steps), stale
+            assert stated.octaves == pytest.approx(now.octaves, abs=0.05), stale
+            assert stated.loss == pytest.approx(now.loss, abs=0.01), stale
+
+
+def test_intervals_calibrated_on_other_tasks_cover_as_often_as_they_say(measured):
+    for algorithm, sweeps in measured.items():
+        rule = RankCorrected(RANK_EXPONENTS[algorithm])
+        tests = leave_one_out(sweeps, lambda others, rule=rule: calibrated(rule, others))
+        if covered := [test.is_covered for test in tests if test.is_covered is not None]:
+            assert 0.85 <= np.mean(covered) <= 1, algorithm
+
+
+@pytest.mark.parametrize("algorithm", EVIDENCE)
+@pytest.mark.parametrize("target", [lora(16), FULL], ids=str)
+def test_a_transfer_says_how_far_off_it_may_be(algorithm, target):
+    found = transfer(make_record(algorithm=algorithm), target)
+    octaves = EVIDENCE[algorithm][pair_kind(Scheme.INIT_B, target.scheme)].octaves
+    assert found.octaves == octaves
+    assert f"within a factor of {2**octaves:.2g} of the best nine times in ten" in found.reason
+    assert not found.warning
+
+
+def test_ppo_transfers_between_a_lora_and_full_finetuning_are_further_off_than_between_ranks():
+    ranks, full = (transfer(make_record(algorithm="ppo"), target) for target in (lora(16), FULL))
+    assert full.octaves > 1.5 * ranks.octaves
+
+
+def test_the_records_own_rate_and_a_given_one_are_no_predictions():
+    record = make_record(rank=1, algorithm="sft")
+    for found in (transfer(record, record.configuration()), given(1e-3)):
+        assert found.octaves is None
+        assert found.warning == ""
+        assert found.reason == found.why
+
+
+@pytest.mark.parametrize(
+    ("record", "target", "exponent", "why"),
+    [
+        ({"algorithm": "sft"}, lora(16), None, "no transfer was measured with sft: tune nearer to the target."),
+        ({"rank": 2}, FULL, None, "r = 2 is outside the ranks .* grpo, 4 to 256.*--algo grpo --ranks full"),
+        ({}, lora(2), None, "r = 2 is outside.*--ranks 2\\)"),
+        ({}, lora(512), None, "r = 512 is outside"),
+        ({"algorithm": "ppo"}, lora(64), None, "r = 64 .* ppo, 2 to 32.*--algo ppo --ranks 64"),
+        ({"scheme": "FFT", "rank": None}, lora(1), None, "r = 1 is outside"),
+        ({"scheme": "Init[A]"}, lora(64, Scheme.INIT_A), None, "r = 64 is outside"),
+        ({"alpha": "16/r"}, lora(16, alpha="16/r"), None, "α = 16/r was not measured with Init\\[B\\]"),
+        ({}, lora(16), 0.25, "measured with --rank_exponent 0.5"),
+        ({}, lora(16, width=1024), None, "between widths"),
+        ({"scheme": "FFT", "rank": None}, Configuration(Scheme.FFT, 64, optimizer="adamw_torch"), None, "FFT to FFT"),
+        ({"schedule": {"steps": 5000}}, FULL, None, "took 5,000 steps, and those .* 60"),
+        ({"schedule": {"env_steps": 10**6}, "algorithm": "ppo"}, FULL, None, "took 1,000,000 steps"),
+    ],
+)
+def test_where_nothing_was_measured_a_warning_says_so_in_one_line_with_a_cure(record, target, exponent, why):
+    found = transfer(make_record(**{"outputs": 512, **record}), target, rank_exponent=exponent)
+    assert found.octaves is None
+    assert "within a factor" not in found.reason
+    assert len(found.warning.splitlines()) == 1
+    assert re.search(why, found.warning), found.warning
+
+
+def test_a_rule_that_was_measured_to_lose_much_says_how_far_off_it_may_be_and_warns():
+    found = transfer(make_record(algorithm="ppo", scheme="Init[A]"), lora(16, Scheme.INIT_A))
+    assert found.octaves == EVIDENCE["ppo"]["Init[A]"].octaves
+    assert "one such transfer in ten lost more than 28% of the gain" in found.warning
+
+
+@pytest.mark.parametrize("schedule", [{}, {"steps": None}, {"steps": -1}, {"name": "constant", "env_steps": "many"}])
+def test_a_record_that_does_not_say_how_long_its_runs_took_is_taken_as_it_is(schedule):
+    assert not transfer(make_record(schedule=schedule), lora(16)).warning
