@@ -22,7 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mua_rl.arms.memory import TIMES_ONE_RUN, ArmsMemory, Parts
 from mua_rl.errors import exit_on_user_error
+from mua_rl.gpu_memory import TrainerMemory
 from mua_rl.models import model_path
 from mua_rl.record import package_versions
 from mua_rl.sweep.arm import Arm
@@ -45,7 +47,14 @@ def main() -> None:
     parser.add_argument("--top", type=float, help="log2 of the largest learning rate")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--singles", type=int, help="time only so many single runs and multiply; default: all")
-    parser.add_argument("--completions-per-pass", type=int, help="of all arms side by side")
+    parser.add_argument("--memory", type=float, default=TIMES_ONE_RUN, help="of all arms side by side, in runs")
+    parser.add_argument(
+        "--parts",
+        type=int,
+        nargs=2,
+        metavar=("COMPLETIONS", "TOKENS"),
+        help="instead of planned from the memory: completions of each arm at once, tokens of all arms in a pass",
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(ours)
@@ -98,7 +107,9 @@ def together(options: argparse.Namespace, passed: list[str]) -> dict[str, Any]:
     from mua_rl.arms.grpo import SideBySide
 
     arguments, _, _ = grpo.parse(flags(options, passed))
-    trainer = SideBySide(arguments, arms(options), completions_per_pass=options.completions_per_pass)
+    parts = Parts(*options.parts) if options.parts else None
+    trainer = SideBySide(arguments, arms(options), memory=options.memory, parts=parts)
+    print(f"{trainer.parts}, MiB as planned: {mebibytes(trainer.expected_memory)}", flush=True)
     ends: list[float] = []
     histories: dict[int, list[dict[str, float]]] = {k: [] for k in range(options.k)}
 
@@ -115,7 +126,15 @@ def together(options: argparse.Namespace, passed: list[str]) -> dict[str, Any]:
         "histories": list(histories.values()),
         "step ms": 1000 * (ends[-1] - ends[0]) / max(1, len(ends) - 1),
         "phases ms": {name: 1000 * seconds / len(ends) for name, seconds in trainer.phases.items()},
+        "parts": dataclasses.asdict(trainer.parts),
+        "planned MiB": mebibytes(trainer.expected_memory),
+        "planned MiB of one run": mebibytes(trainer.one_run),
     }
+
+
+def mebibytes(memory: ArmsMemory | TrainerMemory) -> dict[str, int]:
+    """Sizes by part, and their sum."""
+    return {name: round(size / 2**20) for name, size in {**memory.parts(), "total": memory.total}.items()}
 
 
 def single(number: int, options: argparse.Namespace, passed: list[str]) -> dict[str, Any]:
@@ -182,6 +201,7 @@ def table(report: dict[str, Any]) -> str:
 
     lines.append(row(f"{report['k']} arms side by side", ours, ours["wall"]))
     lines.append("  of a step: " + ", ".join(f"{name} {value:.0f} ms" for name, value in ours["phases ms"].items()))
+    lines.append("  planned: " + ", ".join(f"{name} {size}" for name, size in ours["planned MiB"].items()) + " MiB")
     for name, result in report["single"].items():
         lines.append(row(f"single run of arm {name}", result, result["wall"]))
     if report["single"]:

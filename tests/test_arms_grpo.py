@@ -221,8 +221,8 @@ def padded_prompts():
     return prompts * mask, mask
 
 
-def decoder(model, fixed, ends=(4,)):
-    return Decoder(model, list(ends), 0, 9, torch.no_grad, fixed=fixed)
+def decoder(model, fixed, ends=(4,), at_once=None):
+    return Decoder(model, list(ends), 0, 9, torch.no_grad, at_once, fixed)
 
 
 @pytest.mark.parametrize("fixed", [False, True])

@@ -68,7 +68,7 @@ def test_loss_and_gradient_are_trls_on_the_same_batch(flags, tmp_path, monkeypat
     ours.used_rows, ours.prompts = ours._read(ours.train_rows, numbers)
 
     rollout = ours._roll_out([numbers])
-    losses = sum(ours._backward(*sequences) for sequences in ours._passes(rollout))
+    losses = sum(map(ours._backward, ours._passes(rollout)))
     torch.testing.assert_close(losses[0], expected.detach(), rtol=1e-5, atol=1e-6)
     for layer, (a, b) in zip(ours.stack.layers.values(), matrices, strict=True):
         torch.testing.assert_close(layer.a.grad[0], a.grad, rtol=1e-4, atol=1e-6)

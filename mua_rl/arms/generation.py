@@ -1,4 +1,4 @@
-"""Answers of all arms in one batch, token by token.
+"""Answers of all arms in one batch, token by token; in several parts one after another where memory asks for it.
 
 A prompt is computed once and its keys and values are copied to its completions. On a CPU the cache grows and rows leave
 it as they end; on a GPU it has a fixed size and the forward pass of one token for all rows is a captured CUDA graph,
@@ -18,12 +18,12 @@ from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from mua_rl.arms.memory import CACHE_ALIGNED
 from mua_rl.errors import UserError
 
 ATTENTION = "mua_rl_grouped"
 _LOOK_EVERY = 4  # steps between two looks, on a GPU, at whether all rows have ended: each look waits for the GPU
 _READ_AT_ONCE = 256  # prompts in one forward pass, which bounds its memory
-_ALIGNED = 8  # attention kernels like the length of the cache as a multiple of it
 _SHRINK = 0.75  # share of the rows that are left when the others are let go: that copies the cache
 
 
@@ -51,6 +51,7 @@ class Decoder:
         pad_id: The padding token.
         new_tokens: The most tokens of a completion.
         autocast: Makes the context of a forward pass.
+        at_once: Completions of each arm that are written at once, which bounds the memory; `None`: all.
         fixed: Whether the cache has a fixed size; `None`: on a GPU it has.
 
     Raises:
@@ -64,11 +65,13 @@ class Decoder:
         pad_id: int,
         new_tokens: int,
         autocast: Callable[[], AbstractContextManager],
+        at_once: int | None = None,
         fixed: bool | None = None,
     ) -> None:
         check_attention(model)
         model.set_attn_implementation(ATTENTION)
         self.model, self.pad_id, self.new_tokens, self.autocast = model, pad_id, new_tokens, autocast
+        self.at_once = at_once
         self.device = next(model.parameters()).device
         self.end_ids = torch.tensor(end_ids, device=self.device)
         self.fixed = self.device.type == "cuda" if fixed is None else fixed
@@ -96,11 +99,41 @@ class Decoder:
             uniforms: `(K, b, new_tokens)` draws from [0, 1), one for each token to be sampled; `None` is greedy.
             temperature: What logits are divided by before sampling.
         """
+        count = prompts.shape[1]
+        size = count if self.at_once is None else max(1, self.at_once // copies)
+        found = []
+        for start in range(0, count, size):
+            part = torch.arange(start, min(start + size, count), device=self.device)
+            if self.fixed:  # parts are filled up, so that one cache does for all
+                part = nn.functional.pad(part, (0, size - len(part)), value=count - 1)
+            drawn = None if uniforms is None else uniforms[:, start * copies : (start + size) * copies]
+            taken = min(size, count - start) * copies
+            found.append(self._answer(prompts[:, part], mask[:, part], copies, drawn, temperature, taken))
+        return Answers(
+            torch.cat([answers.tokens for answers in found], 1),
+            torch.cat([answers.lengths for answers in found], 1),
+            torch.stack([answers.finite for answers in found]).all(0),
+        )
+
+    def _answer(
+        self,
+        prompts: torch.Tensor,
+        mask: torch.Tensor,
+        copies: int,
+        uniforms: torch.Tensor | None,
+        temperature: float,
+        taken: int,
+    ) -> Answers:
+        """One part; the first `taken` completions of each arm are asked for, and the others end at once."""
         first, following = self._read(prompts, mask, copies)
-        arms, draws = len(prompts), None if uniforms is None else uniforms.flatten(0, 1).to(self.device)
+        arms, rows = len(prompts), prompts.shape[1] * copies
+        draws = None
+        if uniforms is not None:
+            draws = nn.functional.pad(uniforms, (0, 0, 0, rows - taken)).flatten(0, 1).to(self.device)
         finite = first.isfinite().view(arms, -1).all(-1)
-        tokens, lengths = self._write(first.repeat_interleave(copies, 0), following, arms, draws, temperature)
-        return Answers(tokens.view(arms, -1, tokens.shape[-1]), lengths.view(arms, -1), finite)
+        unasked = (torch.arange(rows, device=self.device) >= taken).repeat(arms)
+        tokens, lengths = self._write(first.repeat_interleave(copies, 0), following, arms, draws, temperature, unasked)
+        return Answers(tokens.view(arms, rows, -1)[:, :taken], lengths.view(arms, rows)[:, :taken], finite)
 
     def _read(
         self, prompts: torch.Tensor, mask: torch.Tensor, copies: int
@@ -140,12 +173,12 @@ class Decoder:
         arms: int,
         draws: torch.Tensor | None,
         temperature: float,
+        ended: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens `(R, t)` and lengths `(R,)`."""
+        """Tokens `(R, t)` and lengths `(R,)`; rows that have `ended` get none."""
         rows = torch.arange(len(logits), device=self.device)
         written = torch.full((len(logits), self.new_tokens), self.pad_id, device=self.device)
         lengths = torch.zeros(len(logits), dtype=torch.long, device=self.device)
-        ended = torch.zeros(len(logits), dtype=torch.bool, device=self.device)
         for step in range(self.new_tokens):
             drawn = None if draws is None else draws[rows, step]
             token = choose(logits, drawn, temperature, arms).masked_fill(ended, self.pad_id)
@@ -283,7 +316,7 @@ class _FixedNext:
         self.model, self.autocast, self.shape = model, autocast, shape
         rows, prompt = shape
         device = next(model.parameters()).device
-        length = -(-(prompt + new_tokens) // _ALIGNED) * _ALIGNED
+        length = -(-(prompt + new_tokens) // CACHE_ALIGNED) * CACHE_ALIGNED
         self.at = torch.full((1,), prompt, device=device)
         self.tokens = torch.zeros((rows, 1), dtype=torch.long, device=device)
         self.positions = torch.zeros((rows, 1), dtype=torch.long, device=device)

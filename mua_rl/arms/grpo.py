@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,10 +26,13 @@ from mua_rl import models
 from mua_rl.adapter import LoRA, TargetModules
 from mua_rl.arms.generation import Answers, Decoder
 from mua_rl.arms.grpo_settings import check
+from mua_rl.arms.memory import TIMES_ONE_RUN, ArmsMemory, Parts, Work, arms_memory, cpu_parts, one_run, plan_parts
 from mua_rl.arms.objective import completion_weights, group_advantages, loss
+from mua_rl.arms.packing import UNLABELLED, Batch, Row, attention_bias, batches, pack
 from mua_rl.arms.stacked import LoRAStack
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import UserError
+from mua_rl.gpu_memory import PolicySize
 from mua_rl.grpo import load_base, splits
 from mua_rl.grpo_arguments import GRPOArguments
 from mua_rl.grpo_trainer import RunCallback
@@ -42,9 +45,6 @@ KeepGoing = Callable[[Arm, list[Metrics]], str | None]
 """Why an arm shall end early, given its metrics so far; `None` lets it go on."""
 
 ROLE = "lora"
-
-_CUDA_COMPLETIONS, _CPU_COMPLETIONS = 128, 256
-"""Completions of all arms together in one forward pass, by default: on a GPU about the memory of one run's 64."""
 
 
 @dataclass
@@ -89,8 +89,8 @@ class SideBySide:
         arms: LoRA arms.
         target_modules: Which layers carry LoRA.
         start_from: Folder of a run whose policy to start from.
-        completions_per_pass: Completions of all arms together in one forward and backward pass; `None`: 128 on a GPU,
-            256 on a CPU.
+        memory: What the arms may take together on a GPU, in units of what one run takes.
+        parts: In which parts they work; `None`: as `memory` allows.
 
     Attributes:
         stack: The arms' A and B.
@@ -107,7 +107,8 @@ class SideBySide:
         arms: Sequence[Arm],
         target_modules: TargetModules = "mlp",
         start_from: str | None = None,
-        completions_per_pass: int | None = None,
+        memory: float = TIMES_ONE_RUN,
+        parts: Parts | None = None,
     ) -> None:
         check(arguments, arms)
         self.arguments, self.arms = arguments, list(arms)
@@ -116,6 +117,7 @@ class SideBySide:
         self.tokenizer = models.load_tokenizer(arguments.model)
         model, self.base = load_base(arguments, start_from)
         self.model = model.to(self.device).eval()  # type: ignore[arg-type]
+        loaded = sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
         self.conversational = is_conversational(self.tokenizer)
         self.train_rows, self.held_out_rows = splits(self.task, self.conversational, arguments.held_out_problems)
         self.new_tokens = arguments.max_completion_length or self.task.max_completion_length
@@ -130,14 +132,26 @@ class SideBySide:
             self._precast()
         add_fused_lm_head(self.model, temperature=arguments.temperature)
         self.end_ids = end_ids(self.model, self.tokenizer)
-        self.decoder = Decoder(self.model, self.end_ids, self.tokenizer.pad_token_id, self.new_tokens, self.autocast)
-        by_default = _CUDA_COMPLETIONS if self.device.type == "cuda" else _CPU_COMPLETIONS
-        self.completions_per_pass = completions_per_pass or by_default
         self.states = [self._new_state(number, arm) for number, arm in enumerate(arms)]
         used = sorted({number for state in self.states for step in state.order for number in step})
         self.used_rows, self.prompts = self._read(self.train_rows, used)
         _, self.problems = self._read(self.held_out_rows, range(len(self.held_out_rows)))
         self.longest_prompt = max(map(len, [*self.prompts.values(), *self.problems.values()]))
+        self.work, self.size = self._work(), PolicySize.of(self.model)
+        self.one_run = one_run(
+            replace(self.size, frozen_bytes=loaded, trained=self.size.trained // len(arms)), self.work
+        )
+        if parts is None and self.device.type == "cuda":
+            parts = plan_parts(self.size, self.work, memory * self.one_run.total)
+        self.parts = parts or cpu_parts(self.work)
+        self.decoder = Decoder(
+            self.model,
+            self.end_ids,
+            self.tokenizer.pad_token_id,
+            self.new_tokens,
+            self.autocast,
+            self.parts.completions,
+        )
         self.ended: dict[int, Outcome] = {}
         self.phases = {"generation": 0.0, "rewards": 0.0, "update": 0.0}
 
@@ -152,6 +166,11 @@ class SideBySide:
         """Prompts of an arm in one optimizer step."""
         assert self.arguments.generation_batch_size
         return self.arguments.generation_batch_size // self.group
+
+    @property
+    def expected_memory(self) -> ArmsMemory:
+        """Bytes that the arms take, as planned."""
+        return arms_memory(self.size, self.work, self.parts)
 
     def autocast(self) -> AbstractContextManager:
         """The context of forward passes."""
@@ -200,8 +219,8 @@ class SideBySide:
         start = time.perf_counter()
         self.stack.gradients.zero_()
         losses = torch.zeros(len(self.states), device=self.device)
-        for sequences in self._passes(rollout):
-            losses += self._backward(*sequences)
+        for batch in self._passes(rollout):
+            losses += self._backward(batch)
         norms = torch.linalg.vector_norm(self.stack.gradients, dim=1)
         if self.arguments.max_grad_norm > 0:  # as torch.nn.utils.clip_grad_norm_
             self.stack.gradients *= (self.arguments.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)[:, None]
@@ -231,20 +250,11 @@ class SideBySide:
         arms, count = len(self.states), len(self.problems)
         if not arms:
             return []
-        rows = self.group * self.prompts_per_step  # as in training, so that the same graph does it
-        if not self.decoder.fixed:
-            rows = min(rows, -(-count // arms) if shared else count)
-        share = rows * arms if shared else rows
-        texts: list[list[str]] = [[] for _ in range(1 if shared else arms)]
-        for start in range(0, count, share):
-            numbers = [min(start + i, count - 1) for i in range(share)]
-            asked = [numbers[k * rows : (k + 1) * rows] if shared else numbers for k in range(arms)]
-            answers = self.decoder.answer(*self._pad([[self.problems[i] for i in row] for row in asked]))
-            completions = self._decode(answers)
-            if shared:
-                texts[0] += [text for arm in completions for text in arm]
-            else:
-                texts = [known + new for known, new in zip(texts, completions, strict=True)]
+        rows = -(-count // arms) if shared else count
+        numbers = [[min(k * rows + i, count - 1) if shared else i for i in range(rows)] for k in range(arms)]
+        texts = self._decode(self.decoder.answer(*self._pad([[self.problems[i] for i in arm] for arm in numbers])))
+        if shared:
+            texts = [[text for arm in texts for text in arm]]
         return [score(text[:count], self.task, self.held_out_rows) for text in texts]
 
     def save_adapter(self, number: int, folder: Path | str) -> None:
@@ -256,6 +266,12 @@ class SideBySide:
         if number not in self.stack.active:
             raise UserError(f"arm {number} has ended early, and its adapter is gone.")
         self.stack.save_adapter(number, folder)
+
+    def _work(self) -> Work:
+        micro_batch, length = self.arguments.per_device_train_batch_size, self.longest_prompt + self.new_tokens
+        assert micro_batch
+        compute_bytes = 2 if self.arguments.bf16 else self.model.dtype.itemsize
+        return Work(len(self.arms), self.prompts_per_step, self.group, length, micro_batch, compute_bytes)
 
     def _new_state(self, number: int, arm: Arm) -> _ArmState:
         arguments = self.arguments
@@ -369,58 +385,57 @@ class SideBySide:
         """Weighted sums of scores, `(b, rewards)` → `(b,)`; NaN where no reward gave a score."""
         return torch.where(scores.isnan().all(-1), torch.nan, (scores * self.weights).nansum(-1))
 
-    def _passes(self, rollout: _Rollout) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """The sequences that have a part in the gradient, in batches for a forward pass: token ids `(K·b, t)`, labels
-        `(K·b, t)` and weighted advantages `(K, b)`.
+    def _passes(self, rollout: _Rollout) -> Iterator[Batch]:
+        """What has a part in the gradient, in batches for a forward pass.
 
         Completions without advantage have none. Equal completions of one prompt are computed once, with the sum of
-        their advantages. The longest come first, so that a batch has little padding.
+        their advantages.
         """
-        distinct = [self._distinct(rollout, k) for k in range(len(self.states))]
-        most, at_once = max(map(len, distinct)), max(1, self.completions_per_pass // len(self.states))
-        for start in range(0, most, at_once):
-            parts = [arm[start : start + at_once] for arm in distinct]
-            rows, length = max(map(len, parts)), max(len(part[0][0]) for part in parts if part)
-            ids = np.full((len(parts), rows, length), self.tokenizer.pad_token_id)
-            labels = np.full((len(parts), rows, length), -100)
-            weights = np.zeros((len(parts), rows), dtype=np.float32)
-            for k, part in enumerate(parts):
-                for i, (tokens, completion, weight) in enumerate(part):
-                    ids[k, i, : len(tokens)] = tokens
-                    labels[k, i, len(tokens) - len(completion) : len(tokens)] = completion
-                    weights[k, i] = weight
-            inputs, targets = (torch.from_numpy(array).flatten(0, 1).to(self.device) for array in (ids, labels))
-            yield inputs, targets, torch.from_numpy(weights).to(self.device)
+        rows = [self._rows(rollout, k) for k in range(len(self.states))]
+        return batches(rows, self.parts.tokens, self.tokenizer.pad_token_id)
 
-    def _distinct(self, rollout: _Rollout, k: int) -> list[tuple[list[int], list[int], float]]:
-        """Of one arm: inputs (all tokens but the last), the completion that they are labelled with, and the weighted
-        advantage."""
+    def _rows(self, rollout: _Rollout, k: int) -> list[Row]:
+        """Of one arm."""
         lengths, weights = rollout.answers.lengths[k].tolist(), rollout.weighted_advantages[k].tolist()
-        summed: dict[tuple[int, tuple[int, ...]], float] = {}
+        summed: dict[int, dict[tuple[int, ...], float]] = {}
         for i, tokens in enumerate(rollout.answers.tokens[k].tolist()):
             if weights[i] != 0:
-                key = (k * self.prompts_per_step + i // self.group, tuple(tokens[: lengths[i]]))
-                summed[key] = summed.get(key, 0.0) + weights[i]
-        found = [
-            ([*rollout.prompts[prompt], *completion[:-1]], list(completion), weight)
-            for (prompt, completion), weight in summed.items()
-        ]
-        return sorted(found, key=lambda sequence: -len(sequence[0]))
+                completions = summed.setdefault(k * self.prompts_per_step + i // self.group, {})
+                completion = tuple(tokens[: lengths[i]])
+                completions[completion] = completions.get(completion, 0.0) + weights[i]
+        return [row for prompt, found in summed.items() for row in pack(rollout.prompts[prompt], list(found.items()))]
 
-    def _backward(self, ids: torch.Tensor, labels: torch.Tensor, weighted: torch.Tensor) -> torch.Tensor:
+    def _backward(self, batch: Batch) -> torch.Tensor:
         """Add a pass's gradient to the arms'; the losses `(K,)`."""
-        logps = self.log_probs(ids, labels).view(*weighted.shape, -1)
-        losses = loss(logps, (labels != -100).view(logps.shape), weighted)
+        batch = batch.to(self.device)
+        logps = self.log_probs(batch.ids, batch.labels, batch.positions, batch.parts).view(*batch.weights.shape, 1)
+        scored = (batch.labels != UNLABELLED).view(logps.shape)
+        losses = loss(logps, scored, batch.weights)  # as if each token were a completion, for each has its weight
         losses.sum().backward()
         return losses.detach()
 
-    def log_probs(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Log-probs `(R, t)` of labels, each the token after its place; 0 where it is −100.
+    def log_probs(
+        self,
+        ids: torch.Tensor,
+        labels: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        parts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Log-probs `(R, t)` of labels, each the token after its place; 0 where it is `UNLABELLED`.
 
-        Sequences are padded on the right, so causal attention needs no mask.
+        Sequences are padded on the right.
+
+        Args:
+            ids, labels: `(R, t)`.
+            positions, parts: Of rows that are packed, see `packing.Batch`; `None`: each row is one sequence, for which
+                causal attention needs no mask.
         """
+        inputs = {"input_ids": ids, "shift_labels": labels}
+        if positions is not None and parts is not None:
+            dtype = torch.bfloat16 if self.arguments.bf16 else self.model.dtype
+            inputs |= {"position_ids": positions, "attention_mask": attention_bias(parts, dtype)}
         with self.autocast():
-            return self.model(input_ids=ids, shift_labels=labels, fused_lm_head=True).log_probs
+            return self.model(**inputs, fused_lm_head=True).log_probs
 
     def _charge(self, start: float) -> None:
         """Share the time since `start` among the arms."""

@@ -1,0 +1,132 @@
+"""What GRPO arms side by side take, and the parts that they work in so as to take no more."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mua_rl.arms.generation import Answers
+from mua_rl.arms.grpo import SideBySide
+from mua_rl.arms.memory import CACHE_ALIGNED, Parts, Work, arms_memory, one_run, plan_parts
+from mua_rl.gpu_memory import GIB, PolicySize
+from mua_rl.grpo_arguments import GRPOArguments
+from mua_rl.sweep.arm import Arm
+
+# SmolLM2-135M with eight LoRAs of rank 32 on the MLP projections; linear layers in bf16, the embedding in fp32.
+EMBEDDING, LINEAR = 49152 * 576, 30 * (2 * 576 * (576 + 192) + 3 * 576 * 1536)
+LORA = 30 * 3 * 32 * (576 + 1536)
+SMOLLM2 = PolicySize(4 * EMBEDDING + 2 * LINEAR, EMBEDDING + LINEAR, 8 * LORA, 30, 576, 1536, 192, 49152, 576)
+WORK = Work(arms=8, prompts=32, group=8, length=40 + 32, micro_batch=64)
+ONE = one_run(replace(SMOLLM2, frozen_bytes=4 * SMOLLM2.parameters, trained=LORA), WORK).total
+
+ARMS = [Arm(4, "B", "1", -8, 1), Arm(2, "A", "1/r", -7, 2)]
+
+
+def side_by_side(parts=None, fixed=False, **changes):
+    """Four prompts with four completions a step."""
+    small = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "num_generations": 4}
+    given = GRPOArguments(**{**small, "max_steps": 4, "report_to": "none", "held_out_problems": 24, **changes})
+    trainer = SideBySide(given, ARMS, parts=parts)
+    trainer.decoder.fixed = fixed
+    return trainer
+
+
+def test_the_parts_of_eight_arms_on_smollm2_add_up_to_what_was_measured_and_to_less_in_parts():
+    at_once = arms_memory(SMOLLM2, WORK, Parts(256, 128 * 71))  # 10.5 GiB on an H100, one run 4.06
+    assert at_once.cache == 8 * 256 * 72 * 30 * 2 * 192 * 2
+    assert at_once.logits == 8 * 256 * 49152 * 2
+    assert at_once.trainer.moments == 2 * at_once.trainer.gradients == 2 * 4 * 8 * LORA
+    assert at_once.total / GIB == pytest.approx(10.5, rel=0.05)
+    assert pytest.approx(4.06, rel=0.05) == ONE / GIB
+    planned = plan_parts(SMOLLM2, WORK, 1.4 * ONE)
+    assert planned.completions % WORK.group == 0
+    assert 1.2 * ONE < arms_memory(SMOLLM2, WORK, planned).total <= 1.4 * ONE
+
+
+@pytest.mark.parametrize("times", [1.1, 1.4, 2.0, 3.0])
+@pytest.mark.parametrize("arms", [1, 3, 8])
+@pytest.mark.parametrize("length", [40, 456, 2048])
+def test_a_plan_keeps_within_its_limit_with_parts_of_equal_size(times, arms, length):
+    work = replace(WORK, arms=arms, length=length)
+    limit = times * one_run(replace(SMOLLM2, frozen_bytes=4 * SMOLLM2.parameters, trained=LORA), work).total
+    size = replace(SMOLLM2, trained=arms * LORA)
+    parts = plan_parts(size, work, limit)
+    assert arms_memory(size, work, parts).total <= limit
+    assert parts.tokens <= work.one_pass
+    prompts = parts.completions // work.group
+    number = -(-work.prompts // prompts)
+    assert number * prompts - work.prompts < number  # no part has two prompts that are only padding
+
+
+def test_no_room_at_all_gives_the_smallest_parts_and_plenty_gives_no_parts():
+    assert plan_parts(SMOLLM2, WORK, 0) == Parts(WORK.group, 1)
+    assert plan_parts(SMOLLM2, WORK, 100 * ONE) == Parts(256, WORK.one_pass)
+
+
+def test_a_fixed_cache_and_its_logits_have_the_planned_bytes_whatever_is_asked():
+    trainer = side_by_side(Parts(8, 200), fixed=True)
+    expected = trainer.expected_memory
+    trainer.measure()  # 24 problems, one completion each, in parts of 8
+    cache = trainer.decoder._next
+    trainer.step()  # 4 prompts with 4 completions each, in the same parts
+    assert trainer.decoder._next is cache
+    tensors = [tensor for layer in cache.layers for tensor in (layer.all_keys, layer.all_values)]
+    assert sum(tensor.nbytes for tensor in tensors) == expected.cache
+    assert cache.logits.nbytes == expected.logits
+    assert cache.shape[0] == 2 * 8
+    assert tensors[0].shape[2] - CACHE_ALIGNED < trainer.longest_prompt + trainer.new_tokens <= tensors[0].shape[2]
+
+
+def test_weights_gradients_and_moments_have_the_planned_bytes():
+    trainer = side_by_side()
+    trainer.step()
+    expected = trainer.expected_memory.trainer
+    frozen = sum(w.nbytes for w in trainer.model.parameters() if not w.requires_grad)
+    assert frozen + trainer.stack.values.nbytes == expected.weights
+    assert trainer.stack.gradients.nbytes == expected.gradients
+    states = [tensor for state in trainer.states for tensor in state.optimizer.state[state.parameter].values()]
+    assert sum(tensor.nbytes for tensor in states if tensor.numel() > 1) == expected.moments
+
+
+def test_a_pass_keeps_the_planned_activations():
+    trainer = side_by_side(Parts(16, 400), bf16=True, use_cpu=True)
+    tokens = torch.arange(3, 3 + 2 * 16 * 32).view(2, 16, 32) % 90 + 3
+    answers = Answers(tokens, torch.full((2, 16), 32), torch.ones(2, dtype=torch.bool))
+    prompts = [trainer.prompts[number] for state in trainer.states for number in state.order[0]]
+    rollout = SimpleNamespace(prompts=prompts, answers=answers, weighted_advantages=torch.ones(2, 16))
+    kept = {}
+    known = {w.untyped_storage().data_ptr() for w in trainer.model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    batch = next(trainer._passes(rollout))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logps = trainer.log_probs(batch.ids, batch.labels, batch.positions, batch.parts)
+    expected = arms_memory(trainer.size, trainer.work, Parts(16, batch.ids.numel())).trainer
+    assert 200 < batch.ids.numel() <= 400
+    assert sum(kept.values()) == pytest.approx(expected.activations + expected.casts, rel=0.1)
+    assert logps.shape == batch.ids.shape
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_results_do_not_depend_on_the_parts(fixed):
+    whole, divided = side_by_side(fixed=fixed), side_by_side(Parts(12, 60), fixed=fixed)  # three prompts, then one
+    seen = {}
+    for trainer in (whole, divided):
+        answer, seen[trainer] = trainer.decoder.answer, []
+        trainer.decoder.answer = lambda *a, answer=answer, t=trainer: seen[t].append(answer(*a)) or seen[t][-1]
+    assert whole.measure(shared=True) == divided.measure(shared=True)
+    for _ in range(3):
+        ours, theirs = divided.step(), whole.step()
+        assert torch.equal(seen[divided][-1].tokens, seen[whole][-1].tokens)
+        assert torch.equal(seen[divided][-1].lengths, seen[whole][-1].lengths)
+        for number in ours:
+            assert ours[number] == pytest.approx(theirs[number], rel=1e-4, abs=1e-6)
+        torch.testing.assert_close(divided.stack.gradients, whole.stack.gradients, rtol=1e-3, atol=1e-6)
+    assert whole.stack.gradients.norm() > 0
+    assert divided.measure() == whole.measure()

@@ -1,0 +1,83 @@
+"""Completions of a prompt in one row have the log-probs and the gradient that they have in rows of their own."""
+
+import pytest
+import torch
+
+from mua_rl.arms.grpo import SideBySide
+from mua_rl.arms.packing import UNLABELLED, attention_bias, batches, pack
+from mua_rl.grpo_arguments import GRPOArguments
+from mua_rl.sweep.arm import Arm
+
+COMPLETIONS = [((30, 31), 0.5), ((40,), -1.0), ((50, 33, 34, 35), 0.25)]
+PROMPTS = [[5, 9, 20, 7], [8]]  # of two arms
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    arms = [Arm(4, "B", "1", -8, 1), Arm(2, "A", "1/r", -7, 2)]
+    small = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 1}
+    made = SideBySide(GRPOArguments(**small, report_to="none", held_out_problems=8), arms)
+    made.stack.values.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    return made
+
+
+def losses_and_log_probs(trainer, rows):
+    """Losses of the arms, their gradients, and the log-prob of each label of each arm."""
+    trainer.stack.gradients.zero_()
+    losses, found = torch.zeros(2), [{}, {}]
+    for batch in batches(rows, 10**6, 0):
+        losses += trainer._backward(batch)
+        logps = trainer.log_probs(batch.ids, batch.labels, batch.positions, batch.parts)
+        for arm in range(2):
+            pairs = zip(batch.labels.view(2, -1)[arm].tolist(), logps.view(2, -1)[arm].tolist(), strict=True)
+            found[arm] |= {label: logp for label, logp in pairs if label != UNLABELLED}
+    return losses, trainer.stack.gradients.clone(), found
+
+
+@pytest.mark.parametrize("longest, rows", [(100, [1, 1]), (6, [2, 2])])
+def test_log_probs_and_gradients_are_those_of_rows_of_their_own(trainer, longest, rows):
+    packed = [pack(prompt, COMPLETIONS, longest) for prompt in PROMPTS]
+    alone = [[row for completion in COMPLETIONS for row in pack(prompt, [completion])] for prompt in PROMPTS]
+    assert [len(arm) for arm in packed] == rows
+    losses, gradients, logps = losses_and_log_probs(trainer, packed)
+    expected, their_gradients, their_logps = losses_and_log_probs(trainer, alone)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients, their_gradients, rtol=1e-4, atol=1e-6)
+    assert gradients.norm(dim=1).min() > 1e-3
+    for arm in range(2):
+        assert logps[arm] == pytest.approx(their_logps[arm], abs=1e-5)
+        assert sorted(logps[arm]) == [30, 31, 33, 34, 35, 40, 50]
+
+
+def test_rows_have_a_prompt_once_and_places_for_all_that_is_scored():
+    (row,) = pack([5, 9, 7], [((30, 31), 0.5), ((40,), -1.0)])
+    assert row.ids == [5, 9, 7, 30, 7]
+    assert row.labels == [UNLABELLED, UNLABELLED, 30, 31, 40]
+    assert row.positions == [0, 1, 2, 3, 2]
+    assert row.parts == [0, 0, 1, 1, 2]
+    assert row.weights == [0, 0, 0.5, 0.5, -1.0]
+    assert pack([5], []) == []
+
+
+def test_a_row_is_no_longer_than_asked_unless_one_completion_is():
+    rows = pack([1, 2, 3], [((9,) * size, 1.0) for size in (4, 2, 2, 20, 1)], longest=8)
+    assert [max(row.parts) for row in rows] == [2, 1, 1, 1]
+    assert [len(row) for row in rows] == [8, 4, 22, 3]
+
+
+def test_a_completion_sees_the_prompt_and_itself_up_to_each_token():
+    bias = attention_bias(torch.tensor([[0, 1, 1, 2, -1]]), torch.bfloat16)
+    assert bias.shape == (1, 1, 5, 5)
+    assert bias.dtype == torch.bfloat16
+    seen = [[place for place in range(5) if bias[0, 0, token, place] == 0] for token in range(5)]
+    assert seen == [[0], [0, 1], [0, 1, 2], [0, 3], [0, 4]]
+
+
+def test_batches_have_every_row_once_and_no_more_tokens_than_asked():
+    arms = [[row for i in range(7) for row in pack([1] * (3 + 5 * i), [((2, 3), 1.0)])], pack([1], [((4,), 1.0)]), []]
+    made = list(batches(arms, 200, 0))
+    assert sum(int((batch.labels != UNLABELLED).sum()) for batch in made) == 7 * 2 + 1
+    assert all(batch.ids.numel() <= 200 or len(batch.ids) == 3 for batch in made)
+    assert all(batch.parts is None for batch in made)
+    assert len(made) > 2
+    assert list(batches([[], []], 200, 0)) == []
