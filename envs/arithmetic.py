@@ -1,7 +1,8 @@
-"""The embedded task: sums and products of one- and two-digit numbers, in words for chat models, in symbols for others.
+"""The embedded tasks: sums and products of one- and two-digit numbers, in words for chat models, in symbols for others.
 
 The 20,000 problems are split once and for all by a hash, so that the held-out ones are in no run's training set, nor in
-the corpus of the embedded model (`scripts/pretrain_embedded.py`).
+the corpus of the embedded model (`scripts/pretrain_embedded.py`). Differences, which that model has never seen, are a
+task for supervised finetuning to begin (`scripts/finetune_text.py`).
 """
 
 import random
@@ -27,11 +28,11 @@ def is_held_out(problem: Problem) -> bool:
     return zlib.crc32(repr(problem).encode()) % _HELD_OUT_ONE_IN == 0
 
 
-def draw_problem(rng: random.Random, held_out: bool) -> Problem:
-    """One problem of a split: each operand has one or two digits with equal chance, the operator is + or *."""
+def draw_problem(rng: random.Random, held_out: bool, operators: str = "+*") -> Problem:
+    """One problem of a split: each operand has one or two digits with equal chance, as has each operator."""
     while True:
         first, second = (rng.randrange(10) if rng.random() < 0.5 else rng.randrange(10, 100) for _ in range(2))
-        problem = (first, rng.choice("+*"), second)
+        problem = (first, rng.choice(operators), second)
         if is_held_out(problem) == held_out:
             return problem
 
@@ -39,7 +40,7 @@ def draw_problem(rng: random.Random, held_out: bool) -> Problem:
 def solve(problem: Problem) -> int:
     """The right answer."""
     first, operator, second = problem
-    return first + second if operator == "+" else first * second
+    return {"+": first + second, "*": first * second, "-": first - second}[operator]
 
 
 def last_integer_is_right(completions: list, answer: list[int], **_: Any) -> list[float | None]:
@@ -52,9 +53,10 @@ def last_integer_is_right(completions: list, answer: list[int], **_: Any) -> lis
     return scores
 
 
-def _split(held_out: bool, size: int, conversational: bool) -> Dataset:
+def _split(operators: str, held_out: bool, conversational: bool) -> Dataset:
     rng = random.Random(1 if held_out else 0)
-    problems = [draw_problem(rng, held_out) for _ in range(size)]
+    size = HELD_OUT_PROBLEMS if held_out else TRAIN_PROBLEMS
+    problems = [draw_problem(rng, held_out, operators) for _ in range(size)]
     if conversational:
         prompts: list = [[{"role": "user", "content": f"What is {a} {op} {b}?"}] for a, op, b in problems]
     else:
@@ -62,14 +64,24 @@ def _split(held_out: bool, size: int, conversational: bool) -> Dataset:
     return Dataset.from_dict({"prompt": prompts, "answer": [solve(problem) for problem in problems]})
 
 
-@register_task("arithmetic")
-def arithmetic() -> Task:
-    """Sums and products of one- and two-digit numbers; the last integer of the reply counts."""
+def _task(name: str, operators: str) -> Task:
     return Task(
-        name="arithmetic",
-        train=lambda conversational: _split(False, TRAIN_PROBLEMS, conversational),
-        held_out=lambda conversational: _split(True, HELD_OUT_PROBLEMS, conversational),
+        name=name,
+        train=lambda conversational: _split(operators, False, conversational),
+        held_out=lambda conversational: _split(operators, True, conversational),
         rewards=(last_integer_is_right,),
         correct=last_integer_is_right,
         max_completion_length=32,
     )
+
+
+@register_task("arithmetic")
+def arithmetic() -> Task:
+    """Sums and products of one- and two-digit numbers; the last integer of the reply counts."""
+    return _task("arithmetic", "+*")
+
+
+@register_task("differences")
+def differences() -> Task:
+    """Differences of one- and two-digit numbers; the last integer of the reply counts."""
+    return _task("differences", "-")

@@ -5,6 +5,7 @@ A spec is a name, and for some tasks a colon and an argument:
 | spec | task |
 |---|---|
 | `arithmetic` | sums and products; embedded |
+| `differences` | differences, which the embedded model has not learnt; embedded |
 | `one-liners` | one-line Python functions with tests; embedded |
 | `gsm8k`, `math`, `mbpp`, `humaneval` | the published datasets from the hub |
 | `gsm8k:PATH`, `math:PATH`, … | the same from a local file or folder (JSONL, JSON, parquet), or from the hub id PATH |
@@ -69,6 +70,7 @@ class Task:
 # Modules that register the tasks of this package, imported when one of them is asked for.
 _BUILT_IN = {
     "arithmetic": "mua_rl.envs.arithmetic",
+    "differences": "mua_rl.envs.arithmetic",
     "gsm8k": "mua_rl.envs.math_tasks",
     "math": "mua_rl.envs.math_tasks",
     "reasoning-gym": "mua_rl.envs.reasoning_tasks",

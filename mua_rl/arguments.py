@@ -219,8 +219,9 @@ def resolve_learning_rate(
 def find_record(arguments: AdapterArguments, base: Base, algorithm: str) -> tuple[LRRecord, str]:
     """The record that a learning rate comes from, and its name for the reader.
 
-    `--lr-from`, else the record of `--start-from`, else the shipped one of the very base model, else the first shipped
-    one of the algorithm, which is of another base (`Base.is_base_of`) and gives a guess.
+    `--lr-from`, else the record of `--start-from` if it is of the algorithm (of supervised finetuning, say, it is not),
+    else the shipped one of the very base model, else the first shipped one of the algorithm, which is of another base
+    (`Base.is_base_of`) and gives a guess.
 
     Raises:
         UserError: The record of `--lr-from` is of another base model or algorithm, or there is no record at all.
@@ -235,10 +236,15 @@ def find_record(arguments: AdapterArguments, base: Base, algorithm: str) -> tupl
         if record.algorithm != algorithm:
             raise UserError(f"{arguments.lr_from} is the record of a {record.algorithm} run, not of {algorithm}.")
         return record, arguments.lr_from
+    instead = ""
     if base.record:
-        return base.record, f"the record of {arguments.start_from}"
+        if base.record.algorithm == algorithm:
+            return base.record, f"the record of {arguments.start_from}"
+        instead = f" (that of {arguments.start_from} is of {base.record.algorithm})"
     folder = Path(str(files("mua_rl"))) / "assets" / "records"
-    shipped = [(LRRecord.load(path), f"the shipped record {path.stem}") for path in sorted(folder.glob("*.json"))]
+    shipped = [
+        (LRRecord.load(path), f"the shipped record {path.stem}{instead}") for path in sorted(folder.glob("*.json"))
+    ]
     shipped = [(record, name) for record, name in shipped if record.algorithm == algorithm]
     if not shipped:
         raise UserError(f"there is no record for {base.name}: give a learning rate with --lr or --lr-from.")

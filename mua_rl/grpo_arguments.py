@@ -171,11 +171,17 @@ def complete(arguments: GRPOArguments, adapter_arguments: AdapterArguments, give
 
 
 def _inherit(arguments: GRPOArguments, earlier: RunFolder, given: dict) -> None:
-    """A run that starts from another has its model, and its task unless another is given."""
+    """A run that starts from another has its model, and its task unless another is given.
+
+    Raises:
+        UserError: Another model is given; or no task is, and the earlier run had a data set instead of one.
+    """
     settings = earlier.settings()
     model = settings.get("model", models.EMBEDDED)
     if given.get("model", model) != model:
         raise UserError(f"--start-from {earlier.path} brings its own model, {model}: drop --model.")
+    if "task" not in given and "dataset_name" in settings:
+        raise UserError(f"{earlier.path} learnt from {settings['dataset_name']}, which has no reward: give a --task.")
     arguments.model = model
     arguments.task = given.get("task", settings.get("task", arguments.task))
     given |= {"model": model, "task": arguments.task}

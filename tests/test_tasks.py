@@ -42,6 +42,17 @@ def test_arithmetic_still_builds():
     assert {"prompt", "answer"} <= set(task.held_out(False).column_names)
 
 
+def test_differences_are_right_below_zero_too_and_none_is_in_both_splits():
+    task = get_task("differences")
+    train, held_out = task.train(False), task.held_out(False)
+    assert not set(train["prompt"]) & set(held_out["prompt"])
+    assert [eval(prompt.rstrip("=")) for prompt in train["prompt"]] == train["answer"]
+    answers = held_out["answer"][:]
+    assert min(answers) < 0
+    assert score(task, held_out, [f"so {answer}" for answer in answers]) == [1.0] * len(answers)
+    assert sum(score(task, held_out, [str(-answer) for answer in answers])) == answers.count(0)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

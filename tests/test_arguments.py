@@ -1,0 +1,48 @@
+"""Which record a learning rate comes from."""
+
+import pytest
+from helpers import make_record
+
+from mua_rl.adapter import LoRA, fingerprint
+from mua_rl.arguments import AdapterArguments, Base, find_record, resolve_learning_rate
+from mua_rl.errors import UserError
+from mua_rl.models import load_model
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    """The fingerprint of the embedded model, and its rank-32 configuration."""
+    model = load_model("embedded")
+    return fingerprint(model), LoRA(32).configuration(model)
+
+
+def after(record):
+    """The base that a run with this record leaves behind."""
+    return Base("embedded after RUN", "f" * 16, record)
+
+
+def test_a_run_that_starts_from_another_of_its_algorithm_has_its_record():
+    record = make_record(algorithm="grpo")
+    assert find_record(AdapterArguments(start_from="RUN"), after(record), "grpo") == (record, "the record of RUN")
+
+
+def test_after_supervised_finetuning_grpo_has_the_shipped_record_of_the_model_that_was_finetuned(embedded):
+    fingerprint_, configuration = embedded
+    base = after(make_record(algorithm="sft", base_fingerprint=fingerprint_, learning_rate=2**-5))
+    rate = resolve_learning_rate(AdapterArguments(start_from="RUN"), configuration, base, "grpo")
+    record, _ = find_record(AdapterArguments(), Base("embedded", fingerprint_), "grpo")
+    assert rate.value == record.learning_rate
+    assert rate.reason.startswith("the shipped record arithmetic-1m (that of RUN is of sft) has")
+
+
+def test_after_supervised_finetuning_of_an_unknown_model_the_rate_is_called_a_guess(embedded):
+    base = after(make_record(algorithm="sft"))
+    rate = resolve_learning_rate(AdapterArguments(start_from="RUN"), embedded[1], base, "grpo")
+    assert rate.reason.startswith("a guess, since no record fits")
+
+
+def test_a_record_of_supervised_finetuning_is_refused_where_it_is_asked_for(tmp_path):
+    record = make_record(algorithm="sft", base_fingerprint="f" * 16)
+    record.save(tmp_path)
+    with pytest.raises(UserError, match="record of a sft run, not of grpo"):
+        find_record(AdapterArguments(lr_from=str(tmp_path)), after(record), "grpo")
