@@ -64,6 +64,8 @@ def reasoning(argument: str | None = None, bad_rows: str = "skip") -> Task:
                 "generator": [name] * len(rows),
                 "config": [packed(options)] * len(rows),
                 "entry": [packed(row.columns) for row in rows],
+                # Rewards do not read it: it is what supervised finetuning completes a prompt with, where there is one.
+                "answer": [None if (gold := row.columns["answer"]) is None else str(gold) for row in rows],
             }
         )
 
