@@ -73,13 +73,13 @@ class LearningRate:
     Attributes:
         value: η.
         why: Where it comes from.
-        octaves: How far off it may be, nine times in ten; `None`: nothing was measured, or nothing was predicted.
+        evidence: How far off it may be; `None`: nothing was measured, or nothing was predicted.
         warning: Why it should not be relied on, and what to do; "": no reason to doubt it.
     """
 
     value: float
     why: str
-    octaves: float | None = None
+    evidence: Evidence | None = None
     warning: str = ""
 
     def __post_init__(self) -> None:
@@ -87,13 +87,15 @@ class LearningRate:
 
     @property
     def accuracy(self) -> str:
-        """`octaves` in words; "" for `None`."""
-        return "" if self.octaves is None else f"within a factor of {2**self.octaves:.2g}"
+        """The evidence in words; "" where there is none."""
+        if self.evidence is None:
+            return ""
+        return f"within a factor of {2**self.evidence.octaves:.2g} at a loss of up to {self.evidence.loss:.0%}"
 
     @property
     def reason(self) -> str:
         """Where it comes from and how far off it may be."""
-        return f"{self.why}; {self.accuracy} of the best nine times in ten, as measured" if self.accuracy else self.why
+        return f"{self.why}; nine times in ten {self.accuracy} of the gain, as measured" if self.accuracy else self.why
 
 
 def given(value: float) -> LearningRate:
@@ -161,14 +163,14 @@ def _judged(rate: LearningRate, record: LRRecord, target: Configuration, exponen
     """A transferred learning rate with how far off it may be, and a warning where that is unknown or much."""
     known = EVIDENCE.get(record.algorithm, {}).get(pair_kind(record.configuration().scheme, target.scheme))
     doubt = _why_unmeasured(record, target, exponent, known)
-    octaves = None if known is None or doubt else known.octaves
-    if octaves is not None and known.loss > WEAK_LOSS:
-        doubt = f"one such transfer in ten lost more than {known.loss:.0%} of the gain"
+    rate = replace(rate, evidence=None if doubt else known)
+    if rate.evidence and rate.evidence.loss > WEAK_LOSS:
+        doubt = f"one such transfer in ten lost more than {rate.evidence.loss:.0%} of the gain"
     if not doubt:
-        return replace(rate, octaves=octaves)
-    where = f"--ranks {target.rank or 'full'}"
-    how = f" (python -m mua_rl.sweep --algo {record.algorithm} {where})" if record.algorithm in EVIDENCE else ""
-    return replace(rate, octaves=octaves, warning=f"{doubt}: tune nearer to the target{how}.")
+        return rate
+    command = f"python -m mua_rl.sweep --algo {record.algorithm} --ranks {target.rank or 'full'}"
+    cure = f" ({command})" if record.algorithm in EVIDENCE else ""
+    return replace(rate, warning=f"{doubt}: tune nearer to the target{cure}.")
 
 
 def _why_unmeasured(record: LRRecord, target: Configuration, exponent: float, known: Evidence | None) -> str:
@@ -182,12 +184,12 @@ def _why_unmeasured(record: LRRecord, target: Configuration, exponent: float, kn
         return f"transfer with {algorithm} was measured with --rank_exponent {RANK_EXPONENTS[algorithm]:g}"
     if source.width != target.width:
         return "no transfer between widths was measured"
-    sides = [side for side in (source, target) if side.rank is not None]
     low, high = known.ranks
-    if odd := [side.rank for side in sides if not low <= side.rank <= high]:
-        return f"r = {odd[0]} is outside the ranks that were measured with {algorithm}, {low} to {high}"
-    if odd := [side.alpha for side in sides if str(side.alpha) not in known.alphas]:
-        return f"α = {odd[0]} was not measured with {source.scheme} and {algorithm}"
+    for side in (source, target):
+        if side.rank is not None and not low <= side.rank <= high:
+            return f"r = {side.rank} is outside the ranks that were measured with {algorithm}, {low} to {high}"
+        if side.rank is not None and str(side.alpha) not in known.alphas:
+            return f"α = {side.alpha} was not measured with {side.scheme} and {algorithm}"
     steps = record.schedule.get("steps") or record.schedule.get("env_steps")
     if isinstance(steps, int | float) and steps > LONG * known.steps:
         return f"the record's runs took {steps:,} steps, and those that were measured with {algorithm} {known.steps:,}"

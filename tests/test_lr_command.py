@@ -23,6 +23,28 @@ def test_one_rank_prints_the_rate_and_the_reason(tmp_path, monkeypatch, capsys):
     assert len(out.splitlines()) == 2
 
 
+def test_one_rank_has_its_warning_beside_the_figures(tmp_path, monkeypatch, capsys):
+    make_record(rank=8).save(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mua_rl.lr", str(tmp_path), "--rank", "2"])
+    exit_on_user_error(lr.main)
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 2
+    assert printed.err.startswith("warning: r = 2 is outside the ranks")
+    assert len(printed.err.splitlines()) == 1
+
+
+def test_the_table_says_how_far_off_each_rate_may_be_but_the_records_own(tmp_path, monkeypatch, capsys):
+    make_record(rank=8, algorithm="ppo", outputs=128).save(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    lines = [line.split("│") for line in run(monkeypatch, capsys, tmp_path).splitlines() if line.startswith("│")]
+    said = {cells[1].strip(): cells[4].strip() for cells in lines}
+    assert said["8"] == ""
+    assert said["1"] == said["128"] == "not measured"
+    assert said["16"].startswith("within a factor of")
+    assert said["full"].startswith("within a factor of")
+    assert said["full"] != said["16"]
+
+
 def test_the_table_has_every_rank_and_full_finetuning(tmp_path, monkeypatch, capsys):
     make_record(rank=24).save(tmp_path)
     out = run(monkeypatch, capsys, tmp_path)

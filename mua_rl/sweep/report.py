@@ -291,7 +291,8 @@ def _introduction(sweeps: Sequence[Sweep], value: str) -> str:
         f"{COVERAGE:.0%}. “As good” are the learning rates whose value cannot be told from the best. A gain is the "
         "value less the held-out metric before training. Optima at an edge of their grid are left out of slopes and "
         "predictions. A prediction's stated interval joins the source's own and the rule's error on the other tasks of "
-        "the algorithm (– where there is none), and that of the optimum it is held against."
+        "the algorithm (– where there is none; for the fitted rule on all other tasks), and that of the optimum it is "
+        "held against."
     )
     if unknown := sorted({sweep.base for sweep in sweeps if sweep.context.outputs is None and sweep.fft}):
         text += f" Without `--sizes` of {', '.join(unknown)}, rules that need m say nothing of FFT there."

@@ -178,11 +178,11 @@ class Calibrated:
     Attributes:
         rule: Which.
         spreads: Standard deviation of its own error in octaves, by kind of pair.
-        otherwise: The same for other kinds; `None`: nothing is known of them, and no interval is stated.
+        otherwise: The same for other kinds. `None`, here and there: nothing is known, and no interval is stated.
     """
 
     rule: Rule
-    spreads: Mapping[str, float] = field(default_factory=dict)
+    spreads: Mapping[str, float | None] = field(default_factory=dict)
     otherwise: float | None = None
 
     @property
@@ -341,7 +341,7 @@ def _spread(tests: Sequence[Test]) -> float | None:
 def fitted(sweeps: Sequence[Sweep]) -> Calibrated | None:
     """The theory times a power of the ranks' ratio that is fitted to these sweeps, and calibrated on them."""
     rule = fit_exponent(sweeps)
-    return rule and calibrated(rule, sweeps)
+    return None if rule is None else calibrated(rule, sweeps)
 
 
 def evidence(sweeps: Sequence[Sweep], rule: Rule) -> dict[str, Evidence]:
