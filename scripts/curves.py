@@ -8,11 +8,12 @@ training run, one measurement. From it comes either
     python scripts/finetune_text.py                              # the curves: a search over learning rates at each rank
 
 The curves' CSV, figures, report and LR record are those of `python -m mua_rl.sweep`, and so is the search. Runs that
-the CSV has are not repeated, so the same command goes on after a stop, and several processes share the work by `--only`.
+the CSV has are not repeated: the same command goes on after a stop, and several processes share the work by `--only`.
 """
 
 import math
 import platform
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -238,7 +239,8 @@ def measure_curves(problem: Field, adapter_arguments: AdapterArguments, curves: 
     Raises:
         UserError: A rank does not fit the model.
     """
-    out = Path(curves.output_dir or Path("runs") / f"{problem.algorithm}-{problem.task}")
+    name = re.sub(r"[^\w.-]+", "-", f"{problem.algorithm}-{problem.task}-{problem.base}")
+    out = Path(curves.output_dir or Path("runs") / name)
     csv = out / "sweep.csv"
     scan, step = scan_range(*curves.grid, curves.resolution)
     searches = []
@@ -260,8 +262,13 @@ def measure_curves(problem: Field, adapter_arguments: AdapterArguments, curves: 
 
 def outcomes_of(csv: Path, problem: Field) -> dict[Arm, Outcome]:
     """The runs of this problem that a CSV has."""
-    rows = read(csv) if csv.exists() else []
-    return {row.arm: row.outcome for row in rows if (row.task, row.base) == (problem.task, problem.base)}
+    return {row.arm: row.outcome for row in rows_of(csv, problem)}
+
+
+def rows_of(csv: Path, problem: Field) -> list[Row]:
+    """The lines of a CSV that are of this problem."""
+    key = (problem.algorithm, problem.task, problem.base)
+    return [row for row in (read(csv) if csv.exists() else []) if (row.algorithm, row.task, row.base) == key]
 
 
 def run_arm(problem: Field, arm: Arm, before: float, head_lr: float) -> Outcome:
@@ -282,7 +289,7 @@ def close(problem: Field, searches: list[Search], out: Path, head_lr: float) -> 
     configuration = full.configuration(model)
     outcomes = outcomes_of(out / "sweep.csv", problem)
     context = Context(configuration.width, configuration.outputs)
-    rows = [row for row in read(out / "sweep.csv") if row.arm in outcomes]
+    rows = rows_of(out / "sweep.csv", problem)
     sweep = sweeps_of(rows, contexts=lambda key: context)[0]
     write_report([sweep], out, metrics={problem.algorithm: problem.metric})
     for warning in [warning for one in searches for warning in warnings_of(one, outcomes)]:
