@@ -17,6 +17,7 @@ import math
 import os
 import tempfile
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import curves
@@ -35,7 +36,7 @@ from mua_rl.models import cache_folder
 TARGET_MODULES = r".*\.(conv1|conv2|to_q|to_k|to_v|to_out\.0)"
 """Both convolutions of every residual block, the four projections of every self- and cross-attention."""
 HELD_OUT_TIMESTEPS = (100, 300, 500, 700)
-HELD_OUT_NOISE = 1
+HELD_OUT_NOISE, HELD_OUT_BATCH = 1, 64
 PRETRAINING_LR = 1e-3
 
 
@@ -113,12 +114,12 @@ class Denoising:
             schedule.step()
 
     @torch.no_grad()
-    def measure(self, unet: nn.Module, batch_size: int) -> tuple[float, float]:
+    def measure(self, unet: nn.Module) -> tuple[float, float]:
         """Minus the mean loss over all images, with the same noise each time, and its standard error over images."""
         generator = torch.Generator().manual_seed(HELD_OUT_NOISE)
         losses = torch.zeros(len(self.images), device=curves.device())
         for timestep in HELD_OUT_TIMESTEPS:
-            for rows in torch.arange(len(self.images)).split(batch_size):
+            for rows in torch.arange(len(self.images)).split(HELD_OUT_BATCH):
                 noise = torch.randn(len(rows), *self.images.shape[1:], generator=generator)
                 losses[rows] += self.loss(unet, rows, noise, torch.full_like(rows, timestep))
         losses /= len(HELD_OUT_TIMESTEPS)
@@ -143,7 +144,7 @@ class Denoising:
 
 
 def digits() -> Denoising:
-    """Scikit-learn's 1797 handwritten digits, 8 × 8, the last ones of other writers; a caption is four fixed vectors."""
+    """Scikit-learn's 1797 handwritten digits, 8 × 8, the last by other writers; a caption is four fixed vectors."""
     pixels, labels = load_digits(return_X_y=True)
     names = torch.randn(10, 4, 64, generator=torch.Generator().manual_seed(0))
     images = torch.tensor(pixels / 8 - 1, dtype=torch.float32).reshape(-1, 1, 8, 8)
@@ -214,18 +215,17 @@ def problem(arguments: DiffusionArguments) -> curves.Field:
         base, name = small_unet(upright, arguments.pretraining_steps)
         training, held_out = upright.turned(), upright_held_out.turned()
         task = "turned-digits"
-    steps, batch_size = arguments.steps, arguments.batch_size
     return curves.Field(
         algorithm="diffusion",
         task=task,
         base=name,
         target_modules=TARGET_MODULES,
         load=lambda: copy.deepcopy(base).to(curves.device()),
-        train=lambda unet, optimizer, schedule, seed: training.train(unet, optimizer, schedule, seed, steps, batch_size),
-        measure=lambda unet: held_out.measure(unet, batch_size=64),
+        train=partial(training.train, steps=arguments.steps, batch_size=arguments.batch_size),
+        measure=held_out.measure,
         metric="minus held-out denoising loss",
-        steps=steps,
-        batch={"images": batch_size},
+        steps=arguments.steps,
+        batch={"images": arguments.batch_size},
     )
 
 
