@@ -1,0 +1,164 @@
+"""Supervised finetuning by scripts/finetune_text.py, in runs of a few steps."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+import curves
+import finetune_text as script
+
+from mua_rl import grpo
+from mua_rl.adapter import LoRA, fingerprint
+from mua_rl.errors import UserError
+from mua_rl.models import load_model, load_tokenizer
+from mua_rl.record import LRRecord
+from mua_rl.run import RunFolder
+
+SMALL = ["--max_steps", "4", "--per_device_train_batch_size", "8", "--held_out", "16"]
+
+
+@pytest.fixture(autouse=True)
+def few_problems(monkeypatch):
+    """Tokenizing 8192 problems takes longer than a run."""
+    monkeypatch.setattr("mua_rl.envs.arithmetic.TRAIN_PROBLEMS", 64)
+
+
+def run(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["finetune_text.py", *SMALL, *map(str, flags)])
+    script.main()
+
+
+def problem(**changes):
+    settings = {"max_steps": 4, "per_device_train_batch_size": 8, "held_out": 16}
+    return script.problem_of(script.TextArguments(**{**settings, **changes}))
+
+
+def trained(seed, problem_):
+    model, *_ = curves.finetune(problem_, LoRA(4), 2**-8, seed, 1e-3)
+    return fingerprint(model)
+
+
+def messages_file(folder):
+    rows = [
+        {"messages": [{"role": "user", "content": f"{i}-1="}, {"role": "assistant", "content": str(i - 1)}]}
+        for i in range(40)
+    ]
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_grpo_goes_on_from_a_finetuned_policy_at_the_rate_of_its_own_record(tmp_path, monkeypatch, capsys):
+    sft = tmp_path / "sft"
+    run(monkeypatch, "--model", "embedded", "--rank", 8, "--lr", 2**-7, "--output_dir", sft)
+    result = RunFolder.open(str(sft)).result()
+    assert result["held_out/after"] > result["held_out/before"] + 1
+    assert LRRecord.load(sft).algorithm == "sft"
+    flags = ["--start-from", str(sft), "--rank", "32", "--max_steps", "1", "--per_device_train_batch_size", "16"]
+    flags += ["--gradient_accumulation_steps", "1", "--held_out_problems", "16", "--held_out_steps", "0"]
+    flags += ["--report_to", "none", "--max_completion_length", "6", "--output_dir", str(tmp_path / "grpo")]
+    after = grpo.train(*grpo.parse(flags))
+    record = LRRecord.load(Path(script.__file__).parent.parent / "mua_rl" / "assets" / "records" / "arithmetic-1m.json")
+    assert after.settings()["task"] == "differences"
+    assert after.result()["learning_rate"] == record.learning_rate
+    assert after.result()["reason"].startswith(f"the shipped record arithmetic-1m (that of {sft} is of sft)")
+
+
+def test_grpo_wants_a_task_after_a_data_set(tmp_path, monkeypatch):
+    rows = [{"prompt": f"{i}-1=", "completion": str(i - 1)} for i in range(40)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    run(monkeypatch, "--dataset_name", path, "--rank", 4, "--lr", 2**-7, "--output_dir", tmp_path / "sft")
+    assert LRRecord.load(tmp_path / "sft").task == str(path)
+    with pytest.raises(UserError, match="has no reward: give a --task"):
+        grpo.parse(["--start-from", str(tmp_path / "sft")])
+    grpo.parse(["--start-from", str(tmp_path / "sft"), "--task", "differences"])
+
+
+def test_the_curves_end_with_a_record_that_serves_full_finetuning(tmp_path, monkeypatch, capsys):
+    grid = ["--ranks", "4", "full", "--grid", "-9", "-7", "--resolution", "1", "--seeds", "1"]
+    run(monkeypatch, *grid, "--only", "rank=4", "--output_dir", tmp_path / "curves")
+    record = LRRecord.load(tmp_path / "curves")
+    assert (record.rank, record.algorithm, record.task) == (4, "sft", "differences")
+    assert "loss per token" in (tmp_path / "curves" / "report.md").read_text()
+    run(monkeypatch, "--lr_from", tmp_path / "curves", "--rank", "full", "--output_dir", tmp_path / "full")
+    assert LRRecord.load(tmp_path / "full").learning_rate == pytest.approx(record.learning_rate)
+    assert (tmp_path / "full" / "model").is_dir()
+
+
+def test_the_metric_is_the_loss_of_completion_tokens_alone():
+    text = problem()
+    metric, error = text.measure(text.load())
+    model, tokenizer = load_model("embedded"), load_tokenizer("embedded")
+    held_out = script.get_task("differences").held_out(False)[:16]
+    losses, tokens = [], []
+    for prompt, answer in zip(held_out["prompt"], held_out["answer"], strict=True):
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        ids = torch.tensor(tokenizer(f"{prompt}{answer}<eos>")["input_ids"])
+        with torch.no_grad():
+            scores = log_softmax(model(ids[None]).logits[0, :-1], -1)
+        found = -scores.gather(1, ids[1:, None])[len(prompt_ids) - 1 :]
+        losses.append(found.sum().item())
+        tokens.append(len(found))
+    mean = sum(losses) / sum(tokens)
+    assert metric == pytest.approx(-mean, rel=1e-4)
+    residuals = [loss - mean * count for loss, count in zip(losses, tokens, strict=True)]
+    assert error == pytest.approx(math.hypot(*residuals) / sum(tokens), rel=1e-3)
+
+
+def test_a_seed_decides_a_run():
+    problem_ = problem()
+    assert trained(0, problem_) == trained(0, problem_) != trained(1, problem_)
+
+
+def test_of_chat_messages_the_turns_of_the_assistant_are_learnt(tmp_path):
+    tokenizer = load_tokenizer("embedded")
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}{% generation %}"
+        "{{ message['content'] }}<eos>{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+    )
+    arguments = script.TextArguments(dataset_name=str(messages_file(tmp_path)), held_out=8, max_steps=1)
+    rows = script.find_examples(arguments, True)
+    text = script.Text(arguments, tokenizer, *rows).tokenized(load_model("embedded"))
+    assert (len(text.train_rows), len(text.held_out_rows)) == (32, 8)
+    for row in text.train_rows:
+        prompt = tokenizer.decode([i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label < 0])
+        learnt = tokenizer.decode([label for label in row["labels"] if label >= 0])
+        number = int(prompt.removeprefix("<bos>").removesuffix("-1="))
+        assert learnt == f"{number - 1}<eos>"
+
+
+def test_what_follows_a_prompt_is_written_as_asked():
+    rows, _ = script.find_examples(script.TextArguments(completion="<answer>{answer}</answer>"), True)
+    (message,) = rows[0]["completion"]
+    first, _, second = rows[0]["prompt"][0]["content"].removeprefix("What is ").rstrip("?").split()
+    assert message == {"role": "assistant", "content": f"<answer>{int(first) - int(second)}</answer>"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--task", "one-liners"], "has no answers to learn from"),
+        (["--task", "cooking"], "no task 'cooking'"),
+        (["--dataset_name", "nobody/nothing"], "cannot be read"),
+        (["--dataset_name", "x.jsonl", "--task", "arithmetic"], "exclude each other"),
+        (["--max_steps", "0"], "--max_steps takes a positive number"),
+        (["--max_length", "2"], "within --max_length"),
+        (["--tokenizer_name", "./nowhere"], "no model folder"),
+    ],
+)
+def test_bad_input_is_one_clear_line(flags, message, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=message):
+        run(monkeypatch, "--lr", "0.001", "--output_dir", tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_chat_messages_want_a_chat_template(tmp_path):
+    with pytest.raises(UserError, match="TRL cannot read these examples"):
+        problem(dataset_name=str(messages_file(tmp_path)), held_out=8)
