@@ -123,7 +123,11 @@ def run(problem: Field, adapter_arguments: AdapterArguments, curves: CurveArgume
         UserError: Something that was given cannot be used.
         Diverged: The one run left the finite numbers.
     """
+    targets = adapter_arguments.adapter(problem.target_modules).target_modules
+    problem = replace(problem, target_modules=targets)
     if adapter_arguments.lr is None and adapter_arguments.lr_from is None:
+        if adapter_arguments.rank is not None:
+            raise UserError("--rank is of one run, which needs --lr or --lr_from; the curves take --ranks.")
         measure_curves(problem, adapter_arguments, curves)
     else:
         run_once(problem, adapter_arguments, curves, given)
