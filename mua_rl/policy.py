@@ -87,15 +87,16 @@ class LearningRate:
 
     @property
     def accuracy(self) -> str:
-        """The evidence in words; "" where there is none."""
-        if self.evidence is None:
-            return ""
-        return f"within a factor of {2**self.evidence.octaves:.2g} at a loss of up to {self.evidence.loss:.0%}"
+        """How far off it may be, in words; "" where there is no evidence."""
+        return f"within a factor of {2**self.evidence.octaves:.2g}" if self.evidence else ""
 
     @property
     def reason(self) -> str:
         """Where it comes from and how far off it may be."""
-        return f"{self.why}; nine times in ten {self.accuracy} of the gain, as measured" if self.accuracy else self.why
+        if self.evidence is None:
+            return self.why
+        loss = f"at a loss of up to {self.evidence.loss:.0%} of the gain"
+        return f"{self.why}; nine times in ten {self.accuracy} of the best, {loss}, as measured"
 
 
 def given(value: float) -> LearningRate:

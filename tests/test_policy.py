@@ -60,7 +60,7 @@ def test_a_transfer_says_how_far_off_it_may_be(algorithm, target):
     found = transfer(make_record(algorithm=algorithm), target)
     evidence = EVIDENCE[algorithm][pair_kind(Scheme.INIT_B, target.scheme)]
     assert found.evidence == evidence
-    assert f"nine times in ten within a factor of {2**evidence.octaves:.2g} at a loss" in found.reason
+    assert f"nine times in ten within a factor of {2**evidence.octaves:.2g} of the best, at a loss" in found.reason
     assert not found.warning
 
 
