@@ -158,6 +158,8 @@ def test_a_loss_that_leaves_the_finite_numbers_ends_the_run(script, problem):
 @pytest.mark.parametrize(
     ("flags", "fault"),
     [
+        (["--rank", 8], "--ranks"),
+        (["--target_modules", "nothing", "--ranks", 4], "nothing"),
         (["--lr", 0.001, "--held_out", 1797], "--held_out"),
         (["--lr", 0.001, "--rank", 65], "rank 65"),
         (["--lr", 0.001, "--model", "somewhere"], "--dataset_name"),
