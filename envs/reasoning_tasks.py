@@ -1,6 +1,11 @@
 """`reasoning-gym:NAME`: problems of one of reasoning-gym's generators, scored by the generator's own scorer.
 
-`reasoning-gym:chain_sum,max_terms=3,size=4096` sets the generator's options; `size` is the number of training problems.
+`reasoning-gym:chain_sum,max_terms=3,size=4096` sets the generator's options; `size` and `held_out_size` are the numbers
+of training and held-out problems. `answer` says what of a reply counts: `answer=tags`, the default, what stands in the
+`<answer>` tags that the prompt asks for; `answer=number` the last number, `answer=text` the whole reply, where the
+prompt is the bare question: for small policies that know no tags, and answers without a chain of thought.
+`--max_completion_length` bounds the reply.
+
 Training problems are drawn with one seed and held-out ones with another; a training problem whose question is also held
 out is left out.
 """
@@ -15,7 +20,7 @@ from mua_rl.envs.rows import Row, keep_good_rows
 from mua_rl.envs.tasks import Task, register_task
 from mua_rl.errors import UserError
 from mua_rl.rewards.format import THINK_ANSWER_INSTRUCTION, WatchedFormatReward
-from mua_rl.rewards.reasoning import packed, reasoning_correct, reasoning_reward, reasoning_scores
+from mua_rl.rewards.reasoning import ANSWER_READERS, packed, reasoning_correct, reasoning_reward, reasoning_scores
 
 TRAIN_PROBLEMS = 2048
 HELD_OUT_PROBLEMS = 256
@@ -37,9 +42,14 @@ def reasoning(argument: str | None = None, bad_rows: str = "skip") -> Task:
     name, options = parse_options(argument)
     if name not in DATASETS:
         raise UserError(f"reasoning-gym has no generator {name!r}; it has {', '.join(sorted(DATASETS))}.")
-    train_size = options.pop("size", TRAIN_PROBLEMS)
-    if not isinstance(train_size, int) or train_size < 1:
-        raise UserError(f"reasoning-gym:{argument}: size is {train_size!r}, not a positive whole number.")
+    sizes = {"size": TRAIN_PROBLEMS, "held_out_size": HELD_OUT_PROBLEMS}
+    sizes |= {key: options.pop(key) for key in sizes if key in options}
+    for key, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise UserError(f"reasoning-gym:{argument}: {key} is {size!r}, not a positive whole number.")
+    answer_in = options.pop("answer", "tags")
+    if not isinstance(answer_in, str) or answer_in not in ANSWER_READERS:
+        raise UserError(f"reasoning-gym:{argument}: answer is {answer_in!r}; it is one of {', '.join(ANSWER_READERS)}.")
 
     def problems(seed: int, size: int) -> list[dict[str, Any]]:
         try:
@@ -50,32 +60,34 @@ def reasoning(argument: str | None = None, bad_rows: str = "skip") -> Task:
             raise UserError(f"reasoning-gym:{argument}: {type(error).__name__}: {error}") from error
 
     def split(held_out: bool, conversational: bool) -> Dataset:
-        entries = problems(_HELD_OUT_SEED, HELD_OUT_PROBLEMS)
+        entries = problems(_HELD_OUT_SEED, sizes["held_out_size"])
         if not held_out:
             taken = {entry["question"] for entry in entries}
-            entries = [entry for entry in problems(_TRAIN_SEED, train_size) if entry["question"] not in taken]
+            entries = [entry for entry in problems(_TRAIN_SEED, sizes["size"]) if entry["question"] not in taken]
             if not entries:
                 raise UserError(f"reasoning-gym:{argument} has too few different problems to hold any out.")
         rows = [Row(entry, f"reasoning-gym:{name}[{index}]") for index, entry in enumerate(entries)]
         rows = keep_good_rows(rows, lambda candidates: _faults(name, options, candidates), name, bad_rows)
         return Dataset.from_dict(
             {
-                "prompt": [_prompt(row.columns["question"], conversational) for row in rows],
+                "prompt": [_prompt(row.columns["question"], answer_in, conversational) for row in rows],
                 "generator": [name] * len(rows),
                 "config": [packed(options)] * len(rows),
                 "entry": [packed(row.columns) for row in rows],
+                "answer_in": [answer_in] * len(rows),
                 # Rewards do not read it: it is what supervised finetuning completes a prompt with, where there is one.
                 "answer": [None if (gold := row.columns["answer"]) is None else str(gold) for row in rows],
             }
         )
 
+    in_tags = answer_in == "tags"
     return Task(
         name=f"reasoning-gym:{argument}",
         train=lambda conversational: split(False, conversational),
         held_out=lambda conversational: split(True, conversational),
-        rewards=(reasoning_reward, WatchedFormatReward(reasoning_correct)),
+        rewards=(reasoning_reward, *([WatchedFormatReward(reasoning_correct)] if in_tags else [])),
         correct=reasoning_correct,
-        reward_weights=(1.0, FORMAT_WEIGHT),
+        reward_weights=(1.0, FORMAT_WEIGHT) if in_tags else None,
         max_completion_length=512,
     )
 
@@ -99,10 +111,12 @@ def parse_options(argument: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def _prompt(question: str, conversational: bool) -> str | list[dict[str, str]]:
+def _prompt(question: str, answer_in: str, conversational: bool) -> str | list[dict[str, str]]:
     if conversational:
-        return [{"role": "user", "content": f"{question}\n\n{THINK_ANSWER_INSTRUCTION}"}]
-    return f"{THINK_ANSWER_INSTRUCTION}\n\nQuestion: {question}\nResponse:"
+        content = f"{question}\n\n{THINK_ANSWER_INSTRUCTION}" if answer_in == "tags" else question
+        return [{"role": "user", "content": content}]
+    instruction = f"{THINK_ANSWER_INSTRUCTION}\n\n" if answer_in == "tags" else ""
+    return f"{instruction}Question: {question}\nResponse:"
 
 
 def _faults(name: str, options: dict[str, Any], rows: Any) -> list[str | None]:

@@ -1,6 +1,9 @@
 """The text of a completion, whatever form the trainer or a user hands it in."""
 
+import re
 from typing import Any
+
+_NUMBER = re.compile(r"(?:(?<!\d)-)?\d+(?:\.\d+)?")
 
 
 def completion_text(completion: Any) -> str:
@@ -30,6 +33,12 @@ def tagged_answer(text: str) -> str | None:
     _, opened, rest = scope.rpartition("<answer>")
     inside, closed, _ = rest.partition("</answer>")
     return inside.strip() if opened and closed else None
+
+
+def last_number(text: str) -> str | None:
+    """The last integer or decimal number of a text, as it is written there; `None` without one."""
+    found = _NUMBER.findall(text)
+    return found[-1] if found else None
 
 
 def _content_text(content: Any) -> str:

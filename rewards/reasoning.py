@@ -5,11 +5,17 @@ import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mua_rl.rewards.completions import completion_text, tagged_answer
+from mua_rl.rewards.completions import completion_text, last_number, tagged_answer
 from mua_rl.rewards.worker_pool import Failure, shared_pool
 
 WORKER_MODULE = "mua_rl.rewards.reasoning_worker"
 MAX_ANSWER_CHARS = 20_000
+ANSWER_READERS: dict[str, Callable[[str], str | None]] = {
+    "tags": tagged_answer,
+    "number": last_number,
+    "text": str.strip,
+}
+"""What counts as the answer: the inside of the last `<answer>` tags, the last number of the reply, or all of it."""
 
 
 def packed(value: Any) -> str:
@@ -18,10 +24,18 @@ def packed(value: Any) -> str:
 
 
 def reasoning_scores(
-    completions: Sequence[Any], generator: Sequence[str], config: Sequence[str], entry: Sequence[str]
+    completions: Sequence[Any],
+    generator: Sequence[str],
+    config: Sequence[str],
+    entry: Sequence[str],
+    answer_in: Sequence[str] = (),
 ) -> list[float | Failure]:
-    """The generator's score in [0, 1] of each completion's `<answer>`, or why there is none; no `<answer>` scores 0."""
-    answers = [tagged_answer(completion_text(completion)) for completion in completions]
+    """The generator's score in [0, 1] of each completion's answer, or why there is none; no answer scores 0.
+
+    Args:
+        answer_in: Which of `ANSWER_READERS` finds each answer; none given: "tags".
+    """
+    answers = _answers(completions, answer_in)
     scores: list[float | Failure] = [0.0] * len(answers)
     scored = [i for i, answer in enumerate(answers) if answer and len(answer) <= MAX_ANSWER_CHARS]
     requests = list(dict.fromkeys((generator[i], config[i], entry[i], str(answers[i])) for i in scored))
@@ -31,16 +45,22 @@ def reasoning_scores(
     return scores
 
 
+def _answers(completions: Sequence[Any], answer_in: Sequence[str]) -> list[str | None]:
+    readers = [ANSWER_READERS[name] for name in answer_in or ["tags"] * len(completions)]
+    return [read(completion_text(completion)) for read, completion in zip(readers, completions, strict=True)]
+
+
 def reasoning_reward(
     prompts: Sequence[Any] | None = None,
     completions: Sequence[Any] = (),
     generator: Sequence[str] = (),
     config: Sequence[str] = (),
     entry: Sequence[str] = (),
+    answer_in: Sequence[str] = (),
     log_metric: Callable[[str, float], None] | None = None,
     **columns: Any,
 ) -> list[float | None]:
-    """The score that reasoning-gym gives the last `<answer>` of each completion, between 0 and 1.
+    """The score that reasoning-gym gives the answer in each completion, between 0 and 1 (see `reasoning_scores`).
 
     A TRL reward function. It logs `reasoning/timeout`, `reasoning/error` and `reasoning/no_answer`, each a fraction of
     the batch.
@@ -48,9 +68,9 @@ def reasoning_reward(
     Raises:
         GraderFault: reasoning-gym cannot be started.
     """
-    scores = reasoning_scores(completions, generator, config, entry)
+    scores = reasoning_scores(completions, generator, config, entry, answer_in)
     if log_metric is not None and scores:
-        without = sum(tagged_answer(completion_text(completion)) is None for completion in completions)
+        without = sum(not answer for answer in _answers(completions, answer_in))
         log_metric("reasoning/timeout", sum(score is Failure.TIMEOUT for score in scores) / len(scores))
         log_metric("reasoning/no_answer", without / len(scores))
         errors = sum(isinstance(score, Failure) and score is not Failure.TIMEOUT for score in scores)

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -88,39 +88,32 @@ def train_full(arms: Sequence[Arm], options: argparse.Namespace) -> list[Outcome
         return list(pool.map(train, arms))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--task", default="arithmetic")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--resolution", type=float, default=0.5, help="octaves between the best rate and the next")
-    parser.add_argument("--only", nargs="*", default=[], metavar="NAME=VALUE", help="of rank, init and alpha")
-    parser.add_argument("--per-group", type=int, default=15, help="LoRA arms side by side")
-    parser.add_argument("--parallel", type=int, default=5, help="FFT runs at once")
-    parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds to start groups for")
-    parser.add_argument("--work", type=Path, default=Path("runs/reproduce_grpo"), help="folder of the FFT runs")
-    parser.add_argument("--output", type=Path, default=Path("runs/reproduce_grpo.csv"))
-    parser.add_argument("flags", nargs="*", help="after --: more flags of mua_rl.grpo")
-    options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
+def run_all(
+    pending: Callable[[Mapping[Arm, Outcome]], Sequence[Arm]], options: argparse.Namespace
+) -> dict[Arm, Outcome] | None:
+    """Run what is pending, group by group, until nothing is; each group's runs go to the CSV as it ends.
 
+    Args:
+        pending: The arms to run next, given what all arms have reached so far.
+
+    Returns:
+        What all arms reached; `None` where time ran out before.
+    """
+    options.work.mkdir(parents=True, exist_ok=True)
     start, slowest = time.monotonic(), 0.0
-    curves = [search for search in searches(options.seeds, options.resolution) if wanted(search, options.only)]
     while True:
         rows = read(options.output) if options.output.exists() else []
         done = {row.arm: row.outcome for row in rows if (row.task, row.base) == (options.task, options.model)}
-        arms = [arm for search in curves for arm in search.next_arms(done)]
+        arms = sorted(pending(done), key=lambda arm: arm.rank or 0)  # a group is padded to its largest rank
         if not arms:
-            break
-        arms = sorted(arms, key=lambda arm: arm.rank or 0)  # a group is padded to its largest rank
+            return done
         full = arms[0].rank is None
         size = options.parallel if full else options.per_group
         group = [arm for arm in arms if (arm.rank is None) == full][:size]
         began = time.monotonic()
         if began - start + slowest > options.time_limit:
             print(f"out of time with {len(arms)} runs waiting: run the same command again", flush=True)
-            return
+            return None
         outcomes = (train_full if full else train_lora)(group, options)
         where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
         append(
@@ -132,6 +125,33 @@ def main() -> None:
         for arm, outcome in zip(group, outcomes, strict=True):
             print(f"{run_name(arm)}: {outcome.metric:.3f} (reward {outcome.reward_mean:.3f})", flush=True)
         print(f"{len(group)} runs in {took:.0f} s", flush=True)
+
+
+def add_run_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """What `run_all` and `flags` read, but for the task; files are called `name`."""
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--per-group", type=int, default=15, help="LoRA arms side by side")
+    parser.add_argument("--parallel", type=int, default=5, help="FFT runs at once")
+    parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds to start groups for")
+    parser.add_argument("--work", type=Path, default=Path(f"runs/{name}"), help="folder of the FFT runs")
+    parser.add_argument("--output", type=Path, default=Path(f"runs/{name}.csv"))
+    parser.add_argument("flags", nargs="*", help="after --: more flags of mua_rl.grpo")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="arithmetic")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--resolution", type=float, default=0.5, help="octaves between the best rate and the next")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME=VALUE", help="of rank, init and alpha")
+    add_run_options(parser, "reproduce_grpo")
+    options = parser.parse_args()
+
+    curves = [search for search in searches(options.seeds, options.resolution) if wanted(search, options.only)]
+    done = run_all(lambda done: [arm for search in curves for arm in search.next_arms(done)], options)
+    if done is None:
+        return
     for search in curves:
         if fault := search.verdict(done):
             print(f"rank {search.rank or 'full'} {search.init} {search.alpha}: {fault}")

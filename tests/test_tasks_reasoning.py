@@ -13,6 +13,8 @@ from reasoning_gym.factory import DATASETS
 from mua_rl.envs import reasoning_tasks
 from mua_rl.envs.reasoning_tasks import parse_options
 from mua_rl.envs.tasks import get_task
+from mua_rl.errors import UserError
+from mua_rl.rewards.completions import last_number
 from mua_rl.rewards.reasoning_worker import EVALUATE_PYTHON, EVALUATE_SYMPY, is_harmless
 
 
@@ -43,6 +45,55 @@ def test_splits_are_disjoint():
     """The generators draw problem i from seed + i, so that neighbouring seeds overlap."""
     task = get_task("reasoning-gym:chain_sum,size=64")
     assert not set(task.train(False)["prompt"]) & set(task.held_out(False)["prompt"])
+
+
+def test_the_last_number_of_a_bare_reply_may_be_the_answer():
+    """What a small policy can do that knows no tags: its prompt is the question alone, and no format is rewarded."""
+    task = get_task("reasoning-gym:chain_sum,min_terms=2,max_terms=2,size=8,answer=number")
+    row = task.held_out(True).select([0] * 4)
+    entry = reasoning_gym.create_dataset("chain_sum", seed=10**9, size=4, min_terms=2, max_terms=2)[0]
+    assert row["prompt"][0] == [{"role": "user", "content": entry["question"]}]
+    completions = [f"It is 1, no: {entry['answer']}.", entry["answer"], f"{entry['answer']} or 0.5", "no idea"]
+    assert score(task.correct, row, completions) == [1.0, 1.0, 0.0, 0.0]
+    assert len(task.rewards) == 1 and task.reward_weights is None
+    logged = {}
+    score(task.rewards[0], row, completions, log_metric=logged.__setitem__)
+    assert logged["reasoning/no_answer"] == 0.25
+
+
+def test_the_whole_reply_may_be_the_answer():
+    task = get_task("reasoning-gym:spell_backward,size=8,answer=text")
+    row = task.held_out(False).select([0] * 2)
+    gold = reasoning_gym.create_dataset("spell_backward", seed=10**9, size=4)[0]["answer"]
+    assert score(task.correct, row, [f" {gold}\n", f"<answer>{gold}</answer>"]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("7 - 9 = -2.", "-2"), ("9-7", "7"), ("it is 3.50!", "3.50"), ("-1 to\n-12", "-12"), ("none", None), ("", None)],
+)
+def test_the_last_number_is_read_with_its_sign_and_not_with_an_operator(text, number):
+    assert last_number(text) == number
+
+
+def test_both_splits_have_the_size_that_was_asked_for():
+    task = get_task("reasoning-gym:chain_sum,size=16,held_out_size=9")
+    assert (len(task.train(False)), len(task.held_out(False))) == (16, 9)
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ("answer=letters", "answer is 'letters'; it is one of tags, number, text"),
+        ("answer=[1]", "answer is "),
+        ("size=0", "size is 0"),
+        ("held_out_size=many", "held_out_size is 'many'"),
+        ("size=True", "size is True"),
+    ],
+)
+def test_an_unusable_option_is_named(options, fault):
+    with pytest.raises(UserError, match=re.escape(fault)):
+        get_task(f"reasoning-gym:chain_sum,{options}")
 
 
 def test_options_are_literals_or_text():

@@ -1,0 +1,124 @@
+"""Learning rates found on `arithmetic`, taken unchanged to another task (issue 6): what does FFT lose there?
+
+    python scripts/second_task.py --time-limit 500 -- --max_completion_length 32       # on a GPU; resumable
+    python scripts/second_task.py --model embedded --task arithmetic --steps 2 --grid -12 -11   # in miniature, on a CPU
+
+The LR record is that of SmolLM2's Init[B] r = 16 in docs/results/reproduce_grpo.csv: the fitted optimum, as the end of
+a sweep writes it. From it `mua_rl.policy.transfer` gives the learning rates of LoRA at other ranks and of FFT. They are
+run as they are, and FFT over a grid beside them. One line of the CSV is one run; lines that are there are not repeated.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from reproduce_grpo import add_run_options, run_all
+
+from mua_rl.policy import transfer
+from mua_rl.sweep.arguments import parse
+from mua_rl.sweep.arm import Arm, Outcome
+from mua_rl.sweep.base import Facts, find_facts
+from mua_rl.sweep.closing import make_record
+from mua_rl.sweep.measured import FFT, Curve, curve_name, sweeps_of
+from mua_rl.sweep.report import ReportTable
+from mua_rl.sweep.rows import read
+from mua_rl.sweep.search import Search, best_of
+
+TASK = "reasoning-gym:chain_sum,min_terms=2,max_terms=2,min_digits=1,max_digits=2,answer=number,held_out_size=1024"
+SOURCE = Path(__file__).parents[1] / "docs" / "results" / "reproduce_grpo.csv"
+SOURCE_RANK = 16
+VALUES = {"metric": "held-out accuracy", "reward_last": "reward of the last tenth"}
+
+
+def transferred(options: argparse.Namespace) -> dict[Curve, float]:
+    """log2 of the learning rate that each curve gets from the record of the source task.
+
+    Rounded to hundredths, so that another machine's last digits do not make another run of it.
+    """
+    rows = [row for row in read(options.source) if row.base == options.source_base]
+    [sweep] = sweeps_of(rows)
+    ranks = [str(rank) for rank in options.ranks]
+    request = parse(["--algo", "grpo", "--model", options.model, "--task", sweep.task, "--ranks", *ranks, "full"])
+    facts: Facts = find_facts(request)
+    curve = (SOURCE_RANK, "B", "1")
+    measured = sweep.curves[curve]
+    seeds = tuple(sorted({seed for _, _, seed in measured.points}))
+    search = Search(*curve, scan=(), step=1.0, resolution=1.0, seeds=seeds)
+    record = make_record(facts, search, measured, {row.arm: row.outcome for row in rows})
+    if record is None:
+        raise SystemExit(f"{options.source} gives no record: no run of {curve_name(curve)} got better than the base.")
+    print(f"the record of {sweep.task}: {record.note}")
+    found = {}
+    for curve in [*((rank, "B", "1") for rank in options.ranks), FFT]:
+        rate = transfer(record, facts.record_of(curve).configuration())
+        found[curve] = round(math.log2(rate.value), 2)
+        print(f"{curve_name(curve)}: 2^{found[curve]:g}: {rate.reason}")
+    return found
+
+
+def arms(rates: Mapping[Curve, float], options: argparse.Namespace) -> list[Arm]:
+    """At the transferred learning rates, then FFT's grid, each seed after the other."""
+    at_once = [Arm(*curve, rate, seed) for seed in options.seeds for curve, rate in rates.items()]
+    grid = [Arm(*FFT, float(lr), seed) for seed in options.grid_seeds for lr in options.grid]
+    return list(dict.fromkeys([*at_once, *grid]))
+
+
+def table(
+    rates: Mapping[Curve, float], done: Mapping[Arm, Outcome], options: argparse.Namespace, value: str
+) -> ReportTable:
+    """Means over seeds, and what is lost of the gain of FFT's best learning rate of the grid."""
+    wanted = arms(rates, options)
+    on_grid = {lr: [done[a] for a in wanted if a.rank is None and a.log2_lr == lr] for lr in map(float, options.grid)}
+    best = best_of(on_grid)
+    if best is None:
+        raise SystemExit("FFT diverged at every learning rate of the grid: give smaller ones with --grid.")
+    base = statistics.fmean(outcome.before for outcome in done.values())
+    highest = _mean(on_grid[best], value)
+
+    def line(name: str, log2_lr: float, runs: Sequence[Outcome]) -> list[str]:
+        mean = _mean(runs, value)
+        error = statistics.fmean(run.error for run in runs) if value == "metric" else math.nan
+        lost = (highest - mean) / (highest - base) if highest > base else math.nan
+        spread = f" ± {error:.3f}" if math.isfinite(error) else ""
+        return [name, f"{log2_lr:g}", str(len(runs)), f"{mean:.3f}{spread}", f"{lost:.1%}"]
+
+    lines = [
+        line(f"{curve_name(c)}, transferred", lr, [done[a] for a in wanted if a.curve == c and a.log2_lr == lr])
+        for c, lr in rates.items()
+    ]
+    lines += [line("FFT, the grid's best" if lr == best else "FFT", lr, runs) for lr, runs in sorted(on_grid.items())]
+    return ReportTable(
+        f"{options.task}, {options.model}: {VALUES[value]}; {base:.3f} held out before training",
+        ["what", "log2 η", "runs", VALUES[value], "lost of the gain"],
+        lines,
+    )
+
+
+def _mean(runs: Sequence[Outcome], value: str) -> float:
+    """NaN where a run diverged."""
+    return statistics.fmean(math.nan if run.diverged else getattr(run, value) for run in runs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default=TASK)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64], help="of the LoRA")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="at the transferred learning rates")
+    parser.add_argument("--grid", type=float, nargs="+", default=[-17, -16, -15, -14, -13, -12], help="log2, of FFT")
+    parser.add_argument("--grid-seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--source", type=Path, default=SOURCE, help="CSV of the sweep that the record is made of")
+    parser.add_argument("--source-base", default="smollm2", help="whose runs of it")
+    add_run_options(parser, "second_task")
+    options = parser.parse_args()
+
+    rates = transferred(options)
+    done = run_all(lambda done: [arm for arm in arms(rates, options) if arm not in done], options)
+    if done is not None:
+        for value in VALUES:
+            print(table(rates, done, options, value).markdown(), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
