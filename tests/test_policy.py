@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import make_record
+from torch import nn
 
+from mua_rl.grpo_report import announce
 from mua_rl.policy import EVIDENCE, RANK_EXPONENTS, given, pair_kind, transfer
 from mua_rl.rules import AlphaRule, Configuration, Scheme
+from mua_rl.run import RunFolder
 from mua_rl.sweep.measured import sweeps_of
 from mua_rl.sweep.report import parse_sizes
 from mua_rl.sweep.rows import read_all
@@ -112,3 +115,10 @@ def test_a_rule_that_was_measured_to_lose_much_says_how_far_off_it_may_be_and_wa
 @pytest.mark.parametrize("schedule", [{}, {"steps": None}, {"steps": -1}, {"name": "constant", "env_steps": "many"}])
 def test_a_record_that_does_not_say_how_long_its_runs_took_is_taken_as_it_is(schedule):
     assert not transfer(make_record(schedule=schedule), lora(16)).warning
+
+
+def test_a_grpo_run_shows_the_warning_before_its_first_step(tmp_path, capsys):
+    for rank, warns in ((2, True), (16, False)):
+        rate = transfer(make_record(), lora(rank))
+        announce(RunFolder(tmp_path), "arithmetic", "embedded", nn.Linear(2, 2), lora(rank), rate)
+        assert ("r = 2 is outside the ranks" in capsys.readouterr().out) is warns
