@@ -73,20 +73,28 @@ def check(arguments: GRPOArguments) -> None:
             "configuration, or take the one that python -m mua_rl.accelerate_configs fsdp2 names."
         )
     if arguments.use_vllm:
-        from importlib.util import find_spec
-
-        if find_spec("vllm") is None:
-            raise UserError(
-                "--use_vllm needs vLLM, which is not installed: pip install 'mua-rl[vllm]', or drop the flag."
-            )
-        if "VLLM_LOGGING_LEVEL" not in os.environ:
-            logging.getLogger("vllm").setLevel(logging.WARNING)
+        check_vllm()
         if arguments.vllm_mode == "colocate" and "MASTER_PORT" not in os.environ:
             # TRL would take port 29500 for every run on the machine (trl#3979).
-            os.environ["MASTER_PORT"] = str(_free_port())
+            os.environ["MASTER_PORT"] = str(free_port())
 
 
-def _free_port() -> int:
+def check_vllm() -> None:
+    """Refuse `--use_vllm` where there is no vLLM, and keep it quiet where there is.
+
+    Raises:
+        UserError: vLLM is not installed.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("vllm") is None:
+        raise UserError("--use_vllm needs vLLM, which is not installed: pip install 'mua-rl[vllm]', or drop the flag.")
+    if "VLLM_LOGGING_LEVEL" not in os.environ:
+        logging.getLogger("vllm").setLevel(logging.WARNING)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

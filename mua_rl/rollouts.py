@@ -135,7 +135,7 @@ class _Rollouts(VLLMGeneration):
         Raises:
             EngineFailed: The engine is gone.
         """
-        with _failures("while the policy was brought to it"):
+        with engine_failures("while the policy was brought to it"):
             self._sync()
 
     def generate(self, *args: Any, **kwargs: Any) -> tuple:
@@ -144,7 +144,7 @@ class _Rollouts(VLLMGeneration):
         Raises:
             EngineFailed: The engine is gone.
         """
-        with _failures("while it generated"):
+        with engine_failures("while it generated"):
             return super().generate(*args, **kwargs)
 
     def _sync(self) -> None:
@@ -168,7 +168,7 @@ class _Rollouts(VLLMGeneration):
         def make(**options: Any) -> Any:
             if processes.is_main():
                 print("mua_rl: starting the vLLM engine, which takes up to a minute", flush=True)
-            with _base_folder(self) as folder, _start(options):
+            with _base_folder(self) as folder, engine_start(options):
                 return self._make_llm(**{**options, "model": folder, **self._engine_options()})
 
         with replaced(vllm_generation, "LLM", make):
@@ -348,7 +348,7 @@ def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _start(options: dict[str, Any]) -> Iterator[None]:
+def engine_start(options: dict[str, Any]) -> Iterator[None]:
     """An engine that finds no room says what it was given and what to change.
 
     Raises:
@@ -365,7 +365,12 @@ def _start(options: dict[str, Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _failures(when: str) -> Iterator[None]:
+def engine_failures(when: str) -> Iterator[None]:
+    """An engine that fails in mid-run is told apart from all else.
+
+    Raises:
+        EngineFailed: Something failed in the block that is not the user's fault.
+    """
     try:
         yield
     except (UserError, EngineFailed, KeyboardInterrupt):

@@ -197,9 +197,14 @@ def adapter_llm(**options: Any) -> Any:
         def exchange(self, name: str, number: int, tensors: dict[str, torch.Tensor]) -> None:
             """Take an adapter, under a name and a number that are new, in place of the one before."""
             if self.adapter is not None:
-                self.llm_engine.remove_lora(self.adapter.lora_int_id)
-                self.folders.drop(Path(self.adapter.lora_path))
+                self.drop(self.adapter)
                 self.adapter = None
+            adapter = self.take(name, number, tensors)
+            self.reset_prefix_cache()
+            self.adapter = adapter
+
+        def take(self, name: str, number: int, tensors: dict[str, torch.Tensor]) -> LoRARequest:
+            """Take an adapter beside those that are there."""
             adapter = LoRARequest(name, number, str(self.folders.describe(name, tensors)))
             HandedOver.tensors = tensors
             try:
@@ -207,8 +212,12 @@ def adapter_llm(**options: Any) -> Any:
                     raise RuntimeError(f"vLLM did not take the adapter {name}")
             finally:
                 HandedOver.tensors = {}
-            self.reset_prefix_cache()
-            self.adapter = adapter
+            return adapter
+
+        def drop(self, adapter: LoRARequest) -> None:
+            """Let an adapter go."""
+            self.llm_engine.remove_lora(adapter.lora_int_id)
+            self.folders.drop(Path(adapter.lora_path))
 
         def generate(self, *args: Any, **kwargs: Any) -> Any:
             """As `LLM.generate`, with the adapter where the call names none."""

@@ -55,6 +55,7 @@ def main() -> None:
         metavar=("COMPLETIONS", "TOKENS"),
         help="instead of planned from the memory: completions of each arm at once, tokens of all arms in a pass",
     )
+    parser.add_argument("--use_vllm", action="store_true", help="rollouts from a vLLM engine, on both sides")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(ours)
@@ -81,7 +82,8 @@ def arms(options: argparse.Namespace) -> list[Arm]:
 
 def flags(options: argparse.Namespace, passed: list[str]) -> list[str]:
     """What both sides are told."""
-    return ["--model", options.model, "--max_steps", str(options.steps), "--report_to", "none", *passed]
+    engine = ["--use_vllm"] if options.use_vllm else []
+    return ["--model", options.model, "--max_steps", str(options.steps), "--report_to", "none", *engine, *passed]
 
 
 def run_child(name: str, out: Path) -> dict[str, Any]:

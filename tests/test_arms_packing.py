@@ -1,14 +1,16 @@
 """Completions of a prompt in one row have the log-probs and the gradient that they have in rows of their own."""
 
+import math
+
 import pytest
 import torch
 
 from mua_rl.arms.grpo import SideBySide
-from mua_rl.arms.packing import UNLABELLED, attention_bias, batches, pack
+from mua_rl.arms.packing import UNLABELLED, Completion, attention_bias, batches, completion_sums, pack
 from mua_rl.grpo_arguments import GRPOArguments
 from mua_rl.sweep.arm import Arm
 
-COMPLETIONS = [((30, 31), 0.5), ((40,), -1.0), ((50, 33, 34, 35), 0.25)]
+COMPLETIONS = [Completion((30, 31), 0.5), Completion((40,), -1.0), Completion((50, 33, 34, 35), 0.25)]
 PROMPTS = [[5, 9, 20, 7], [8]]  # of two arms
 
 
@@ -50,17 +52,18 @@ def test_log_probs_and_gradients_are_those_of_rows_of_their_own(trainer, longest
 
 
 def test_rows_have_a_prompt_once_and_places_for_all_that_is_scored():
-    (row,) = pack([5, 9, 7], [((30, 31), 0.5), ((40,), -1.0)])
+    (row,) = pack([5, 9, 7], [Completion((30, 31), 0.5, (-1.5, -2.0)), Completion((40,), -1.0)])
     assert row.ids == [5, 9, 7, 30, 7]
     assert row.labels == [UNLABELLED, UNLABELLED, 30, 31, 40]
     assert row.positions == [0, 1, 2, 3, 2]
     assert row.parts == [0, 0, 1, 1, 2]
     assert row.weights == [0, 0, 0.5, 0.5, -1.0]
+    assert row.logps == pytest.approx([math.nan, math.nan, -1.5, -2.0, math.nan], nan_ok=True)
     assert pack([5], []) == []
 
 
 def test_a_row_is_no_longer_than_asked_unless_one_completion_is():
-    rows = pack([1, 2, 3], [((9,) * size, 1.0) for size in (4, 2, 2, 20, 1)], longest=8)
+    rows = pack([1, 2, 3], [Completion((9,) * size, 1.0) for size in (4, 2, 2, 20, 1)], longest=8)
     assert [max(row.parts) for row in rows] == [2, 1, 1, 1]
     assert [len(row) for row in rows] == [8, 4, 22, 3]
 
@@ -73,8 +76,18 @@ def test_a_completion_sees_the_prompt_and_itself_up_to_each_token():
     assert seen == [[0], [0, 1], [0, 1, 2], [0, 3], [0, 4]]
 
 
+def test_sums_of_completions_are_at_each_of_their_tokens():
+    values, parts = torch.tensor([[0.0, 1.0, 2.0, 4.0, 0.0]]), torch.tensor([[0, 1, 1, 2, -1]])
+    assert completion_sums(values, parts).tolist() == [[0.0, 3.0, 3.0, 4.0, 0.0]]
+    assert completion_sums(values, None).tolist() == [[7.0] * 5]
+
+
 def test_batches_have_every_row_once_and_no_more_tokens_than_asked():
-    arms = [[row for i in range(7) for row in pack([1] * (3 + 5 * i), [((2, 3), 1.0)])], pack([1], [((4,), 1.0)]), []]
+    arms = [
+        [row for i in range(7) for row in pack([1] * (3 + 5 * i), [Completion((2, 3), 1.0)])],
+        pack([1], [Completion((4,), 1.0)]),
+        [],
+    ]
     made = list(batches(arms, 200, 0))
     assert sum(int((batch.labels != UNLABELLED).sum()) for batch in made) == 7 * 2 + 1
     assert all(batch.ids.numel() <= 200 or len(batch.ids) == 3 for batch in made)

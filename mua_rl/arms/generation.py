@@ -34,12 +34,15 @@ class Answers:
     Attributes:
         tokens: `(K, b, t)`, filled up with the padding token after the end.
         lengths: `(K, b)`, tokens up to the end token, which counts.
-        finite: `(K,)`, whether the arm's logits after its prompts were finite numbers.
+        finite: `(K,)`, whether the arm's logits after its prompts, or its weights, were finite numbers.
+        logps: `(K, b, t)` log-probs of the tokens, where another program than the trainer has written them; NaN after
+            the end.
     """
 
     tokens: torch.Tensor
     lengths: torch.Tensor
     finite: torch.Tensor
+    logps: torch.Tensor | None = None
 
 
 class Decoder:

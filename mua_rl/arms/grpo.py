@@ -8,6 +8,7 @@ schedule, so that it does what it would do alone. Each batch of completions make
 import contextlib
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -28,16 +29,18 @@ from mua_rl.arms.generation import Answers, Decoder
 from mua_rl.arms.grpo_settings import check
 from mua_rl.arms.memory import TIMES_ONE_RUN, ArmsMemory, Parts, Work, arms_memory, cpu_parts, one_run, plan_parts
 from mua_rl.arms.objective import completion_weights, group_advantages, loss
-from mua_rl.arms.packing import UNLABELLED, Batch, Row, attention_bias, batches, pack
+from mua_rl.arms.packing import UNLABELLED, Batch, Completion, Row, attention_bias, batches, completion_sums, pack
 from mua_rl.arms.stacked import LoRAStack
+from mua_rl.arms.vllm_rollouts import ArmsEngine, EngineSettings, engine, gpu_share
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import UserError
 from mua_rl.gpu_memory import PolicySize
-from mua_rl.grpo import load_base, splits
+from mua_rl.grpo import check_vllm, load_base, splits
 from mua_rl.grpo_arguments import GRPOArguments
 from mua_rl.grpo_trainer import RunCallback
 from mua_rl.heldout import HeldOutResult, is_conversational, prompt_ids, score
 from mua_rl.optim import learning_rates
+from mua_rl.rollout_correction import REFUSE_KL, Mismatch, importance_ratio
 from mua_rl.sweep.arm import Arm, Outcome
 
 Metrics = dict[str, float]
@@ -111,11 +114,14 @@ class SideBySide:
         parts: Parts | None = None,
     ) -> None:
         check(arguments, arms)
+        if arguments.use_vllm:
+            check_vllm()
         self.arguments, self.arms = arguments, list(arms)
         self.task = get_task(arguments.task, arguments.bad_rows, arguments.isolation)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = models.load_tokenizer(arguments.model)
         model, self.base = load_base(arguments, start_from)
+        written = self._write(model) if arguments.use_vllm and not model.name_or_path else None
         self.model = model.to(self.device).eval()  # type: ignore[arg-type]
         loaded = sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
         self.conversational = is_conversational(self.tokenizer)
@@ -141,17 +147,17 @@ class SideBySide:
         self.one_run = one_run(
             replace(self.size, frozen_bytes=loaded, trained=self.size.trained // len(arms)), self.work
         )
-        if parts is None and self.device.type == "cuda":
+        if parts is None and self.device.type == "cuda" and not arguments.use_vllm:
             parts = plan_parts(self.size, self.work, memory * self.one_run.total)
-        self.parts = parts or cpu_parts(self.work)
+        elif parts is None:
+            parts = cpu_parts(self.work) if self.device.type == "cpu" else Parts(0, self.work.one_pass)
+        self.parts = parts
         self.decoder = Decoder(
-            self.model,
-            self.end_ids,
-            self.tokenizer.pad_token_id,
-            self.new_tokens,
-            self.autocast,
-            self.parts.completions,
+            self.model, self.end_ids, self.tokenizer.pad_token_id, self.new_tokens, self.autocast, parts.completions
         )
+        folder = written.name if written else str(model.name_or_path)
+        self.engine = self._start_engine(folder) if arguments.use_vllm else None
+        self._compared: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.ended: dict[int, Outcome] = {}
         self.phases = {"generation": 0.0, "rewards": 0.0, "update": 0.0}
 
@@ -224,11 +230,13 @@ class SideBySide:
         norms = torch.linalg.vector_norm(self.stack.gradients, dim=1)
         if self.arguments.max_grad_norm > 0:  # as torch.nn.utils.clip_grad_norm_
             self.stack.gradients *= (self.arguments.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)[:, None]
-        finite, norms, losses = (rollout.answers.finite & norms.isfinite()).cpu(), norms.cpu(), losses.cpu()
+        norms, losses = norms.cpu(), losses.cpu()
+        finite = rollout.answers.finite & norms.isfinite()
+        mismatches = self._mismatches()
         self.phases["update"] += time.perf_counter() - start
         found = {}
         for k, (state, metrics) in enumerate(zip(self.states, rollout.metrics, strict=True)):
-            metrics |= {"loss": float(losses[k]), "grad_norm": float(norms[k])}
+            metrics |= {"loss": float(losses[k]), "grad_norm": float(norms[k])} | (mismatches[k] if mismatches else {})
             metrics["learning_rate"] = learning_rates(state.optimizer)[ROLE]
             if not finite[k]:
                 metrics["gradient_not_finite"] = 1.0
@@ -252,7 +260,7 @@ class SideBySide:
             return []
         rows = -(-count // arms) if shared else count
         numbers = [[min(k * rows + i, count - 1) if shared else i for i in range(rows)] for k in range(arms)]
-        texts = self._decode(self.decoder.answer(*self._pad([[self.problems[i] for i in arm] for arm in numbers])))
+        texts = self._decode(self._complete([[self.problems[i] for i in arm] for arm in numbers]))
         if shared:
             texts = [[text for arm in texts for text in arm]]
         return [score(text[:count], self.task, self.held_out_rows) for text in texts]
@@ -272,6 +280,19 @@ class SideBySide:
         assert micro_batch
         compute_bytes = 2 if self.arguments.bf16 else self.model.dtype.itemsize
         return Work(len(self.arms), self.prompts_per_step, self.group, length, micro_batch, compute_bytes)
+
+    def _write(self, model: Any) -> tempfile.TemporaryDirectory:
+        """A base that is on no disk, for the engine to read."""
+        folder = tempfile.TemporaryDirectory(prefix="mua_rl-base-")
+        model.save_pretrained(folder.name)
+        self.tokenizer.save_pretrained(folder.name)
+        return folder
+
+    def _start_engine(self, folder: str) -> ArmsEngine:
+        dtype = torch.bfloat16 if self.arguments.bf16 else self.model.dtype
+        settings = EngineSettings.of(self.stack, self.work, self.base.fingerprint, dtype)
+        given = self.arguments.vllm_gpu_memory_utilization
+        return engine(settings, folder, lambda: given or gpu_share(self.size, self.work, settings))
 
     def _new_state(self, number: int, arm: Arm) -> _ArmState:
         arguments = self.arguments
@@ -334,16 +355,25 @@ class SideBySide:
             for rows, ends in zip(tokens, lengths, strict=True)
         ]
 
+    def _complete(self, prompts: list[list[list[int]]], copies: int = 1, sampled: bool = False) -> Answers:
+        """Complete prompts of each arm, greedily or with the arm's own draws, on the CPU."""
+        if self.engine is not None:
+            seeds = self._draw(torch.randint, 2**62, (len(prompts[0]),)) if sampled else None
+            options = self.arguments.temperature, self.end_ids, self.tokenizer.pad_token_id, self.new_tokens
+            return self.engine.answer(self.stack, prompts, copies, seeds, *options)
+        draws = self._draw(torch.rand, len(prompts[0]) * copies, self.new_tokens) if sampled else None
+        answers = self.decoder.answer(*self._pad(prompts), copies, draws, self.arguments.temperature)
+        return Answers(answers.tokens.cpu(), answers.lengths.cpu(), answers.finite.cpu())
+
+    def _draw(self, draw: Callable[..., torch.Tensor], *options: Any) -> torch.Tensor:
+        """What each arm draws by a function of torch with its own generator."""
+        return torch.stack([draw(*options, generator=state.generator) for state in self.states])
+
     def _roll_out(self, numbers: list[list[int]]) -> _Rollout:
         """Complete and score one step's prompts of each arm, given by their rows."""
         start = time.perf_counter()
         prompts = [[self.prompts[i] for i in arm] for arm in numbers]
-        draws = [
-            torch.rand(len(arm) * self.group, self.new_tokens, generator=s.generator)
-            for arm, s in zip(numbers, self.states, strict=True)
-        ]
-        answers = self.decoder.answer(*self._pad(prompts), self.group, torch.stack(draws), self.arguments.temperature)
-        answers = Answers(answers.tokens.cpu(), answers.lengths.cpu(), answers.finite)
+        answers = self._complete(prompts, self.group, sampled=True)
         self.phases["generation"] += time.perf_counter() - start
         start = time.perf_counter()
         scores = [self._rewards(arm, text) for arm, text in zip(numbers, self._decode(answers), strict=True)]
@@ -397,22 +427,54 @@ class SideBySide:
     def _rows(self, rollout: _Rollout, k: int) -> list[Row]:
         """Of one arm."""
         lengths, weights = rollout.answers.lengths[k].tolist(), rollout.weighted_advantages[k].tolist()
-        summed: dict[int, dict[tuple[int, ...], float]] = {}
+        logps = None if rollout.answers.logps is None else rollout.answers.logps[k].tolist()
+        summed: dict[int, dict[tuple[int, ...], Completion]] = {}
         for i, tokens in enumerate(rollout.answers.tokens[k].tolist()):
             if weights[i] != 0:
                 completions = summed.setdefault(k * self.prompts_per_step + i // self.group, {})
-                completion = tuple(tokens[: lengths[i]])
-                completions[completion] = completions.get(completion, 0.0) + weights[i]
-        return [row for prompt, found in summed.items() for row in pack(rollout.prompts[prompt], list(found.items()))]
+                ids = tuple(tokens[: lengths[i]])
+                known = completions.get(ids, Completion(ids, 0.0, logps and logps[i][: lengths[i]]))
+                completions[ids] = known._replace(weight=known.weight + weights[i])
+        return [row for prompt, found in summed.items() for row in pack(rollout.prompts[prompt], found.values())]
 
     def _backward(self, batch: Batch) -> torch.Tensor:
         """Add a pass's gradient to the arms'; the losses `(K,)`."""
         batch = batch.to(self.device)
         logps = self.log_probs(batch.ids, batch.labels, batch.positions, batch.parts).view(*batch.weights.shape, 1)
         scored = (batch.labels != UNLABELLED).view(logps.shape)
-        losses = loss(logps, scored, batch.weights)  # as if each token were a completion, for each has its weight
+        weights = batch.weights
+        if self.engine is not None:
+            self._compared.append((logps.detach().squeeze(-1), batch.logps, scored.squeeze(-1)))
+            if self.arguments.vllm_importance_sampling_correction:
+                weights = weights * self._importance(logps.detach(), batch)
+        losses = loss(logps, scored, weights)  # as if each token were a completion, for each has its weight
         losses.sum().backward()
         return losses.detach()
+
+    def _importance(self, logps: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The factor of each token that corrects for sampling from the engine, `(K, b·t)`."""
+        difference = (logps.view(batch.ids.shape) - batch.logps.view(batch.ids.shape)).nan_to_num(0.0)
+        level, _, cut = str(self.arguments.vllm_importance_sampling_mode).partition("_")
+        if level == "sequence":
+            difference = completion_sums(difference, batch.parts)
+        nothing, everything = torch.zeros_like(difference), torch.ones_like(difference)
+        bounds = self.arguments.vllm_importance_sampling_clip_min, self.arguments.vllm_importance_sampling_clip_max
+        return importance_ratio(difference, nothing, everything, f"token_{cut}", *bounds).view(batch.weights.shape)
+
+    def _mismatches(self) -> list[Metrics]:
+        """How far the engine's policy was from each arm's in this step's passes; none without an engine.
+
+        Raises:
+            UserError: The engine holds another policy before the first step.
+        """
+        if not self._compared:
+            return []
+        ours, theirs, scored = (torch.cat(tensors, 1) for tensors in zip(*self._compared, strict=True))
+        self._compared = []
+        found = [Mismatch.of(*arm) for arm in zip(ours, theirs, scored, strict=True)]
+        if not self.states[0].history and max(mismatch.kl for mismatch in found) > REFUSE_KL:
+            raise UserError("the vLLM engine holds another policy than the trainer: run the arms without --use_vllm.")
+        return [mismatch.metrics() for mismatch in found]
 
     def log_probs(
         self,

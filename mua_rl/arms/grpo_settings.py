@@ -6,6 +6,7 @@ from mua_rl.arms.objective import LOSS_TYPES
 from mua_rl.errors import UserError
 from mua_rl.grpo_arguments import GRPOArguments
 from mua_rl.sweep.arm import Arm
+from mua_rl.vllm_lora import engine_rank
 
 TAKEN: dict[str, tuple] = {
     "beta": (0.0,),
@@ -25,7 +26,6 @@ TAKEN: dict[str, tuple] = {
     "repetition_penalty": (1.0,),
     "generation_kwargs": (None,),
     "cast_lm_head_to_fp32": (False,),
-    "use_vllm": (False,),
     "use_transformers_continuous_batching": (False,),
     "use_liger_kernel": (False,),
     "gradient_checkpointing": (False,),
@@ -34,20 +34,33 @@ TAKEN: dict[str, tuple] = {
 }
 """Settings that arms side by side know, with the values that they take; the loss is TRL's for all of these."""
 
+TAKEN_BY_THE_ENGINE: dict[str, tuple] = {
+    "vllm_mode": ("colocate",),
+    "vllm_sync": ("adapter",),
+    "vllm_enable_sleep_mode": (False,),
+    "vllm_tensor_parallel_size": (1,),
+    "vllm_structured_outputs_regex": (None,),
+    "vllm_model_impl": ("vllm",),
+    "vllm_max_model_length": (None,),
+}
+"""The same with `--use_vllm`."""
+
 
 def check(arguments: GRPOArguments, arms: Sequence[Arm]) -> None:
     """Refuse what arms side by side do not know.
 
     Raises:
-        UserError: There is no arm, an arm is full finetuning, or a setting is not in `TAKEN`; the message says to run
-            singly.
+        UserError: There is no arm, an arm is full finetuning, or a setting is not in `TAKEN`; with vLLM, one is not in
+            `TAKEN_BY_THE_ENGINE`, or it takes no such rank; the message says to run singly.
     """
     if not arms:
         raise UserError("there is no arm to train: give at least one.")
     for arm in arms:
         if arm.rank is None:
             raise UserError("full finetuning (--rank full) shares no frozen base: run it singly.")
-    for name, taken in TAKEN.items():
+        if arguments.use_vllm:
+            engine_rank(arm.rank)
+    for name, taken in {**TAKEN, **(TAKEN_BY_THE_ENGINE if arguments.use_vllm else {})}.items():
         value = getattr(arguments, name)
         if getattr(value, "value", value) not in taken:
             raise UserError(

@@ -4,8 +4,10 @@ A completion attends to the prompt and to itself, and has the positions that it 
 those of a row of its own; the prompt is computed, and its activations are kept, once instead of once for each.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +16,14 @@ UNLABELLED = -100
 _PROMPT, _PADDING = 0, -1  # the part of a row that a token belongs to; completions count from 1
 _ROW = 512  # tokens: in longer rows attention to what is masked costs more than the prompt computed again
 _ALIGNED = 16  # attention kernels like lengths as a multiple of it, and are chosen anew for each length
+
+
+class Completion(NamedTuple):
+    """Token ids of a completion, not none; its weighted advantage; log-probs that the engine that wrote it gave."""
+
+    tokens: Sequence[int]
+    weight: float
+    logps: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,7 @@ class Row:
         positions: Of the tokens, as if each completion followed the prompt alone.
         parts: Which completion a token belongs to, from 1; 0 for the prompt.
         weights: The weighted advantage of the completion, at its labels; 0 elsewhere.
+        logps: The engine's log-probs of the labels; NaN elsewhere, and everywhere where there is no engine.
     """
 
     ids: list[int]
@@ -34,6 +45,7 @@ class Row:
     positions: list[int]
     parts: list[int]
     weights: list[float]
+    logps: list[float]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -45,43 +57,47 @@ class Batch:
 
     Attributes:
         ids, labels: `(K·b, t)`.
-        weights: `(K, b·t)`.
+        weights, logps: `(K, b·t)`.
         positions, parts: `(K·b, t)`; `None` where no row has two completions, so that causal attention does.
     """
 
     ids: torch.Tensor
     labels: torch.Tensor
     weights: torch.Tensor
+    logps: torch.Tensor
     positions: torch.Tensor | None
     parts: torch.Tensor | None
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device."""
-        tensors = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return Batch(**{name: None if tensor is None else tensor.to(device) for name, tensor in tensors})
+        tensors = [getattr(self, field.name) for field in fields(self)]
+        return Batch(*(None if tensor is None else tensor.to(device) for tensor in tensors))  # type: ignore[arg-type]
 
 
-def pack(prompt: list[int], completions: Sequence[tuple[Sequence[int], float]], longest: int = _ROW) -> list[Row]:
-    """Rows with a prompt's completions, each given by its tokens and its weighted advantage.
+def pack(prompt: list[int], completions: Iterable[Completion], longest: int = _ROW) -> list[Row]:
+    """Rows with a prompt's completions.
 
     Args:
         prompt: Token ids, at least one.
-        completions: In any order; none is empty.
+        completions: In any order.
         longest: Tokens of a row, at most, if it has more than one completion.
     """
     rows: list[Row] = []
-    for tokens, weight in completions:
-        if not rows or len(rows[-1]) + len(tokens) > longest:
-            before = len(prompt) - 1
+    start = len(prompt) - 1
+    for tokens, weight, logps in completions:
+        size = len(tokens)
+        if not rows or len(rows[-1]) + size > longest:
+            nothing = [math.nan] * start
             rows.append(
-                Row(prompt[:-1], [UNLABELLED] * before, list(range(before)), [_PROMPT] * before, [0.0] * before)
+                Row(prompt[:-1], [UNLABELLED] * start, [*range(start)], [_PROMPT] * start, [0.0] * start, nothing)
             )
-        row, start = rows[-1], len(prompt) - 1
+        row = rows[-1]
         row.ids.extend([prompt[-1], *tokens[:-1]])
         row.labels.extend(tokens)
-        row.positions.extend(range(start, start + len(tokens)))
-        row.parts.extend([max(row.parts, default=_PROMPT) + 1] * len(tokens))
-        row.weights.extend([weight] * len(tokens))
+        row.positions.extend(range(start, start + size))
+        row.parts.extend([max(row.parts, default=_PROMPT) + 1] * size)
+        row.weights.extend([weight] * size)
+        row.logps.extend([math.nan] * size if logps is None else logps)
     return rows
 
 
@@ -106,15 +122,30 @@ def batches(arms: Sequence[Sequence[Row]], tokens: int, pad_id: int) -> Iterator
 def _batch(arms: Sequence[Sequence[Row]], count: int, length: int, pad_id: int) -> Batch:
     shape = (len(arms), count, length)
     ids, labels = np.full(shape, pad_id), np.full(shape, UNLABELLED)
-    positions, parts, weights = np.zeros_like(ids), np.full(shape, _PADDING), np.zeros(shape, dtype=np.float32)
+    positions, parts = np.zeros_like(ids), np.full(shape, _PADDING)
+    weights, logps = np.zeros(shape, dtype=np.float32), np.full(shape, np.nan, dtype=np.float32)
     for k, rows in enumerate(arms):
         for i, row in enumerate(rows):
             ids[k, i, : len(row)], labels[k, i, : len(row)] = row.ids, row.labels
             positions[k, i, : len(row)], parts[k, i, : len(row)] = row.positions, row.parts
-            weights[k, i, : len(row)] = row.weights
-    flat = [torch.from_numpy(array).flatten(0, 1) for array in (ids, labels, positions, parts)]
-    several = flat[2:] if parts.max() > 1 else (None, None)
-    return Batch(*flat[:2], torch.from_numpy(weights).flatten(1), *several)
+            weights[k, i, : len(row)], logps[k, i, : len(row)] = row.weights, row.logps
+    inputs = [torch.from_numpy(array).flatten(0, 1) for array in (ids, labels)]
+    values = [torch.from_numpy(array).flatten(1) for array in (weights, logps)]
+    several = [torch.from_numpy(array).flatten(0, 1) if parts.max() > 1 else None for array in (positions, parts)]
+    return Batch(*inputs, *values, *several)
+
+
+def completion_sums(values: torch.Tensor, parts: torch.Tensor | None) -> torch.Tensor:
+    """At each token the sum of its completion's values, `(R, t)` → `(R, t)`; values are 0 outside of completions.
+
+    Args:
+        parts: Of `Batch`.
+    """
+    if parts is None:
+        return values.sum(-1, keepdim=True).expand_as(values)
+    parts = parts.clamp(min=_PROMPT)
+    sums = values.new_zeros(len(values), int(parts.max()) + 1)
+    return sums.scatter_add(1, parts, values).gather(1, parts)
 
 
 def attention_bias(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
