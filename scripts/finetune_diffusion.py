@@ -2,16 +2,17 @@
 
 A UNet and a noise scheduler of `diffusers`, the loop of its `train_text_to_image.py` without its trimmings. Without
 flags it needs no hub: a small UNet learns scikit-learn's digits from their names (two minutes on one core, once, kept
-in `mua_rl.models.cache_folder()`), and is finetuned on the same digits lying on their side. The paper's
-case:
+in `mua_rl.models.cache_folder()`), and is finetuned on the same digits lying on their side. With a
+hub, the paper's model:
 
     python scripts/finetune_diffusion.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --dataset_name lambdalabs/naruto-blip-captions --steps 2000 --batch_size 16
 
 The metric is minus the loss on held-out images under noise and at timesteps that never change, so that two runs differ
-in what they learnt alone. Needs `pip install diffusers scikit-learn`.
+in what they learnt alone. Needs `pip install 'mua-rl[fields]'`.
 """
 
+import contextlib
 import copy
 import math
 import os
@@ -23,7 +24,7 @@ from pathlib import Path
 import curves
 import torch
 from datasets import load_dataset
-from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -153,7 +154,8 @@ def digits() -> Denoising:
 
 def small_unet(task: Denoising, steps: int) -> tuple[UNet2DConditionModel, str]:
     """A UNet of 1.4 million weights that denoises a task, trained once, and its name."""
-    folder = cache_folder() / f"unet-digits-{steps}"
+    name = f"unet-digits-{steps}"
+    folder = cache_folder() / f"{name}-{len(task.images)}"  # whoever holds out more images has another one
     if not (folder / "config.json").exists():
         print(f"pretraining a small UNet, kept in {folder}")
         set_seed(0)
@@ -174,23 +176,41 @@ def small_unet(task: Denoising, steps: int) -> tuple[UNet2DConditionModel, str]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             unet.save_pretrained(Path(scratch) / "unet")
-            os.replace(Path(scratch) / "unet", folder)
-    return UNet2DConditionModel.from_pretrained(folder), folder.name
+            with contextlib.suppress(OSError):  # another run was faster; its folder is as good
+                os.replace(Path(scratch) / "unet", folder)
+    return UNet2DConditionModel.from_pretrained(folder), name
 
 
 @torch.no_grad()
-def encoded(arguments: DiffusionArguments, pipeline: StableDiffusionPipeline, scheduler: DDPMScheduler) -> Denoising:
-    """A data set as the latents of a pipeline's autoencoder and the states of its text encoder."""
-    rows = load_dataset(str(arguments.dataset_name), split="train").shuffle(seed=0)
-    pipeline.to(curves.device())
-    generator, latents, captions = torch.Generator(curves.device()).manual_seed(0), [], []
-    size = arguments.image_size
+def stable_diffusion(arguments: DiffusionArguments) -> tuple[UNet2DConditionModel, Denoising]:
+    """The UNet of a pipeline, and a data set as its autoencoder's latents and its text encoder's states.
+
+    Raises:
+        UserError: One of them cannot be loaded, or the data set lacks a column.
+    """
+    from diffusers import StableDiffusionPipeline  # here, since importing it warns where there is no torchvision
+
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(arguments.model, safety_checker=None)
+        scheduler = DDPMScheduler.from_pretrained(arguments.model, subfolder="scheduler")
+        rows = load_dataset(str(arguments.dataset_name), split="train").shuffle(seed=0)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{arguments.model} on {arguments.dataset_name}: {' '.join(str(error).split())}") from None
+    if missing := {arguments.image_column, arguments.caption_column} - set(rows.column_names):
+        raise UserError(
+            f"{arguments.dataset_name} has the columns {', '.join(rows.column_names)}, not {', '.join(missing)}: name "
+            "them by --image_column and --caption_column."
+        )
+    device, size = curves.device(), arguments.image_size
+    pipeline.to(device)
+    generator, latents, captions = torch.Generator(device).manual_seed(0), [], []
     for batch in rows.iter(arguments.batch_size):
         images = [image.convert("RGB") for image in batch[arguments.image_column]]
-        pixels = pipeline.image_processor.preprocess(images, size, size, resize_mode="crop").to(curves.device())
+        pixels = pipeline.image_processor.preprocess(images, size, size, resize_mode="crop").to(device)
         latents.append(pipeline.vae.encode(pixels).latent_dist.sample(generator).cpu())
-        captions.append(pipeline.encode_prompt(batch[arguments.caption_column], curves.device(), 1, False)[0].cpu())
-    return Denoising(scheduler, torch.cat(latents) * pipeline.vae.config.scaling_factor, torch.cat(captions))
+        captions.append(pipeline.encode_prompt(batch[arguments.caption_column], device, 1, False)[0].cpu())
+    scaled = torch.cat(latents) * pipeline.vae.config.scaling_factor
+    return pipeline.unet.cpu(), Denoising(scheduler, scaled, torch.cat(captions))
 
 
 def problem(arguments: DiffusionArguments) -> curves.Field:
@@ -202,13 +222,8 @@ def problem(arguments: DiffusionArguments) -> curves.Field:
     if (arguments.model is None) != (arguments.dataset_name is None):
         raise UserError("--model and --dataset_name go together; without both, the small UNet learns digits.")
     if arguments.model and arguments.dataset_name:
-        try:
-            pipeline = StableDiffusionPipeline.from_pretrained(arguments.model, safety_checker=None)
-            scheduler = DDPMScheduler.from_pretrained(arguments.model, subfolder="scheduler")
-            everything = encoded(arguments, pipeline, scheduler)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{arguments.model} on {arguments.dataset_name}: {str(error).splitlines()[0]}.") from None
-        base, name, task = pipeline.unet.cpu(), arguments.model, arguments.dataset_name
+        base, everything = stable_diffusion(arguments)
+        name, task = arguments.model, arguments.dataset_name
         training, held_out = everything.split(arguments.held_out)
     else:
         upright, upright_held_out = digits().split(arguments.held_out)

@@ -19,6 +19,8 @@ from mua_rl.sweep.rows import read
 for package in ("diffusers", "sklearn", "PIL"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install 'mua-rl[fields]'")
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 MINIATURE = ["--steps", "3", "--batch_size", "4", "--held_out", "8", "--pretraining_steps", "3"]
 
@@ -228,3 +230,26 @@ def test_a_stable_diffusion_pipeline_trains_on_images_with_captions(launch, pipe
     after = UNet2DConditionModel.from_pretrained("pipeline/model")
     assert record.base_fingerprint == fingerprint(before) != fingerprint(after)
     assert record.metric["after"] > record.metric["before"]
+
+
+def test_a_column_that_the_data_set_lacks_is_named(launch, pipeline_folder, captioned_images):
+    with pytest.raises(UserError, match="image, text, not caption"):
+        launch("--model", pipeline_folder, "--dataset_name", captioned_images, "--caption_column", "caption")
+
+
+def test_captions_and_latents_are_the_pipelines_own(script, pipeline_folder, captioned_images):
+    from diffusers import StableDiffusionPipeline
+
+    arguments = script.DiffusionArguments(
+        model=str(pipeline_folder), dataset_name=str(captioned_images), image_size=16, batch_size=4
+    )
+    _, everything = script.stable_diffusion(arguments)
+    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder)
+    states = [pipeline.encode_prompt(colour, "cpu", 1, False)[0][0] for colour in ("red", "blue")]
+    for image, caption in zip(everything.images, everything.captions, strict=True):
+        colour = min((0, 1), key=lambda i: (caption - states[i]).abs().max().item())
+        torch.testing.assert_close(caption, states[colour])
+        pixels = torch.tensor([[1.0, -1, -1], [-1, -1, 1]])[colour][None, :, None, None].expand(1, 3, 16, 16)
+        latent = pipeline.vae.encode(pixels).latent_dist
+        assert ((image / pipeline.vae.config.scaling_factor - latent.mean[0]) / latent.std[0]).abs().max() < 5
+    assert everything.images.shape == (6, 4, 8, 8) and len(everything.captions) == 6
