@@ -1,0 +1,260 @@
+"""What the classifiers' scripts share: transformers' `Trainer`, labels, and a head for new ones (issue 10)."""
+
+import copy
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import curves
+import torch
+from datasets import ClassLabel, Dataset, Value, load_dataset
+from datasets import disable_progress_bars as disable_dataset_bars
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    get_cosine_schedule_with_warmup,
+    set_seed,
+)
+from transformers.utils import logging as transformers_logging
+
+from mua_rl.errors import UserError
+from mua_rl.models import cache_folder, model_path
+
+PRETRAINING_LR = 1e-3
+
+
+@dataclass
+class ClassifierArguments:
+    """The base, the data and the length of a run."""
+
+    model: str | None = field(default=None, metadata={"help": "A model folder or a hub id. Default: the small model."})
+    dataset_name: str | None = field(default=None, metadata={"help": "A folder or a hub id, for --model."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Of a data set of the hub."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Of the data set."})
+    dataset_test_split: str = field(default="test", metadata={"help": "The split that the metric is measured on."})
+    label_column: str = field(default="label", metadata={"help": "Of the data set."})
+    held_out: int = field(default=1000, metadata={"help": "Examples of that split, at most."})
+    max_steps: int = field(default=60, metadata={"help": "Optimizer steps of a run."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Examples of an optimizer step."})
+    pretraining_steps: int = field(default=2000, metadata={"help": "Of the small model."})
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Examples to learn and those to measure with, for transformers' `Trainer`.
+
+    Attributes:
+        train_rows, held_out_rows: A model's inputs, and `labels`.
+        collate: Makes a batch of rows; `None`: transformers' default.
+        steps: Optimizer steps of a run.
+        batch_size: Examples of a step.
+    """
+
+    train_rows: Dataset
+    held_out_rows: Dataset
+    collate: Callable[[list[Any]], dict[str, Any]] | None
+    steps: int
+    batch_size: int
+
+    def trainer(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        schedule: LRScheduler | None = None,
+        seed: int = 0,
+    ) -> Trainer:
+        """Transformers' own, silent and saving nothing."""
+        on_gpu = curves.device().type == "cuda"
+        trainer = Trainer(
+            model,
+            TrainingArguments(
+                output_dir=tempfile.gettempdir(),  # there must be one; nothing is saved
+                seed=seed,
+                max_steps=self.steps,
+                per_device_train_batch_size=self.batch_size,
+                per_device_eval_batch_size=2 * self.batch_size,
+                max_grad_norm=1.0,
+                label_names=["labels"],
+                remove_unused_columns=False,  # there are none
+                bf16=on_gpu,
+                use_cpu=not on_gpu,
+                dataloader_pin_memory=on_gpu,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            data_collator=self.collate,
+            train_dataset=self.train_rows,
+            optimizers=(optimizer, schedule),
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def train(self, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler, seed: int) -> None:
+        """One run; the seed shuffles the examples."""
+        self.trainer(model, optimizer, schedule, seed).train()
+
+    def measure(self, model: nn.Module) -> tuple[float, float]:
+        """Minus the mean loss over the held-out examples, and its standard error."""
+        held_out = self.trainer(model).predict(self.held_out_rows)
+        logits, labels = torch.tensor(held_out.predictions), torch.tensor(held_out.label_ids)
+        losses = cross_entropy(logits.double(), labels, reduction="none")
+        return -losses.mean().item(), losses.std().item() / len(losses) ** 0.5
+
+
+def read_rows(arguments: ClassifierArguments) -> tuple[Dataset, Dataset]:
+    """Training and held-out rows of a data set of the hub or a folder.
+
+    Raises:
+        UserError: They cannot be read.
+    """
+    try:
+        train, held_out = (
+            load_dataset(str(arguments.dataset_name), arguments.dataset_config, split=split)
+            for split in (arguments.dataset_train_split, arguments.dataset_test_split)
+        )
+    except Exception as error:  # the hub's errors have no common class
+        raise UserError(f"{arguments.dataset_name} cannot be read: {' '.join(str(error).split())[:300]}") from None
+    return train, held_out.shuffle(seed=0).select(range(min(arguments.held_out, len(held_out))))
+
+
+def labels_of(train_rows: Dataset, held_out_rows: Dataset, column: str, inputs: list[str]) -> list[Any]:
+    """The labels that there are, ascending: class k is the k-th.
+
+    Args:
+        train_rows, held_out_rows: Examples.
+        column: Of the label.
+        inputs: Columns that there must be beside.
+
+    Raises:
+        UserError: A column is missing, it is no label, or only held-out rows have one.
+    """
+    if missing := sorted({column, *inputs} - set(train_rows.column_names)):
+        names = ", ".join(train_rows.column_names)
+        raise UserError(f"the data set has no column {', '.join(missing)}, but {names}: say which to take.")
+    if not isinstance(train_rows.features[column], ClassLabel | Value):
+        raise UserError(f"the column {column} holds no labels: say which does with --label_column.")
+    found, held_out = (rows.select_columns([column]).unique(column) for rows in (train_rows, held_out_rows))
+    if len(found) < 2 or not all(isinstance(label, int | str) for label in found):
+        raise UserError(f"the column {column} does not have two labels or more, numbers or words: {found[:5]}.")
+    if unknown := [label for label in held_out if label not in found]:
+        raise UserError(f"held-out examples have labels that no training example has: {unknown[:5]}.")
+    return sorted(found)
+
+
+def load_base(auto: Any, name: str, labels: list[Any]) -> tuple[PreTrainedModel, str | None]:
+    """A pretrained model with a head for these labels, and the head's name where it is new (the same each time).
+
+    Args:
+        auto: The class that loads it, `AutoModelFor…Classification`.
+        name: A folder or a hub id.
+        labels: Of the classes.
+
+    Raises:
+        UserError: There is no such model.
+    """
+    id2label = {number: str(label) for number, label in enumerate(labels)}
+    label2id = {label: number for number, label in id2label.items()}
+    set_seed(0)
+    try:
+        model, info = auto.from_pretrained(
+            model_path(name),
+            id2label=id2label,
+            label2id=label2id,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            dtype=torch.float32,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"the model {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    body = f"{model.base_model_prefix}."
+    if lost := sorted(key for key in new if key.startswith(body) and "pooler" not in key):
+        raise UserError(f"{name} is no pretrained {type(model).__name__}: it lacks {', '.join(lost[:3])}.")
+    heads = {key.split(".")[0] for key in new if not key.startswith(body)}
+    return model, min(heads, default=None)
+
+
+def made_once(name: str, make: Callable[[], list[Any]]) -> str:
+    """The folder of a model that a script pretrains; the first time, it is made.
+
+    Args:
+        name: Of the folder, within the cache.
+        make: Gives what is saved in it, model and tokenizer, say.
+    """
+    folder = cache_folder() / name
+    if not (folder / "config.json").exists():
+        print(f"pretraining a small model, kept in {folder}")
+        made = make()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            for part in made:
+                part.save_pretrained(Path(scratch) / "model")
+            os.replace(Path(scratch) / "model", folder)
+    return str(folder)
+
+
+def pretrain(model: nn.Module, examples: Classification) -> nn.Module:
+    """All weights of a small model, by AdamW with a cosine schedule."""
+    optimizer = AdamW(model.parameters(), PRETRAINING_LR)
+    schedule = get_cosine_schedule_with_warmup(optimizer, examples.steps // 20, examples.steps)
+    examples.train(model, optimizer, schedule, seed=0)
+    return model
+
+
+def problem_of(
+    algorithm: str,
+    arguments: ClassifierArguments,
+    task: str,
+    base: tuple[PreTrainedModel, str | None],
+    target_modules: str,
+    examples: Classification,
+) -> curves.Field:
+    """The problem as the curves' harness takes it."""
+    model, head = base
+    return curves.Field(
+        algorithm=algorithm,
+        task=task,
+        base=arguments.model or Path(model.name_or_path).name,
+        target_modules=target_modules,
+        load=lambda: copy.deepcopy(model).to(curves.device()),
+        train=examples.train,
+        measure=examples.measure,
+        metric="−(held-out loss)",
+        steps=arguments.max_steps,
+        batch={"examples": arguments.per_device_train_batch_size},
+        head=head,
+    )
+
+
+def check(arguments: ClassifierArguments) -> None:
+    """Refuse what no run can be made of.
+
+    Raises:
+        UserError: A number is too small, or one of model and data set is not given.
+    """
+    least = {"max_steps": 1, "per_device_train_batch_size": 1, "pretraining_steps": 1, "held_out": 2}
+    for name, smallest in least.items():
+        if getattr(arguments, name) < smallest:
+            raise UserError(f"--{name} takes a number from {smallest} on, not {getattr(arguments, name)}.")
+    if (arguments.model is None) != (arguments.dataset_name is None):
+        raise UserError("--model and --dataset_name go together; without both, a small model is finetuned.")
+
+
+def silence() -> None:
+    """Progress is the harness's to show."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    disable_dataset_bars()
