@@ -203,7 +203,7 @@ def run_once(problem: Field, adapter_arguments: AdapterArguments, curves: CurveA
         }
     )
     if diverged:
-        raise Diverged(f"{problem.metric} went from {before:.4g} to {metric:.4g}: try a smaller --lr.")
+        raise Diverged(f"{problem.metric} went from {before:.4g} to {metric:.4g}")
     model.save_pretrained(folder.path / adapter.saved_as)  # type: ignore[operator]
     if problem.head and adapter.rank is not None:
         adapter.merged(model).save_pretrained(folder.path / MODEL_FOLDER)  # type: ignore[operator]  # with the head
