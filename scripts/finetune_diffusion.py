@@ -217,10 +217,12 @@ def problem(arguments: DiffusionArguments) -> curves.Field:
     """Base, training and held-out images as the curves' harness takes them.
 
     Raises:
-        UserError: One of the pipeline and the data set is not given, or cannot be loaded.
+        UserError: A size is not positive, or one of the pipeline and the data set is not given or cannot be loaded.
     """
     if (arguments.model is None) != (arguments.dataset_name is None):
         raise UserError("--model and --dataset_name go together; without both, the small UNet learns digits.")
+    if min(arguments.steps, arguments.batch_size, arguments.pretraining_steps, arguments.image_size) < 1:
+        raise UserError("--steps, --batch_size, --pretraining_steps and --image_size take numbers from 1 on.")
     if arguments.model and arguments.dataset_name:
         base, everything = stable_diffusion(arguments)
         name, task = arguments.model, arguments.dataset_name

@@ -163,6 +163,7 @@ def test_a_loss_that_leaves_the_finite_numbers_ends_the_run(script, problem):
         (["--rank", 8], "--ranks"),
         (["--target_modules", "nothing", "--ranks", 4], "nothing"),
         (["--lr", 0.001, "--held_out", 1797], "--held_out"),
+        (["--lr", 0.001, "--batch_size", 0], "--batch_size"),
         (["--lr", 0.001, "--rank", 65], "rank 65"),
         (["--lr", 0.001, "--model", "somewhere"], "--dataset_name"),
         (["--lr", 0.001, "--model", "./nowhere", "--dataset_name", "./nothing"], "nowhere"),
