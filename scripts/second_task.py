@@ -26,7 +26,7 @@ from mua_rl.sweep.report import ReportTable
 from mua_rl.sweep.rows import read
 from mua_rl.sweep.search import Search, best_of
 
-TASK = "reasoning-gym:chain_sum,min_terms=2,max_terms=2,min_digits=1,max_digits=2,answer=number,held_out_size=1024"
+TASK = "reasoning-gym:chain_sum,min_terms=2,max_terms=2,min_digits=1,max_digits=2,answer=number,size=4096"
 SOURCE = Path(__file__).parents[1] / "docs" / "results" / "reproduce_grpo.csv"
 SOURCE_RANK = 16
 VALUES = {"metric": "held-out accuracy", "reward_last": "reward of the last tenth"}
@@ -80,9 +80,9 @@ def table(
     def line(name: str, log2_lr: float, runs: Sequence[Outcome]) -> list[str]:
         mean = _mean(runs, value)
         error = statistics.fmean(run.error for run in runs) if value == "metric" else math.nan
-        lost = (highest - mean) / (highest - base) if highest > base else math.nan
+        lost = f"{(highest - mean) / (highest - base):.1%}" if highest > base else "–"
         spread = f" ± {error:.3f}" if math.isfinite(error) else ""
-        return [name, f"{log2_lr:g}", str(len(runs)), f"{mean:.3f}{spread}", f"{lost:.1%}"]
+        return [name, f"{log2_lr:g}", str(len(runs)), f"{mean:.3f}{spread}", lost]
 
     lines = [
         line(f"{curve_name(c)}, transferred", lr, [done[a] for a in wanted if a.curve == c and a.log2_lr == lr])
