@@ -11,8 +11,8 @@ Any task of `mua_rl.envs.tasks` with answers will do, in the form that its rewar
     python scripts/finetune_text.py --model smollm2 --task reasoning-gym:number_sorting \\
         --completion '<answer>{answer}</answer>'
 
-So will a data set of the hub or a JSONL file, with the columns `prompt` and `completion`, or `messages` (of which every
-turn of the assistant is learnt). The paper's two cases:
+So will a data set of the hub or a JSONL file, with the columns `prompt` and `completion`, `messages` (of which every
+turn of the assistant is learnt) or `text`. The paper's two cases:
 
     python scripts/finetune_text.py --model meta-llama/Llama-3.2-1B --tokenizer_name meta-llama/Llama-3.2-1B-Instruct \\
         --dataset_name allenai/tulu-3-sft-mixture --dataset_train_split 'train[:50000]' --max_steps 1000 \\
@@ -48,6 +48,8 @@ from mua_rl.envs.tasks import get_task
 from mua_rl.errors import UserError, exit_on_user_error
 from mua_rl.heldout import is_conversational
 
+FORMATS = (["prompt", "completion"], ["messages"], ["conversations"], ["text"])
+"""Columns of a data set that TRL learns from; the first that are there."""
 IGNORED = -100
 """Label of a token that does not count."""
 
@@ -100,14 +102,20 @@ def find_examples(arguments: TextArguments, conversational: bool) -> tuple[Datas
         rows = load_dataset(name, config, split=arguments.dataset_train_split, **options)
         halves = rows.train_test_split(arguments.held_out, seed=0)
     except Exception as error:  # the hub's errors have no common class
-        raise UserError(f"{arguments.dataset_name} cannot be read: {' '.join(str(error).split())[:300]}") from None
-    return halves["train"], halves["test"]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{arguments.dataset_name} cannot be read ({reason[:300]}).") from None
+    columns = next((columns for columns in FORMATS if {*columns} <= {*rows.column_names}), None)
+    if columns is None:
+        raise UserError(f"{arguments.dataset_name} has no columns prompt and completion, messages or text.")
+    return halves["train"].select_columns(columns), halves["test"].select_columns(columns)
 
 
 def _answered(rows: Dataset, task: str, completion: str) -> Dataset:
     """Prompts of a task with completions; rows without an answer are left out."""
     if "answer" not in rows.column_names:
         raise UserError(f"the task {task} has no answers to learn from: choose another, or a --dataset_name.")
+    if "{answer}" not in completion:
+        raise UserError(f"--completion says where the {{answer}} stands, and {completion!r} does not.")
 
     def completed(row: dict) -> dict:
         text = completion.replace("{answer}", str(row["answer"]))
@@ -179,7 +187,7 @@ class Text:
         """
         try:
             trainer = self.trainer(model)
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"TRL cannot read these examples: {' '.join(str(error).split())[:300]}") from None
         train_rows, held_out_rows = trainer.train_dataset, trainer.eval_dataset
         if not len(train_rows) or not len(held_out_rows):

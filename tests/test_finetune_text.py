@@ -148,6 +148,7 @@ def test_what_follows_a_prompt_is_written_as_asked():
         (["--task", "cooking"], "no task 'cooking'"),
         (["--dataset_name", "nobody/nothing"], "cannot be read"),
         (["--dataset_name", "x.jsonl", "--task", "arithmetic"], "exclude each other"),
+        (["--completion", "yes"], "where the {answer} stands"),
         (["--max_steps", "0"], "--max_steps takes a positive number"),
         (["--max_length", "2"], "within --max_length"),
         (["--tokenizer_name", "./nowhere"], "no model folder"),
@@ -157,6 +158,14 @@ def test_bad_input_is_one_clear_line(flags, message, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=message):
         run(monkeypatch, "--lr", "0.001", "--output_dir", tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("row", [{"question": "a"}, {"prompt": "a", "completion": None}])
+def test_rows_that_say_nothing_are_refused(row, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([json.dumps(row)] * 12))
+    with pytest.raises(UserError, match=r"has no columns|cannot read"):
+        problem(dataset_name=str(path), held_out=4)
 
 
 def test_chat_messages_want_a_chat_template(tmp_path):
