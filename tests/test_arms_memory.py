@@ -9,6 +9,7 @@ import torch
 from mua_rl.arms.generation import Answers
 from mua_rl.arms.grpo import SideBySide
 from mua_rl.arms.memory import CACHE_ALIGNED, Parts, Work, arms_memory, one_run, plan_parts
+from mua_rl.errors import UserError
 from mua_rl.gpu_memory import GIB, PolicySize
 from mua_rl.grpo_arguments import GRPOArguments
 from mua_rl.sweep.arm import Arm
@@ -130,3 +131,9 @@ def test_results_do_not_depend_on_the_parts(fixed):
         torch.testing.assert_close(divided.stack.gradients, whole.stack.gradients, rtol=1e-3, atol=1e-6)
     assert whole.stack.gradients.norm() > 0
     assert divided.measure() == whole.measure()
+
+
+@pytest.mark.parametrize("memory", [0, -1.0, float("nan"), float("inf")])
+def test_a_memory_that_is_none_is_refused(memory):
+    with pytest.raises(UserError, match="above 0"):
+        SideBySide(GRPOArguments(report_to="none"), ARMS, memory=memory)

@@ -114,6 +114,8 @@ class SideBySide:
         parts: Parts | None = None,
     ) -> None:
         check(arguments, arms)
+        if not 0 < memory < math.inf:
+            raise UserError(f"the memory of arms side by side is a number of runs' above 0, not {memory}.")
         if arguments.use_vllm:
             check_vllm()
         self.arguments, self.arms = arguments, list(arms)
@@ -147,10 +149,11 @@ class SideBySide:
         self.one_run = one_run(
             replace(self.size, frozen_bytes=loaded, trained=self.size.trained // len(arms)), self.work
         )
-        if parts is None and self.device.type == "cuda" and not arguments.use_vllm:
-            parts = plan_parts(self.size, self.work, memory * self.one_run.total)
-        elif parts is None:
-            parts = cpu_parts(self.work) if self.device.type == "cpu" else Parts(0, self.work.one_pass)
+        if parts is None:
+            gpu = self.device.type == "cuda"
+            parts = plan_parts(self.size, self.work, memory * self.one_run.total) if gpu else cpu_parts(self.work)
+        if arguments.use_vllm:
+            parts = replace(parts, completions=0)  # the engine writes them all, in memory of its own
         self.parts = parts
         self.decoder = Decoder(
             self.model, self.end_ids, self.tokenizer.pad_token_id, self.new_tokens, self.autocast, parts.completions
@@ -531,18 +534,19 @@ def train_side_by_side(
     keep_going: KeepGoing | None = None,
     start_from: str | None = None,
     adapters: Path | None = None,
+    memory: float = TIMES_ONE_RUN,
 ) -> list[Outcome]:
     """Train arms side by side and say what each reached, in order.
 
     Args:
-        arguments, arms, target_modules, start_from: As `SideBySide`.
+        arguments, arms, target_modules, start_from, memory: As `SideBySide`.
         on_step, keep_going: As `SideBySide.train`.
         adapters: Where the arms that reach the end are written, as the PEFT adapters `arm-0`, `arm-1`, …
 
     Raises:
         UserError: As `SideBySide`.
     """
-    trainer = SideBySide(arguments, arms, target_modules, start_from)
+    trainer = SideBySide(arguments, arms, target_modules, start_from, memory)
     outcomes = trainer.train(on_step, keep_going)
     if adapters:
         for number in trainer.stack.active:
