@@ -1,7 +1,7 @@
 """Image classification: the learning-rate curves of LoRA and of FFT with transformers' `Trainer` (issue 10).
 
 Without flags it needs no hub: a small vision transformer (ViT) learns scikit-learn's digits (a minute on one core,
-once, kept in `mua_rl.models.cache_folder()`), and is finetuned on the same digits lying on their side, in negative.
+once, kept in `mua_rl.models.cache_folder()`), and is finetuned on the same digits lying on their side.
 
     python scripts/finetune_images.py                       # the curves
     python scripts/finetune_images.py --lr 0.001 --rank 8   # one run
@@ -105,12 +105,12 @@ def encoded(rows: Dataset, pixels: Pixels, labels: list[Any], arguments: ImageAr
     return rows.with_transform(encode)
 
 
-def digits(shifted: bool, held_out: int) -> tuple[Dataset, Dataset]:
-    """1297 digits, 8 × 8, to train on, and up to 500 of other writers; shifted: on their side and in negative."""
+def digits(turned: bool, held_out: int) -> tuple[Dataset, Dataset]:
+    """1297 digits, 8 × 8, to train on, and up to 500 of other writers; turned: on their side."""
     images, labels = load_digits(return_X_y=True)
     images = (images.reshape(-1, 8, 8) * 255 / 16).astype(np.uint8)
-    if shifted:
-        images = 255 - np.rot90(images, axes=(1, 2))
+    if turned:
+        images = np.rot90(images, axes=(1, 2))
     rows = Dataset.from_dict({"image": [Image.fromarray(image) for image in images], "label": labels.tolist()})
     return rows.select(range(1297)), rows.select(range(1297, min(1297 + held_out, len(rows))))
 
@@ -149,7 +149,7 @@ def problem(arguments: ImageArguments) -> curves.Field:
         folder, task = arguments.model, arguments.dataset_name
         train_rows, held_out_rows = classification.read_rows(arguments)
     else:
-        folder, task = small_vit(arguments), "shifted-digits"
+        folder, task = small_vit(arguments), "turned-digits"
         train_rows, held_out_rows = digits(True, arguments.held_out)
     labels = classification.labels_of(train_rows, held_out_rows, arguments.label_column, [arguments.image_column])
     model, head = classification.load_base(AutoModelForImageClassification, folder, labels)
