@@ -2,8 +2,8 @@
 
 Model, processor and training loop are transformers', the batches TRL's. Without flags it needs no hub: a small model of
 SmolVLM's class learns to caption generated pictures (two minutes on one core, once, kept in
-`mua_rl.models.cache_folder()`), and is finetuned on captions of another house: the place first, the last group first,
-and each colour called by another's name. The paper's case:
+`mua_rl.models.cache_folder()`), and is finetuned on captions of another house style: from the last group to the first,
+the place ahead, and each colour by the next one's name. The paper's case:
 
     python scripts/finetune_captions.py --model Qwen/Qwen3-VL-2B-Instruct --dataset_name trl-lib/llava-instruct-mix \
         --examples 20000 --held_out 500 --steps 500 --batch_size 32 --ranks 4 16 64 256 full
@@ -18,7 +18,6 @@ import math
 import os
 import random
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,10 +48,10 @@ from transformers import (
 )
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.utils import logging
-from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling as Collator
 
 from mua_rl.errors import UserError, exit_on_user_error
-from mua_rl.models import cache_folder
+from mua_rl.models import cache_folder, model_path
 
 CELL = 8
 """Pixels: a picture has 4 × 4 cells, each a patch of the vision tower."""
@@ -83,8 +82,6 @@ TEMPLATE = (
 )
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2}
 PRETRAINING_PICTURES, PRETRAINING_LR = 8192, 1e-3
-
-Collate = Callable[[list], dict[str, torch.Tensor]]
 
 
 @dataclass
@@ -192,7 +189,8 @@ def small_model(processor: Idefics3Processor, steps: int) -> Path:
         image_token_id=image,
         **tokens,
     )
-    model = Idefics3ForConditionalGeneration(config).to(curves.device())
+    model = Idefics3ForConditionalGeneration(config)
+    model.to(curves.device())  # type: ignore[arg-type]  # transformers' wrapper hides the module's signature
     optimizer = AdamW(model.parameters(), PRETRAINING_LR)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     data = pictures(PRETRAINING_PICTURES, seed=0, shifted=False)
@@ -204,9 +202,9 @@ def small_model(processor: Idefics3Processor, steps: int) -> Path:
     return folder
 
 
-def collator(processor: ProcessorMixin) -> Collate:
+def collator(processor: ProcessorMixin) -> Collator:
     """Batches whose loss is on the completions alone."""
-    return DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+    return Collator(processor, completion_only_loss=True)
 
 
 def train(
@@ -215,7 +213,7 @@ def train(
     schedule: LRScheduler,
     seed: int,
     data: Dataset,
-    collate: Collate,
+    collate: Collator,
     steps: int,
     batch_size: int,
 ) -> None:
@@ -235,17 +233,23 @@ def train(
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        trainer = Trainer(model, arguments, data_collator=collate, train_dataset=data, optimizers=(optimizer, schedule))
+        trainer = Trainer(
+            model,
+            arguments,
+            data_collator=collate,
+            train_dataset=data,
+            optimizers=(optimizer, schedule),  # type: ignore[arg-type]  # any scheduler does
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
 
 
 @torch.no_grad()
-def measure(model: nn.Module, data: Dataset, collate: Collate, batch_size: int) -> tuple[float, float]:
+def measure(model: nn.Module, data: Dataset, collate: Collator, batch_size: int) -> tuple[float, float]:
     """Minus the loss per caption token, a mean over pictures, and its standard error over them."""
     model.eval()
     device, means = curves.device(), []
-    for batch in DataLoader(data, batch_size, collate_fn=collate):  # type: ignore[arg-type]  # it is one
+    for batch in DataLoader(data, batch_size, collate_fn=collate):
         labels_BT = batch.pop("labels")[:, 1:].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits_BTV = model(**batch.to(device)).logits[:, :-1]
@@ -265,9 +269,10 @@ def base_of(arguments: CaptionArguments) -> tuple[nn.Module, ProcessorMixin, str
         processor = small_processor()
         folder = small_model(processor, arguments.pretraining_steps)
         return AutoModelForImageTextToText.from_pretrained(folder), processor, folder.name
+    path = model_path(arguments.model)
     try:
-        processor = AutoProcessor.from_pretrained(arguments.model)
-        model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=torch.float32)
+        processor = AutoProcessor.from_pretrained(path)
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"the model {arguments.model} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     return model, processor, arguments.model
@@ -281,6 +286,8 @@ def problem(arguments: CaptionArguments) -> curves.Field:
     """
     if arguments.dataset_name and not arguments.model:
         raise UserError("--dataset_name needs --model: the small model knows a few words alone.")
+    if min(arguments.steps, arguments.batch_size, arguments.pretraining_steps) < 1:
+        raise UserError("--steps, --batch_size and --pretraining_steps take numbers from 1 on.")
     number = arguments.held_out + arguments.examples
     if arguments.dataset_name:
         data = conversations(arguments.dataset_name, number)
