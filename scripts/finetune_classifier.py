@@ -25,7 +25,7 @@ import classification
 import curves
 import numpy as np
 from classification import Classification, ClassifierArguments
-from datasets import Dataset
+from datasets import Dataset, Value
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -74,10 +74,11 @@ def reviews(modifiers: dict[str, float], bounds: list[float], count: int, seed: 
         seed: Of all that is random.
     """
     random = np.random.default_rng(seed)
+    vocabulary, befores = np.array(list(VALUES)), np.array(list(modifiers))
     texts, labels = [], []
     for _ in range(count):
-        words = random.choice(list(VALUES), size=random.integers(4, 9))
-        before = random.choice(list(modifiers), size=len(words), p=[0.6, 0.25, 0.15])
+        words = random.choice(vocabulary, size=random.integers(4, 9))
+        before = random.choice(befores, size=len(words), p=[0.6, 0.25, 0.15])
         score = sum(modifiers[modifier] * VALUES[word] for modifier, word in zip(before, words, strict=True))
         texts.append(" ".join(f"{modifier} {word}".strip() for modifier, word in zip(before, words, strict=True)))
         labels.append(int(np.digitize(score / 3 + random.normal(0, 0.1), bounds)))
@@ -102,7 +103,7 @@ def small_bert(arguments: TextArguments) -> str:
             max_position_embeddings=64,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
-            num_labels=len(STARS) + 1,
+            num_labels=len(STARS) + 1,  # type: ignore[call-arg]
         )
         rows = reviews(PLAIN, STARS, min(20_000, 64 * arguments.pretraining_steps), seed=0)
         rows = tokenized(rows, tokenizer, list(range(len(STARS) + 1)), TextArguments())
@@ -158,6 +159,8 @@ def problem(arguments: TextArguments) -> curves.Field:
             reviews(IRONIC, MOODS, count, seed) for count, seed in ((4000, 1), (arguments.held_out, 2))
         )
     labels = classification.labels_of(train_rows, held_out_rows, arguments.label_column, arguments.text_columns)
+    if any(train_rows.features[column] != Value("string") for column in arguments.text_columns):
+        raise UserError(f"--text_columns takes columns of texts, not {', '.join(arguments.text_columns)}.")
     base = classification.load_base(AutoModelForSequenceClassification, folder, labels)
     tokenizer = load_tokenizer(folder)
     train_rows, held_out_rows = (tokenized(rows, tokenizer, labels, arguments) for rows in (train_rows, held_out_rows))

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from classification import Classification, ClassifierArguments
 from datasets import Dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import (
@@ -90,9 +91,9 @@ class Pixels:
         """`(N, channels, size, size)`."""
         mode, shape = MODES[self.channels], (self.size, self.size)
         resized = [image.convert(mode).resize(shape, Image.Resampling.BILINEAR) for image in images]
-        values = np.stack([np.asarray(image, dtype=np.float32) for image in resized])
-        values = values.reshape(len(images), self.size, self.size, self.channels) / 255
-        return torch.tensor((values - np.float32(self.mean)) / np.float32(self.std)).movedim(-1, 1)
+        values = torch.tensor(np.stack([np.asarray(image, dtype=np.float32) for image in resized]) / 255)
+        values = values.reshape(len(images), self.size, self.size, self.channels)
+        return ((values - torch.tensor(self.mean)) / torch.tensor(self.std)).movedim(-1, 1)
 
 
 def encoded(rows: Dataset, pixels: Pixels, labels: list[Any], arguments: ImageArguments) -> Dataset:
@@ -128,7 +129,7 @@ def small_vit(arguments: ImageArguments) -> str:
             num_hidden_layers=3,
             num_attention_heads=4,
             intermediate_size=512,
-            num_labels=10,
+            num_labels=10,  # type: ignore[call-arg]
         )
         rows, _ = digits(False, held_out=2)
         rows = encoded(rows, Pixels.of_model(config, "the small model"), list(range(10)), ImageArguments())
@@ -152,6 +153,8 @@ def problem(arguments: ImageArguments) -> curves.Field:
         folder, task = small_vit(arguments), "turned-digits"
         train_rows, held_out_rows = digits(True, arguments.held_out)
     labels = classification.labels_of(train_rows, held_out_rows, arguments.label_column, [arguments.image_column])
+    if not isinstance(train_rows.features[arguments.image_column], ImageFeature):
+        raise UserError(f"the column {arguments.image_column} holds no images: say which does with --image_column.")
     model, head = classification.load_base(AutoModelForImageClassification, folder, labels)
     pixels = Pixels.of_model(model.config, folder)
     train_rows, held_out_rows = (encoded(rows, pixels, labels, arguments) for rows in (train_rows, held_out_rows))

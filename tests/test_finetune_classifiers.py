@@ -232,6 +232,8 @@ def test_images_from_a_folder_train_a_model_of_another_size_and_number_of_channe
         ("text", ["--model", "rgb"], "go together"),
         ("text", ["--text_columns", "a", "b", "c"], "one column, or two"),
         ("text", ["--text_columns", "title"], "no column title, but text, label"),
+        ("text", ["--text_columns", "label"], "takes columns of texts, not label"),
+        ("images", ["--image_column", "label"], "label holds no images"),
         ("images", ["--held_out", "1"], "--held_out takes a number from 2 on"),
         ("images", ["--label_column", "image"], "image holds no labels"),
         ("images", ["--model", "nowhere/at/all", "--dataset_name", "pictures"], "there is no model folder"),
