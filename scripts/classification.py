@@ -153,7 +153,7 @@ def labels_of(train_rows: Dataset, held_out_rows: Dataset, column: str, inputs: 
     if len(found) < 2 or not all(isinstance(label, int | str) for label in found):
         raise UserError(f"the column {column} does not have two labels or more, numbers or words: {found[:5]}.")
     if unknown := [label for label in held_out if label not in found]:
-        raise UserError(f"held-out examples have labels that no training example has: {unknown[:5]}.")
+        raise UserError(f"held-out examples have labels that no training example has: {unknown[:3]}.")
     return sorted(found)
 
 
