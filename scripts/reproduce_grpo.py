@@ -77,11 +77,13 @@ def train_full(arms: Sequence[Arm], options: argparse.Namespace) -> list[Outcome
         run = RunFolder(options.work / run_name(arm))
         shutil.rmtree(run.path, ignore_errors=True)
         command = [sys.executable, "-m", "mua_rl.grpo", *flags(options), *arm_flags(arm), "--output_dir", str(run.path)]
+        output = options.work / f"{run_name(arm)}.log"
         start = time.monotonic()
-        with open(run.path.with_suffix(".log"), "w") as log:
+        with open(output, "w") as log:
             code = subprocess.run(command, stdout=log, stderr=log).returncode
         if code not in (0, 3):
-            raise SystemExit(f"{run.path.name} failed with code {code}: see {run.path.with_suffix('.log')}.")
+            last = output.read_text().splitlines()[-1:] or ["it said nothing"]
+            raise SystemExit(f"{run.path.name} failed with code {code}: {last[0]} ({output})")
         return read_outcome(run, "grpo", "", time.monotonic() - start)
 
     with ThreadPoolExecutor(options.parallel) as pool:
