@@ -1,7 +1,7 @@
 """Vision-language finetuning: the learning-rate curves of LoRA and of full finetuning (issue 10).
 
 Model, processor and training loop are transformers', the batches TRL's. Without flags it needs no hub: a small model of
-SmolVLM's class learns to caption generated pictures (two minutes on one core, once, kept in
+SmolVLM's class learns to caption generated pictures (a minute and a half on one core, once, kept in
 `mua_rl.models.cache_folder()`), and is finetuned on captions of another house style: from the last group to the first,
 the place ahead, and each colour by the next one's name. The paper's case:
 
