@@ -1,7 +1,6 @@
 """What the classifiers' scripts share: transformers' `Trainer`, labels, and a head for new ones (issue 10)."""
 
 import copy
-import os
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from mua_rl.errors import UserError
-from mua_rl.models import cache_folder, model_path
+from mua_rl.models import model_path
 
 PRETRAINING_LR = 1e-3
 
@@ -188,25 +187,6 @@ def load_base(auto: Any, name: str, labels: list[Any]) -> tuple[PreTrainedModel,
         raise UserError(f"{name} is no pretrained {type(model).__name__}: it lacks {', '.join(lost[:3])}.")
     heads = {key.split(".")[0] for key in new if not key.startswith(body)}
     return model, min(heads, default=None)
-
-
-def made_once(name: str, make: Callable[[], list[Any]]) -> str:
-    """The folder of a model that a script pretrains; the first time, it is made.
-
-    Args:
-        name: Of the folder, within the cache.
-        make: Gives what is saved in it, model and tokenizer, say.
-    """
-    folder = cache_folder() / name
-    if not (folder / "config.json").exists():
-        print(f"pretraining a small model, kept in {folder}")
-        made = make()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            for part in made:
-                part.save_pretrained(Path(scratch) / "model")
-            os.replace(Path(scratch) / "model", folder)
-    return str(folder)
 
 
 def pretrain(model: nn.Module, examples: Classification) -> nn.Module:

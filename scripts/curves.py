@@ -11,11 +11,14 @@ The curves' CSV, figures, report and LR record are those of `python -m mua_rl.sw
 the CSV has are not repeated: the same command goes on after a stop, and several processes share the work by `--only`.
 """
 
+import contextlib
 import math
+import os
 import platform
 import re
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ from mua_rl import optim
 from mua_rl.adapter import Adapter, Full, TargetModules, fingerprint
 from mua_rl.arguments import AdapterArguments, Base, parse_arguments, parse_rank, resolve_learning_rate
 from mua_rl.errors import Diverged, UserError
+from mua_rl.models import cache_folder
 from mua_rl.record import LRRecord, package_versions
 from mua_rl.rules import Configuration
 from mua_rl.run import MODEL_FOLDER, open_run
@@ -184,9 +188,12 @@ def run_once(problem: Field, adapter_arguments: AdapterArguments, curves: CurveA
     configuration = adapter.configuration(base_model)
     rate = resolve_learning_rate(adapter_arguments, configuration, base, problem.algorithm)
     print(f"{problem.base} on {problem.task}, {configuration}: learning rate {rate.value:.4g}, {rate.reason}")
+    if rate.warning:
+        print(f"warning: {rate.warning}")
     name = f"{problem.algorithm}-{problem.task}-r{adapter.rank or 'full'}"
-    folder, _ = open_run(None, curves.output_dir, name, given)
     before, _ = problem.measure(base_model)
+    adapter.attach(base_model)  # refuses what fits no layer before there is a folder
+    folder, _ = open_run(None, curves.output_dir, name, given)
     start = time.monotonic()
     model, metric, error = finetune(problem, adapter, rate.value, 0, curves.head_lr)
     diverged = not metric >= before - 2 * error
@@ -250,7 +257,7 @@ def measure_curves(problem: Field, adapter_arguments: AdapterArguments, curves: 
     searches = []
     for text in curves.ranks:
         arm = Arm(parse_rank(text), adapter_arguments.init, adapter_arguments.alpha, 0.0, 0)
-        arm.adapter(problem.target_modules).configuration(problem.load())  # refuses a rank that does not fit
+        arm.adapter(problem.target_modules).attach(problem.load())  # refuses a rank that does not fit
         searches.append(Search(*arm.curve, scan, step, curves.resolution, tuple(range(curves.seeds))))
     wanted = [one for one in searches if passes({"rank": str(one.rank or "full")}, curves.only)]
     before, _ = problem.measure(problem.load())
@@ -306,6 +313,26 @@ def close(problem: Field, searches: list[Search], out: Path, head_lr: float) -> 
                 print(f"record: {record.save(out)} ({record.learning_rate:.3g} for r={record.rank or 'full'})")
                 break
     print(f"report: {out / 'report.md'}")
+
+
+def made_once(name: str, make: Callable[[], Sequence[Any]]) -> Path:
+    """The folder of a base model that a script pretrains; the first time, it is made.
+
+    Args:
+        name: Of the folder, within `mua_rl.models.cache_folder()`.
+        make: Gives what is saved in it, a model and its tokenizer, say.
+    """
+    folder = cache_folder() / name
+    if not (folder / "config.json").exists():
+        print(f"pretraining a small model, kept in {folder}", flush=True)
+        parts = make()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            for part in parts:
+                part.save_pretrained(Path(scratch) / "model")
+            with contextlib.suppress(OSError):  # another run was faster; its folder is as good
+                os.replace(Path(scratch) / "model", folder)
+    return folder
 
 
 def device() -> torch.device:

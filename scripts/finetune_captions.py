@@ -15,7 +15,6 @@ minus the loss per token of held-out captions. A data set has the columns `image
 
 import copy
 import math
-import os
 import random
 import tempfile
 from dataclasses import dataclass, field
@@ -51,7 +50,7 @@ from transformers.utils import logging
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling as Collator
 
 from mua_rl.errors import UserError, exit_on_user_error
-from mua_rl.models import cache_folder, model_path
+from mua_rl.models import model_path
 
 CELL = 8
 """Pixels: a picture has 4 × 4 cells, each a patch of the vision tower."""
@@ -173,33 +172,29 @@ def small_processor() -> Idefics3Processor:
 
 def small_model(processor: Idefics3Processor, steps: int) -> Path:
     """The folder of a model of a million weights that captions the nominal pictures; trained once."""
-    folder = cache_folder() / f"captions-{steps}"
-    if (folder / "config.json").exists():
-        return folder
-    print(f"pretraining a small vision-language model, kept in {folder}")
-    set_seed(0)
-    pad, end, image = processor.tokenizer.convert_tokens_to_ids(["<pad>", END, IMAGE])
-    tokens = {"pad_token_id": pad, "bos_token_id": None, "eos_token_id": end}
-    text = {"model_type": "llama", "vocab_size": len(processor.tokenizer), "num_hidden_layers": 3, **tokens}
-    vision = {"image_size": 4 * CELL, "patch_size": CELL, "num_hidden_layers": 2}
-    config = Idefics3Config(
-        text_config={**text, **SIZES, "num_key_value_heads": SIZES["num_attention_heads"]},
-        vision_config={**vision, **SIZES},
-        scale_factor=1,
-        image_token_id=image,
-        **tokens,
-    )
-    model = Idefics3ForConditionalGeneration(config)
-    model.to(curves.device())  # type: ignore[arg-type]  # transformers' wrapper hides the module's signature
-    optimizer = AdamW(model.parameters(), PRETRAINING_LR)
-    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
-    data = pictures(PRETRAINING_PICTURES, seed=0, shifted=False)
-    train(model, optimizer, schedule, 0, data, collator(processor), steps, batch_size=32)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        model.save_pretrained(Path(scratch) / "model")
-        os.replace(Path(scratch) / "model", folder)
-    return folder
+
+    def make() -> list[nn.Module]:
+        set_seed(0)
+        pad, end, image = processor.tokenizer.convert_tokens_to_ids(["<pad>", END, IMAGE])
+        tokens = {"pad_token_id": pad, "bos_token_id": None, "eos_token_id": end}
+        text = {"model_type": "llama", "vocab_size": len(processor.tokenizer), "num_hidden_layers": 3, **tokens}
+        vision = {"image_size": 4 * CELL, "patch_size": CELL, "num_hidden_layers": 2}
+        config = Idefics3Config(
+            text_config={**text, **SIZES, "num_key_value_heads": SIZES["num_attention_heads"]},
+            vision_config={**vision, **SIZES},
+            scale_factor=1,
+            image_token_id=image,
+            **tokens,
+        )
+        model = Idefics3ForConditionalGeneration(config)
+        model.to(curves.device())  # type: ignore[arg-type]  # transformers' wrapper hides the module's signature
+        optimizer = AdamW(model.parameters(), PRETRAINING_LR)
+        schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+        data = pictures(PRETRAINING_PICTURES, seed=0, shifted=False)
+        train(model, optimizer, schedule, 0, data, collator(processor), steps, batch_size=32)
+        return [model]
+
+    return curves.made_once(f"captions-{steps}", make)
 
 
 def collator(processor: ProcessorMixin) -> Collator:

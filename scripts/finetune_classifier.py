@@ -110,7 +110,7 @@ def small_bert(arguments: TextArguments) -> str:
         examples = Classification(rows, rows, DataCollatorWithPadding(tokenizer), arguments.pretraining_steps, 64)
         return [classification.pretrain(BertForSequenceClassification(config), examples), tokenizer]
 
-    return classification.made_once(f"bert-reviews-{arguments.pretraining_steps}", make)
+    return str(curves.made_once(f"bert-reviews-{arguments.pretraining_steps}", make))
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -12,14 +12,10 @@ The metric is minus the loss on held-out images under noise and at timesteps tha
 in what they learnt alone. Needs `pip install 'mua-rl[fields]'`.
 """
 
-import contextlib
 import copy
 import math
-import os
-import tempfile
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 import curves
 import torch
@@ -32,7 +28,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from mua_rl.errors import Diverged, UserError, exit_on_user_error
-from mua_rl.models import cache_folder
 
 TARGET_MODULES = r".*\.(conv1|conv2|to_q|to_k|to_v|to_out\.0)"
 """Both convolutions of every residual block, the four projections of every self- and cross-attention."""
@@ -154,10 +149,8 @@ def digits() -> Denoising:
 
 def small_unet(task: Denoising, steps: int) -> tuple[UNet2DConditionModel, str]:
     """A UNet of 1.4 million weights that denoises a task, trained once, and its name."""
-    name = f"unet-digits-{steps}"
-    folder = cache_folder() / f"{name}-{len(task.images)}"  # whoever holds out more images has another one
-    if not (folder / "config.json").exists():
-        print(f"pretraining a small UNet, kept in {folder}")
+
+    def make() -> list[UNet2DConditionModel]:
         set_seed(0)
         unet = UNet2DConditionModel(
             sample_size=8,
@@ -173,12 +166,11 @@ def small_unet(task: Denoising, steps: int) -> tuple[UNet2DConditionModel, str]:
         ).to(curves.device())
         optimizer = AdamW(unet.parameters(), PRETRAINING_LR)
         task.train(unet, optimizer, get_cosine_schedule_with_warmup(optimizer, steps // 20, steps), 0, steps, 32)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            unet.save_pretrained(Path(scratch) / "unet")
-            with contextlib.suppress(OSError):  # another run was faster; its folder is as good
-                os.replace(Path(scratch) / "unet", folder)
-    return UNet2DConditionModel.from_pretrained(folder), name
+        return [unet]
+
+    name = f"unet-digits-{steps}"
+    # Whoever holds out more images has another one.
+    return UNet2DConditionModel.from_pretrained(curves.made_once(f"{name}-{len(task.images)}", make)), name
 
 
 @torch.no_grad()

@@ -136,7 +136,7 @@ def small_vit(arguments: ImageArguments) -> str:
         examples = Classification(rows, rows, None, arguments.pretraining_steps, 64)
         return [classification.pretrain(ViTForImageClassification(config), examples)]
 
-    return classification.made_once(f"vit-digits-{arguments.pretraining_steps}", make)
+    return str(curves.made_once(f"vit-digits-{arguments.pretraining_steps}", make))
 
 
 def problem(arguments: ImageArguments) -> curves.Field:

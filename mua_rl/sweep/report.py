@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mua_rl.errors import UserError, exit_on_user_error
+from mua_rl.policy import default_exponent
 from mua_rl.sweep.figure import learning_rate_curves, optimum_against_rank
 from mua_rl.sweep.measured import (
     FFT,
@@ -206,13 +207,17 @@ def _slope_cells(found: Slope) -> list[str]:
 def prediction_table(sweeps: Sequence[Sweep], rules: Sequence[Rule]) -> ReportTable | None:
     """How often each rule predicts one measured optimum from another within half an octave.
 
-    Its interval is from the algorithm's other tasks; that of the fitted rule from all other tasks, as its exponent is.
+    Its interval is from the other tasks of algorithms with the same exponent in `mua_rl.policy.RANK_EXPONENTS`; that of
+    the fitted rule from all other tasks, as its exponent is.
     """
     found, fitted_elsewhere = [], leave_one_out(sweeps)
     for algorithm in dict.fromkeys(sweep.algorithm for sweep in sweeps):
-        mine = [sweep for sweep in sweeps if sweep.algorithm == algorithm]
-        found += [(f"{algorithm}: {rule.name}", leave_one_out(mine, partial(calibrated, rule))) for rule in rules]
-        found.append((f"{algorithm}: {FITTED}", [test for test in fitted_elsewhere if test.sweep in mine]))
+        exponent = default_exponent(algorithm)
+        alike = [sweep for sweep in sweeps if default_exponent(sweep.algorithm) == exponent]
+        for rule in rules:
+            tests = leave_one_out(alike, partial(calibrated, rule))
+            found.append((f"{algorithm}: {rule.name}", [t for t in tests if t.sweep.algorithm == algorithm]))
+        found.append((f"{algorithm}: {FITTED}", [t for t in fitted_elsewhere if t.sweep.algorithm == algorithm]))
     kinds = list(dict.fromkeys(test.kind for _, tests in found for test in tests))
     lines = [[name, *_hit_cells(tests, kinds)] for name, tests in found if tests]
     columns = ["rule", *kinds, "all", "mean error", "in the stated interval"]
