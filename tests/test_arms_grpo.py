@@ -138,7 +138,7 @@ def test_accuracy_is_that_of_a_single_run_and_a_saved_adapter_is_the_arm(tmp_pat
     answered = held_out(models.load_model("embedded"), trainer.tokenizer, trainer.task, trainer.held_out_rows, 32)
     assert answered == before
     ids = torch.randint(3, 100, (2 * 3, 7), generator=torch.Generator().manual_seed(0))
-    ours = trainer.log_probs(ids[:, :-1], ids[:, 1:]).detach()
+    ours = trainer.gradient.log_probs(ids[:, :-1], ids[:, 1:]).detach()
     for number, arm in enumerate(trainer.arms):
         trainer.save_adapter(number, tmp_path / str(number))
         loaded = load_adapter(models.load_model("embedded"), tmp_path / str(number), trainable=False)

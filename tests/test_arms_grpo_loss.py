@@ -65,10 +65,10 @@ def test_loss_and_gradient_are_trls_on_the_same_batch(flags, tmp_path, monkeypat
     monkeypatch.setattr(ours.decoder, "answer", lambda *args: answers)
     position = {row["prompt"]: i for i, row in enumerate(ours.train_rows)}
     numbers = [position[row["prompt"]] for row in rows[::8]]
-    ours.used_rows, ours.prompts = ours._read(ours.train_rows, numbers)
+    ours.scoring.rows, ours.prompts = ours._read(ours.train_rows, numbers)
 
     rollout = ours._roll_out([numbers])
-    losses = sum(map(ours._backward, ours._passes(rollout)))
+    losses = sum(map(ours.gradient.backward, ours.gradient.passes(rollout)))
     torch.testing.assert_close(losses[0], expected.detach(), rtol=1e-5, atol=1e-6)
     for layer, (a, b) in zip(ours.stack.layers.values(), matrices, strict=True):
         torch.testing.assert_close(layer.a.grad[0], a.grad, rtol=1e-4, atol=1e-6)

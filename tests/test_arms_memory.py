@@ -105,9 +105,9 @@ def test_a_pass_keeps_the_planned_activations():
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    batch = next(trainer._passes(rollout))
+    batch = next(trainer.gradient.passes(rollout))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logps = trainer.log_probs(batch.ids, batch.labels, batch.positions, batch.parts)
+        logps = trainer.gradient.log_probs(batch.ids, batch.labels, batch.positions, batch.parts)
     expected = arms_memory(trainer.size, trainer.work, Parts(16, batch.ids.numel())).trainer
     assert 200 < batch.ids.numel() <= 400
     assert sum(kept.values()) == pytest.approx(expected.activations + expected.casts, rel=0.1)

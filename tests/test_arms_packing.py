@@ -28,8 +28,8 @@ def losses_and_log_probs(trainer, rows):
     trainer.stack.gradients.zero_()
     losses, found = torch.zeros(2), [{}, {}]
     for batch in batches(rows, 10**6, 0):
-        losses += trainer._backward(batch)
-        logps = trainer.log_probs(batch.ids, batch.labels, batch.positions, batch.parts)
+        losses += trainer.gradient.backward(batch)
+        logps = trainer.gradient.log_probs(batch.ids, batch.labels, batch.positions, batch.parts)
         for arm in range(2):
             pairs = zip(batch.labels.view(2, -1)[arm].tolist(), logps.view(2, -1)[arm].tolist(), strict=True)
             found[arm] |= {label: logp for label, logp in pairs if label != UNLABELLED}

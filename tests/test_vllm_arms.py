@@ -67,7 +67,7 @@ def their_log_probs(trainer, answers, prompts):
         pad = torch.nn.utils.rnn.pad_sequence
         with torch.no_grad():
             ids, labels = pad(ids, True, 0), pad(labels, True, -100)
-            logps = trainer.log_probs(ids.to(trainer.device), labels.to(trainer.device)).cpu()
+            logps = trainer.gradient.log_probs(ids.to(trainer.device), labels.to(trainer.device)).cpu()
         for arm in range(arms):
             length = int(answers.lengths[arm, row])
             found.append((arm, logps[arm][labels[arm] != -100], answers.logps[arm, row, :length]))
@@ -154,9 +154,9 @@ def test_the_gradient_is_corrected_for_an_engine_with_another_policy(trained, mo
     monkeypatch.setattr(trained.arguments, "vllm_importance_sampling_clip_max", 1.2)
     rollout = trained._roll_out([state.order[0] for state in trained.states])
     rollout.answers.logps.add_(torch.randn(rollout.answers.logps.shape, generator=torch.Generator().manual_seed(0)) / 4)
-    (batch,) = trained._passes(rollout)
-    ours = trained.log_probs(batch.ids, batch.labels, batch.positions, batch.parts).detach()
-    found, engine = trained._importance(ours, batch).view(ours.shape), batch.logps.view(ours.shape)
+    (batch,) = trained.gradient.passes(rollout)
+    ours = trained.gradient.log_probs(batch.ids, batch.labels, batch.positions, batch.parts).detach()
+    found, engine = trained.gradient.importance(ours, batch).view(ours.shape), batch.logps.view(ours.shape)
     completions = [batch.parts == part for part in range(1, int(batch.parts.max()) + 1)]
     rows = [(row, completion[row]) for completion in completions for row in range(len(ours)) if completion[row].any()]
     assert len(rows) > 4

@@ -26,10 +26,10 @@ from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 from mua_rl import models
 from mua_rl.adapter import LoRA, TargetModules
 from mua_rl.arms.generation import Answers, Decoder
+from mua_rl.arms.gradient import Gradient
 from mua_rl.arms.grpo_settings import check
 from mua_rl.arms.memory import TIMES_ONE_RUN, ArmsMemory, Parts, Work, arms_memory, cpu_parts, one_run, plan_parts
-from mua_rl.arms.objective import completion_weights, group_advantages, loss
-from mua_rl.arms.packing import UNLABELLED, Batch, Completion, Row, attention_bias, batches, completion_sums, pack
+from mua_rl.arms.scoring import Metrics, Rollout, Scoring
 from mua_rl.arms.stacked import LoRAStack
 from mua_rl.arms.vllm_rollouts import ArmsEngine, EngineSettings, engine, gpu_share
 from mua_rl.envs.tasks import get_task
@@ -40,10 +40,8 @@ from mua_rl.grpo_arguments import GRPOArguments
 from mua_rl.grpo_trainer import RunCallback
 from mua_rl.heldout import HeldOutResult, is_conversational, prompt_ids, score
 from mua_rl.optim import learning_rates
-from mua_rl.rollout_correction import REFUSE_KL, Mismatch, importance_ratio
 from mua_rl.sweep.arm import Arm, Outcome
 
-Metrics = dict[str, float]
 KeepGoing = Callable[[Arm, list[Metrics]], str | None]
 """Why an arm shall end early, given its metrics so far; `None` lets it go on."""
 
@@ -72,16 +70,6 @@ class _ArmState:
     def rewards(self) -> list[float]:
         """Mean training reward of each step."""
         return [metrics["reward"] for metrics in self.history]
-
-
-@dataclass(frozen=True)
-class _Rollout:
-    """One step's completions of all arms and what they are worth, on the CPU."""
-
-    prompts: list[list[int]]
-    answers: Answers
-    weighted_advantages: torch.Tensor
-    metrics: list[Metrics]
 
 
 class SideBySide:
@@ -129,11 +117,6 @@ class SideBySide:
         self.conversational = is_conversational(self.tokenizer)
         self.train_rows, self.held_out_rows = splits(self.task, self.conversational, arguments.held_out_problems)
         self.new_tokens = arguments.max_completion_length or self.task.max_completion_length
-        self.weights = torch.tensor(
-            arguments.reward_weights or self.task.reward_weights or [1.0] * len(self.task.rewards)
-        )
-        if len(self.weights) != len(self.task.rewards):
-            raise UserError(f"--reward_weights takes {len(self.task.rewards)} numbers for the task {self.task.name}.")
         adapters = [arm.adapter(target_modules) for arm in arms]
         self.stack = LoRAStack(self.model, [a for a in adapters if isinstance(a, LoRA)], [arm.seed for arm in arms])
         if arguments.bf16:
@@ -142,7 +125,8 @@ class SideBySide:
         self.end_ids = end_ids(self.model, self.tokenizer)
         self.states = [self._new_state(number, arm) for number, arm in enumerate(arms)]
         used = sorted({number for state in self.states for step in state.order for number in step})
-        self.used_rows, self.prompts = self._read(self.train_rows, used)
+        rows, self.prompts = self._read(self.train_rows, used)
+        self.scoring = Scoring(self.task, rows, arguments, self.tokenizer, self.end_ids, self.new_tokens)
         _, self.problems = self._read(self.held_out_rows, range(len(self.held_out_rows)))
         self.longest_prompt = max(map(len, [*self.prompts.values(), *self.problems.values()]))
         self.work, self.size = self._work(), PolicySize.of(self.model)
@@ -160,21 +144,15 @@ class SideBySide:
         )
         folder = written.name if written else str(model.name_or_path)
         self.engine = self._start_engine(folder) if arguments.use_vllm else None
-        self._compared: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.gradient = Gradient(self.model, arguments, parts.tokens, self.tokenizer.pad_token_id, self.autocast)
         self.ended: dict[int, Outcome] = {}
         self.phases = {"generation": 0.0, "rewards": 0.0, "update": 0.0}
 
     @property
-    def group(self) -> int:
-        """Completions per prompt G."""
-        assert self.arguments.num_generations
-        return self.arguments.num_generations
-
-    @property
     def prompts_per_step(self) -> int:
         """Prompts of an arm in one optimizer step."""
-        assert self.arguments.generation_batch_size
-        return self.arguments.generation_batch_size // self.group
+        assert self.arguments.generation_batch_size and self.arguments.num_generations
+        return self.arguments.generation_batch_size // self.arguments.num_generations
 
     @property
     def expected_memory(self) -> ArmsMemory:
@@ -228,14 +206,14 @@ class SideBySide:
         start = time.perf_counter()
         self.stack.gradients.zero_()
         losses = torch.zeros(len(self.states), device=self.device)
-        for batch in self._passes(rollout):
-            losses += self._backward(batch)
+        for batch in self.gradient.passes(rollout):
+            losses += self.gradient.backward(batch)
         norms = torch.linalg.vector_norm(self.stack.gradients, dim=1)
         if self.arguments.max_grad_norm > 0:  # as torch.nn.utils.clip_grad_norm_
             self.stack.gradients *= (self.arguments.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)[:, None]
         norms, losses = norms.cpu(), losses.cpu()
         finite = rollout.answers.finite & norms.isfinite()
-        mismatches = self._mismatches()
+        mismatches = self.gradient.mismatches(first=not self.states[0].history)
         self.phases["update"] += time.perf_counter() - start
         found = {}
         for k, (state, metrics) in enumerate(zip(self.states, rollout.metrics, strict=True)):
@@ -263,7 +241,7 @@ class SideBySide:
             return []
         rows = -(-count // arms) if shared else count
         numbers = [[min(k * rows + i, count - 1) if shared else i for i in range(rows)] for k in range(arms)]
-        texts = self._decode(self._complete([[self.problems[i] for i in arm] for arm in numbers]))
+        texts = self.scoring.texts(self._complete([[self.problems[i] for i in arm] for arm in numbers]))
         if shared:
             texts = [[text for arm in texts for text in arm]]
         return [score(text[:count], self.task, self.held_out_rows) for text in texts]
@@ -282,7 +260,7 @@ class SideBySide:
         micro_batch, length = self.arguments.per_device_train_batch_size, self.longest_prompt + self.new_tokens
         assert micro_batch
         compute_bytes = 2 if self.arguments.bf16 else self.model.dtype.itemsize
-        return Work(len(self.arms), self.prompts_per_step, self.group, length, micro_batch, compute_bytes)
+        return Work(len(self.arms), self.prompts_per_step, self.scoring.group, length, micro_batch, compute_bytes)
 
     def _write(self, model: Any) -> tempfile.TemporaryDirectory:
         """A base that is on no disk, for the engine to read."""
@@ -348,16 +326,6 @@ class SideBySide:
                 mask[k, i, longest - len(prompt) :] = 1
         return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)
 
-    def _decode(self, answers: Answers) -> list[list[str]]:
-        """The text of each arm's completions."""
-        tokens, lengths = answers.tokens.tolist(), answers.lengths.tolist()
-        return [
-            self.tokenizer.batch_decode(
-                [row[:length] for row, length in zip(rows, ends, strict=True)], skip_special_tokens=True
-            )
-            for rows, ends in zip(tokens, lengths, strict=True)
-        ]
-
     def _complete(self, prompts: list[list[list[int]]], copies: int = 1, sampled: bool = False) -> Answers:
         """Complete prompts of each arm, greedily or with the arm's own draws, on the CPU."""
         if self.engine is not None:
@@ -372,135 +340,16 @@ class SideBySide:
         """What each arm draws by a function of torch with its own generator."""
         return torch.stack([draw(*options, generator=state.generator) for state in self.states])
 
-    def _roll_out(self, numbers: list[list[int]]) -> _Rollout:
+    def _roll_out(self, numbers: list[list[int]]) -> Rollout:
         """Complete and score one step's prompts of each arm, given by their rows."""
         start = time.perf_counter()
         prompts = [[self.prompts[i] for i in arm] for arm in numbers]
-        answers = self._complete(prompts, self.group, sampled=True)
-        self.phases["generation"] += time.perf_counter() - start
-        start = time.perf_counter()
-        scores = [self._rewards(arm, text) for arm, text in zip(numbers, self._decode(answers), strict=True)]
-        rewards = torch.stack([self._total(s) for s in scores])
-        self.phases["rewards"] += time.perf_counter() - start
-        last = answers.tokens.gather(-1, answers.lengths[..., None] - 1).squeeze(-1)
-        truncated = ~torch.isin(last, torch.tensor([*self.end_ids, self.tokenizer.pad_token_id]))
-        counted = ~truncated if self.arguments.mask_truncated_completions else torch.ones_like(truncated)
-        advantages = group_advantages(rewards, self.group, str(self.arguments.scale_rewards))
-        weights = completion_weights(answers.lengths, counted, self.arguments.loss_type, self.new_tokens)
-        grouped = rewards.view(len(rewards), -1, self.group)
-        metrics = [
-            {
-                "reward": rewards[k].nanmean().item(),
-                "frac_reward_zero_std": (grouped[k].amax(-1) == grouped[k].amin(-1)).float().mean().item(),
-                "completions/mean_length": answers.lengths[k].float().mean().item(),
-                "completions/clipped_ratio": truncated[k].float().mean().item(),
-                **{
-                    f"rewards/{getattr(function, '__name__', i)}/mean": scores[k][:, i].nanmean().item()
-                    for i, function in enumerate(self.task.rewards)
-                },
-            }
-            for k in range(len(numbers))
-        ]
-        return _Rollout([ids for arm in prompts for ids in arm], answers, advantages * weights, metrics)
-
-    def _rewards(self, numbers: list[int], texts: list[str]) -> torch.Tensor:
-        """Scores of one arm's completions, `(b, rewards)`; NaN where a reward gives none."""
-        rows = [self.used_rows[number] for number in numbers for _ in range(self.group)]
-        columns = {name: [row[name] for row in rows] for name in rows[0]}
-        columns["prompts"] = columns.pop("prompt")
-        completions: list = texts
-        if not isinstance(columns["prompts"][0], str):
-            completions = [[{"role": "assistant", "content": text}] for text in texts]
-        scores = [reward(completions=completions, **columns) for reward in self.task.rewards]
-        return torch.tensor([[float("nan") if s is None else float(s) for s in row] for row in scores]).T
-
-    def _total(self, scores: torch.Tensor) -> torch.Tensor:
-        """Weighted sums of scores, `(b, rewards)` → `(b,)`; NaN where no reward gave a score."""
-        return torch.where(scores.isnan().all(-1), torch.nan, (scores * self.weights).nansum(-1))
-
-    def _passes(self, rollout: _Rollout) -> Iterator[Batch]:
-        """What has a part in the gradient, in batches for a forward pass.
-
-        Completions without advantage have none. Equal completions of one prompt are computed once, with the sum of
-        their advantages.
-        """
-        rows = [self._rows(rollout, k) for k in range(len(self.states))]
-        return batches(rows, self.parts.tokens, self.tokenizer.pad_token_id)
-
-    def _rows(self, rollout: _Rollout, k: int) -> list[Row]:
-        """Of one arm."""
-        lengths, weights = rollout.answers.lengths[k].tolist(), rollout.weighted_advantages[k].tolist()
-        logps = None if rollout.answers.logps is None else rollout.answers.logps[k].tolist()
-        summed: dict[int, dict[tuple[int, ...], Completion]] = {}
-        for i, tokens in enumerate(rollout.answers.tokens[k].tolist()):
-            if weights[i] != 0:
-                completions = summed.setdefault(k * self.prompts_per_step + i // self.group, {})
-                ids = tuple(tokens[: lengths[i]])
-                known = completions.get(ids, Completion(ids, 0.0, logps and logps[i][: lengths[i]]))
-                completions[ids] = known._replace(weight=known.weight + weights[i])
-        return [row for prompt, found in summed.items() for row in pack(rollout.prompts[prompt], found.values())]
-
-    def _backward(self, batch: Batch) -> torch.Tensor:
-        """Add a pass's gradient to the arms'; the losses `(K,)`."""
-        batch = batch.to(self.device)
-        logps = self.log_probs(batch.ids, batch.labels, batch.positions, batch.parts).view(*batch.weights.shape, 1)
-        scored = (batch.labels != UNLABELLED).view(logps.shape)
-        weights = batch.weights
-        if self.engine is not None:
-            self._compared.append((logps.detach().squeeze(-1), batch.logps, scored.squeeze(-1)))
-            if self.arguments.vllm_importance_sampling_correction:
-                weights = weights * self._importance(logps.detach(), batch)
-        losses = loss(logps, scored, weights)  # as if each token were a completion, for each has its weight
-        losses.sum().backward()
-        return losses.detach()
-
-    def _importance(self, logps: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """The factor of each token that corrects for sampling from the engine, `(K, b·t)`."""
-        difference = (logps.view(batch.ids.shape) - batch.logps.view(batch.ids.shape)).nan_to_num(0.0)
-        level, _, cut = str(self.arguments.vllm_importance_sampling_mode).partition("_")
-        if level == "sequence":
-            difference = completion_sums(difference, batch.parts)
-        nothing, everything = torch.zeros_like(difference), torch.ones_like(difference)
-        bounds = self.arguments.vllm_importance_sampling_clip_min, self.arguments.vllm_importance_sampling_clip_max
-        return importance_ratio(difference, nothing, everything, f"token_{cut}", *bounds).view(batch.weights.shape)
-
-    def _mismatches(self) -> list[Metrics]:
-        """How far the engine's policy was from each arm's in this step's passes; none without an engine.
-
-        Raises:
-            UserError: The engine holds another policy before the first step.
-        """
-        if not self._compared:
-            return []
-        ours, theirs, scored = (torch.cat(tensors, 1) for tensors in zip(*self._compared, strict=True))
-        self._compared = []
-        found = [Mismatch.of(*arm) for arm in zip(ours, theirs, scored, strict=True)]
-        if not self.states[0].history and max(mismatch.kl for mismatch in found) > REFUSE_KL:
-            raise UserError("the vLLM engine holds another policy than the trainer: run the arms without --use_vllm.")
-        return [mismatch.metrics() for mismatch in found]
-
-    def log_probs(
-        self,
-        ids: torch.Tensor,
-        labels: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        parts: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Log-probs `(R, t)` of labels, each the token after its place; 0 where it is `UNLABELLED`.
-
-        Sequences are padded on the right.
-
-        Args:
-            ids, labels: `(R, t)`.
-            positions, parts: Of rows that are packed, see `packing.Batch`; `None`: each row is one sequence, for which
-                causal attention needs no mask.
-        """
-        inputs = {"input_ids": ids, "shift_labels": labels}
-        if positions is not None and parts is not None:
-            dtype = torch.bfloat16 if self.arguments.bf16 else self.model.dtype
-            inputs |= {"position_ids": positions, "attention_mask": attention_bias(parts, dtype)}
-        with self.autocast():
-            return self.model(**inputs, fused_lm_head=True).log_probs
+        answers = self._complete(prompts, self.scoring.group, sampled=True)
+        written = time.perf_counter()
+        rollout = self.scoring.rollout(numbers, prompts, answers)
+        self.phases["generation"] += written - start
+        self.phases["rewards"] += time.perf_counter() - written
+        return rollout
 
     def _charge(self, start: float) -> None:
         """Share the time since `start` among the arms."""
