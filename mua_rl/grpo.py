@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -36,6 +37,7 @@ from mua_rl.rules import Configuration
 from mua_rl.run import ADAPTER_FOLDER, CURVE, MODEL_FOLDER, RunFolder, open_run
 
 Measure = Callable[[], HeldOutResult]
+_SHARDING = {"fsdp2": "FSDP2", "zero3": "ZeRO-3"}
 
 
 def load_base(arguments: GRPOArguments, start_from: str | None) -> tuple[PreTrainedModel, Base]:
@@ -45,17 +47,21 @@ def load_base(arguments: GRPOArguments, start_from: str | None) -> tuple[PreTrai
         UserError: A model or a run that cannot be used.
     """
     if start_from is None:
-        model = models.load_model(arguments.model, arguments.dtype, **(cast(dict, arguments.model_init_kwargs) or {}))
+        with processes.whole_weights(arguments):
+            model = models.load_model(
+                arguments.model, arguments.dtype, **(cast(dict, arguments.model_init_kwargs) or {})
+            )
         return model, Base(arguments.model, fingerprint(model))
     run = RunFolder.open(start_from)
     record = LRRecord.load(run.path)
     settings = run.settings()
     if (run.path / MODEL_FOLDER).is_dir():
-        model = models.load_model(str(run.path / MODEL_FOLDER))
+        with processes.whole_weights(arguments):
+            model = models.load_model(str(run.path / MODEL_FOLDER))
     else:
-        earlier, _ = load_base(
-            GRPOArguments(model=settings.get("model", models.EMBEDDED), report_to="none"), settings.get("start_from")
-        )
+        first = copy(arguments)  # new ones would take the place of these in transformers' integration of DeepSpeed
+        first.model, first.dtype, first.model_init_kwargs = settings.get("model", models.EMBEDDED), "float32", None
+        earlier, _ = load_base(first, settings.get("start_from"))
         model = load_adapter(earlier, run.path / ADAPTER_FOLDER).merge_and_unload()
         model.name_or_path = ""  # what it was loaded from is no longer what it is
     return model, Base(f"{record.base_model} after {start_from}", fingerprint(model), record)
@@ -323,21 +329,29 @@ def _longest_prompt(tokenizer: PreTrainedTokenizerBase, rows: Dataset, most: int
 
 
 def _check_layout(checkpoint: Path | None) -> None:
-    """Refuse a checkpoint of the other kind: what FSDP2 writes is for FSDP2.
+    """Refuse a checkpoint of another kind: what FSDP2 writes is for FSDP2, what ZeRO-3 writes for as many processes.
 
     Raises:
         UserError: It is.
     """
-    if checkpoint is None:
+    marks = {"pytorch_model_fsdp.bin": "fsdp2", "latest": "zero3", "optimizer.pt": None}
+    found = [way for mark, way in marks.items() if checkpoint is not None and (checkpoint / mark).exists()]
+    if not found:
         return
-    written = (checkpoint / "pytorch_model_fsdp.bin").exists()
-    if written and not processes.sharded():
-        raise UserError(
-            f"{checkpoint} was written under FSDP2: resume with accelerate launch --config_file $(python -m "
-            "mua_rl.accelerate_configs fsdp2) and any number of processes, also 1."
-        )
-    if processes.sharded() and not written and (checkpoint / "optimizer.pt").exists():
-        raise UserError(f"{checkpoint} was written without FSDP2: resume without it, on any number of processes.")
+    assert checkpoint is not None
+    (written, *_), now = found, processes.sharding()
+    shares = len(list(checkpoint.glob("global_step*/*_optim_states.pt")))  # one of each process, by DeepSpeed
+    if written == now and (now != "zero3" or shares == processes.launched()):
+        return
+    if written is None:
+        assert now is not None
+        name = _SHARDING[now]
+        raise UserError(f"{checkpoint} was written without {name}: resume without it, on any number of processes.")
+    number = f"--num_processes {shares}" if written == "zero3" else "any number of processes, also 1"
+    raise UserError(
+        f"{checkpoint} was written under {_SHARDING[written]}: resume with accelerate launch --config_file $(python -m "
+        f"mua_rl.accelerate_configs {written}) and {number}."
+    )
 
 
 def _before(run: RunFolder, measure: Measure) -> float:

@@ -101,10 +101,11 @@ class RunCallback(TrainerCallback):
         """
         self.used = {f"lr/{name}": rate for name, rate in learning_rates(optimizer).items()}
         trained = [p for p in model.parameters() if p.grad is not None]
-        if not trained:  # DeepSpeed keeps gradients elsewhere
-            return
-        norms = torch._foreach_norm([p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in trained])
-        not_finite = not math.isfinite(float(torch.stack(norms).sum()))
+        if trained:
+            norms = torch._foreach_norm([p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in trained])
+            not_finite = not math.isfinite(float(torch.stack(norms).sum()))
+        else:  # DeepSpeed keeps gradients elsewhere, and has taken the step by now, or left it out as is done here
+            not_finite = getattr(optimizer, "step_was_skipped", False)
         if not processes.total(float(not_finite), args.device):  # where weights are sharded, each has its own share
             self.bad_steps = 0
             return

@@ -5,12 +5,15 @@ at the same point.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import distributed
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from mua_rl.errors import UserError
 
@@ -37,10 +40,32 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def sharding() -> str | None:
+    """By what the launcher has the processes share weights, gradients and optimizer: "fsdp2", "zero3" or nothing."""
+    names = {"ACCELERATE_USE_FSDP": "fsdp2", "ACCELERATE_USE_DEEPSPEED": "zero3"}
+    return next((way for name, way in names.items() if os.environ.get(name, "false").lower() == "true"), None)
+
+
 def sharded() -> bool:
     """Whether the launcher has the processes share weights, gradients and optimizer (FSDP2, ZeRO-3)."""
-    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    return any(os.environ.get(name, "false").lower() == "true" for name in names)
+    return sharding() is not None
+
+
+@contextmanager
+def whole_weights(arguments: TrainingArguments) -> Iterator[None]:
+    """Models are loaded whole in every process, where transformers would shard them at once for ZeRO-3.
+
+    accelerate's `zero3_init_flag: false` asks for this; transformers does not heed it.
+    """
+    plugin = arguments.deepspeed_plugin
+    if plugin is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(plugin.dschf)
 
 
 def on_main(make: Callable[[], Value]) -> Value:

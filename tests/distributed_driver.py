@@ -81,9 +81,12 @@ def disturbed(step, name):
         last = processes.count() > 1 and processes.rank() == processes.count() - 1
         if name == "killed" and last and self.state.global_step == DEATH - 1:
             os.kill(os.getpid(), signal.SIGKILL)
+        weight = next(p for p in model.parameters() if p.requires_grad)
+        if name == "diverged" and last and processes.sharding() == "zero3":  # which steps before it comes back
+            weight.register_hook(lambda gradient: gradient * float("nan"))
         loss = step(self, model, *args)
-        if name == "diverged" and last:
-            next(p for p in model.parameters() if p.requires_grad).grad.fill_(float("nan"))
+        if name == "diverged" and last and weight.grad is not None:
+            weight.grad.fill_(float("nan"))
         return loss
 
     return disturb
@@ -103,6 +106,6 @@ def allow_fsdp_on_the_cpu():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if processes.sharded():
+    if processes.sharding() == "fsdp2":
         allow_fsdp_on_the_cpu()
     exit_on_user_error(lambda: jobs(*sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""GRPO in two processes (gloo): the same run as in one, with DDP and with FSDP2."""
+"""GRPO in two processes (gloo): the same run as in one, with DDP, FSDP2 and, where DeepSpeed is installed, ZeRO-3."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import distributed_driver
@@ -22,6 +23,7 @@ from mua_rl.run import RunFolder
 pytestmark = pytest.mark.slow
 
 DRIVER = distributed_driver.__file__
+ZERO3 = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
 
 def launch(layout, number, folder, *jobs):
@@ -30,7 +32,12 @@ def launch(layout, number, folder, *jobs):
     (folder / f"{layout}.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / f"{layout}.yaml")]
     command += ["--num_processes", str(number), "--main_process_port", "0", DRIVER, str(folder), *jobs]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(DRIVER).parent)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(DRIVER).parent),
+        "DS_ACCELERATOR": "cpu",
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     return done.returncode, done.stdout + done.stderr
 
@@ -43,7 +50,7 @@ def one(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+@pytest.fixture(scope="module", params=["ddp", "fsdp2", pytest.param("zero3", marks=ZERO3)])
 def two(request, tmp_path_factory):
     """The same in two processes, and a third one in which a process was killed; what the launcher printed."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -101,16 +108,24 @@ def test_a_killed_process_ends_the_job_and_another_number_resumes(one, two):
     if layout == "ddp":
         distributed_driver.jobs(folder, "resume:killed")
     else:
-        with pytest.raises(UserError, match=r"written under FSDP2.*accelerate launch"):
+        # DeepSpeed's checkpoints are for as many processes as wrote them.
+        name, number = {"fsdp2": ("FSDP2", 1), "zero3": ("ZeRO-3", 2)}[layout]
+        with pytest.raises(UserError, match=rf"written under {name}.*accelerate launch"):
             distributed_driver.jobs(folder, "resume:killed")
-        code, printed = launch(layout, 1, folder, "resume:killed")
+        if layout == "zero3":
+            code, printed = launch(layout, 1, folder, "resume:killed")
+            assert code != 0
+            assert "mua_rl: error" in printed
+            assert "--num_processes 2" in printed
+        code, printed = launch(layout, number, folder, "resume:killed")
         assert code == 0, printed
     assert_same_weights(one / "lora", run.path)
     assert [line["step"] for line in run.metrics() if "loss" in line] == list(range(1, distributed_driver.STEPS + 1))
 
 
-def test_divergence_in_one_process_ends_all_with_one_message(tmp_path):
-    code, printed = launch("ddp", 2, tmp_path, "diverged")
+@pytest.mark.parametrize("layout", ["ddp", pytest.param("zero3", marks=ZERO3)])
+def test_divergence_in_one_process_ends_all_with_one_message(layout, tmp_path):
+    code, printed = launch(layout, 2, tmp_path, "diverged")
     assert code != 0
     assert printed.count("the run diverged: the gradient was not finite in 3 steps in a row, up to step 3") == 1
     assert re.search(r"exitcode\s*: 3 ", printed)
