@@ -7,15 +7,16 @@ at the same point.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import distributed
-from transformers import TrainingArguments
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from mua_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 Value = TypeVar("Value")
 
@@ -52,7 +53,7 @@ def sharded() -> bool:
 
 
 @contextmanager
-def whole_weights(arguments: TrainingArguments) -> Iterator[None]:
+def whole_weights(arguments: "TrainingArguments") -> Iterator[None]:
     """Models are loaded whole in every process, where transformers would shard them at once for ZeRO-3.
 
     accelerate's `zero3_init_flag: false` asks for this; transformers does not heed it.
@@ -61,6 +62,8 @@ def whole_weights(arguments: TrainingArguments) -> Iterator[None]:
     if plugin is None:
         yield
         return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
     unset_hf_deepspeed_config()
     try:
         yield
