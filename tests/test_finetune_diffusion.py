@@ -133,7 +133,8 @@ def test_full_finetuning_takes_a_loras_record_and_saves_a_unet_of_diffusers(laun
     from diffusers import UNet2DConditionModel
 
     launch("--rank", "full", "--lr_from", lora_run, "--output_dir", "full")
-    assert LRRecord.load("full").learning_rate == pytest.approx(0.0005)  # Init[B] at α = 1: FFT's own
+    lora = LRRecord.load(lora_run)
+    assert LRRecord.load("full").learning_rate == pytest.approx(lora.learning_rate * (lora.rank / lora.outputs) ** 0.5)
     unet = UNet2DConditionModel.from_pretrained("full/model")
     assert problem.measure(unet)[0] == pytest.approx(result_of("full")["held_out/after"], rel=1e-6)
 
