@@ -8,6 +8,7 @@ it has. What LoRA saves is plain PEFT: only the starting values of A and B are o
 import copy
 import hashlib
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -274,7 +275,7 @@ def fingerprint(model: nn.Module) -> str:
 def _inject(model: nn.Module, config: LoraConfig) -> PeftModel:
     try:
         return get_peft_model(model, config)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise UserError(f"LoRA cannot be attached: {' '.join(str(error).split())}") from None
 
 

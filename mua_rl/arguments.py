@@ -53,7 +53,7 @@ class AdapterArguments:
         default=None,
         metadata={
             "help": "The LR of a record is taken to another rank by the theory times (r/m)^-c. Default c: as measured, "
-            "0.5 for GRPO and 0 (the theory alone) for PPO."
+            "0 (the theory alone) for PPO, else 0.5."
         },
     )
     start_from: str | None = field(

@@ -33,7 +33,7 @@ class LRRecord:
         alpha: The multiplier's rule as text, e.g. "1" or "1/r".
         widths: Fan-ins n of the trained layers, each once, ascending.
         target_modules: What carries LoRA, as given ("mlp", "all-linear", a list of names); for FFT what a LoRA would.
-        algorithm: "grpo" or "ppo".
+        algorithm: "grpo", "ppo", or a field's ("sft", say): learning rates are compared within one.
         task: Task name or environment id.
         base_model: Name or path of the base, for the reader.
         base_fingerprint: `mua_rl.adapter.fingerprint` of the base's weights, which decides whether a later run has

@@ -19,7 +19,7 @@ class Row:
     """A run of a sweep.
 
     Attributes:
-        algorithm: "grpo" or "ppo".
+        algorithm: As in an LR record.
         task: Task name or environment id.
         base: Name of the base policy.
         arm: What was trained.
