@@ -26,6 +26,7 @@ from selection import passes
 
 from mua_rl import grpo
 from mua_rl.arms.grpo import train_side_by_side
+from mua_rl.errors import UserError, exit_on_user_error
 from mua_rl.run import RunFolder
 from mua_rl.sweep.arm import Arm, Outcome
 from mua_rl.sweep.rows import Row, append, read
@@ -83,7 +84,7 @@ def train_full(arms: Sequence[Arm], options: argparse.Namespace) -> list[Outcome
             code = subprocess.run(command, stdout=log, stderr=log).returncode
         if code not in (0, 3):
             last = output.read_text().splitlines()[-1:] or ["it said nothing"]
-            raise SystemExit(f"{run.path.name} failed with code {code}: {last[0]} ({output})")
+            raise UserError(f"{run.path.name} failed with code {code}: {last[0]} ({output})")
         return read_outcome(run, "grpo", "", time.monotonic() - start)
 
     with ThreadPoolExecutor(options.parallel) as pool:
@@ -100,7 +101,13 @@ def run_all(
 
     Returns:
         What all arms reached; `None` where time ran out before.
+
+    Raises:
+        UserError: An option cannot be used, or a run of FFT failed.
     """
+    for name in ("steps", "per_group", "parallel"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} takes a number from 1 on, not {getattr(options, name)}.")
     options.work.mkdir(parents=True, exist_ok=True)
     start, slowest = time.monotonic(), 0.0
     while True:
@@ -151,6 +158,10 @@ def main() -> None:
     options = parser.parse_args()
 
     curves = [search for search in searches(options.seeds, options.resolution) if wanted(search, options.only)]
+    if not curves:
+        raise UserError(f"--only {' '.join(options.only)} leaves no curve: see the script's CENTRES.")
+    if not 0 < options.resolution <= 1:
+        raise UserError(f"--resolution takes octaves above 0 and up to 1, not {options.resolution}.")
     done = run_all(lambda done: [arm for search in curves for arm in search.next_arms(done)], options)
     if done is None:
         return
@@ -160,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

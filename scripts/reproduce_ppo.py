@@ -24,6 +24,7 @@ import torch
 from compare_ppo import TASKS, half_octaves
 from selection import passes
 
+from mua_rl.errors import exit_on_user_error
 from mua_rl.ppo_base import BasePolicy, read_base_policy
 from mua_rl.sweep import rows
 from mua_rl.sweep.arm import Arm, Outcome
@@ -180,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from reproduce_grpo import add_run_options, run_all
 
+from mua_rl.errors import UserError, exit_on_user_error
 from mua_rl.policy import transfer
 from mua_rl.sweep.arguments import parse
 from mua_rl.sweep.arm import Arm, Outcome
@@ -24,7 +25,7 @@ from mua_rl.sweep.closing import make_record
 from mua_rl.sweep.measured import FFT, Curve, curve_name, sweeps_of
 from mua_rl.sweep.report import ReportTable
 from mua_rl.sweep.rows import read
-from mua_rl.sweep.search import Search, best_of
+from mua_rl.sweep.search import HIGHEST, LOWEST, Search, best_of
 
 TASK = "reasoning-gym:chain_sum,min_terms=2,max_terms=2,min_digits=1,max_digits=2,answer=number,size=4096"
 SOURCE = Path(__file__).parents[1] / "docs" / "results" / "reproduce_grpo.csv"
@@ -36,19 +37,30 @@ def transferred(options: argparse.Namespace) -> dict[Curve, float]:
     """log2 of the learning rate that each curve gets from the record of the source task.
 
     Rounded to hundredths, so that another machine's last digits do not make another run of it.
+
+    Raises:
+        UserError: The source gives no record, or a rank does not fit the model.
     """
-    rows = [row for row in read(options.source) if row.base == options.source_base]
+    if min(options.ranks) < 1:
+        raise UserError("--ranks takes LoRA ranks from 1 on; full finetuning is run in any case.")
+    if not all(LOWEST <= lr <= HIGHEST for lr in options.grid):
+        raise UserError(f"--grid takes exponents between {LOWEST:g} and {HIGHEST:g}, as in -14 -13 -12.")
+    rows = [row for row in read(options.source) if (row.algorithm, row.base) == ("grpo", options.source_base)]
+    if len({row.task for row in rows}) != 1:
+        raise UserError(f"{options.source} has GRPO runs of {options.source_base} on no task, or on several.")
     [sweep] = sweeps_of(rows)
     ranks = [str(rank) for rank in options.ranks]
     request = parse(["--algo", "grpo", "--model", options.model, "--task", sweep.task, "--ranks", *ranks, "full"])
     facts: Facts = find_facts(request)
     curve = (SOURCE_RANK, "B", "1")
+    if curve not in sweep.curves:
+        raise UserError(f"{options.source} has no optimum of {curve_name(curve)}: name another --source.")
     measured = sweep.curves[curve]
     seeds = tuple(sorted({seed for _, _, seed in measured.points}))
     search = Search(*curve, scan=(), step=1.0, resolution=1.0, seeds=seeds)
     record = make_record(facts, search, measured, {row.arm: row.outcome for row in rows})
     if record is None:
-        raise SystemExit(f"{options.source} gives no record: no run of {curve_name(curve)} got better than the base.")
+        raise UserError(f"{options.source} gives no record: no run of {curve_name(curve)} got better than the base.")
     print(f"the record of {sweep.task}: {record.note}")
     found = {}
     for curve in [*((rank, "B", "1") for rank in options.ranks), FFT]:
@@ -73,7 +85,7 @@ def table(
     on_grid = {lr: [done[a] for a in wanted if a.rank is None and a.log2_lr == lr] for lr in map(float, options.grid)}
     best = best_of(on_grid)
     if best is None:
-        raise SystemExit("FFT diverged at every learning rate of the grid: give smaller ones with --grid.")
+        raise UserError("FFT diverged at every learning rate of the grid: give smaller ones with --grid.")
     base = statistics.fmean(outcome.before for outcome in done.values())
     highest = _mean(on_grid[best], value)
 
@@ -121,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)
