@@ -1,8 +1,6 @@
 """What the classifiers' scripts share: transformers' `Trainer`, labels, and a head for new ones (issue 10)."""
 
 import copy
-import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,25 +9,14 @@ from typing import Any
 import curves
 import torch
 from datasets import ClassLabel, Dataset, Value, load_dataset
-from datasets import disable_progress_bars as disable_dataset_bars
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-    get_cosine_schedule_with_warmup,
-    set_seed,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from mua_rl.errors import UserError
 from mua_rl.models import model_path
-
-PRETRAINING_LR = 1e-3
 
 
 @dataclass
@@ -73,25 +60,13 @@ class Classification:
         seed: int = 0,
     ) -> Trainer:
         """Transformers' own, silent and saving nothing."""
-        on_gpu = curves.device().type == "cuda"
         trainer = Trainer(
             model,
             TrainingArguments(
-                output_dir=tempfile.gettempdir(),  # there must be one; nothing is saved
-                seed=seed,
-                max_steps=self.steps,
-                per_device_train_batch_size=self.batch_size,
+                **curves.trainer_settings(self.steps, self.batch_size, seed),
                 per_device_eval_batch_size=2 * self.batch_size,
-                max_grad_norm=1.0,
                 label_names=["labels"],
                 remove_unused_columns=False,  # there are none
-                bf16=on_gpu,
-                use_cpu=not on_gpu,
-                dataloader_pin_memory=on_gpu,
-                save_strategy="no",
-                logging_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
             ),
             data_collator=self.collate,
             train_dataset=self.train_rows,
@@ -189,14 +164,6 @@ def load_base(auto: Any, name: str, labels: list[Any]) -> tuple[PreTrainedModel,
     return model, min(heads, default=None)
 
 
-def pretrain(model: nn.Module, examples: Classification) -> nn.Module:
-    """All weights of a small model, by AdamW with a cosine schedule."""
-    optimizer = AdamW(model.parameters(), PRETRAINING_LR)
-    schedule = get_cosine_schedule_with_warmup(optimizer, examples.steps // 20, examples.steps)
-    examples.train(model, optimizer, schedule, seed=0)
-    return model
-
-
 def problem_of(
     algorithm: str,
     arguments: ClassifierArguments,
@@ -234,11 +201,3 @@ def check(arguments: ClassifierArguments) -> None:
             raise UserError(f"--{name} takes a number from {smallest} on, not {getattr(arguments, name)}.")
     if (arguments.model is None) != (arguments.dataset_name is None):
         raise UserError("--model and --dataset_name go together; without both, a small model is finetuned.")
-
-
-def silence() -> None:
-    """Progress is the harness's to show."""
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    disable_dataset_bars()

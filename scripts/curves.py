@@ -18,37 +18,43 @@ import platform
 import re
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import disable_progress_bars as disable_dataset_bars
 from selection import passes
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
-from transformers import set_seed
+from transformers import get_cosine_schedule_with_warmup, set_seed
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
+from transformers.utils import logging as transformers_logging
 
 from mua_rl import optim
-from mua_rl.adapter import Adapter, Full, TargetModules, fingerprint
+from mua_rl.adapter import Adapter, Full, TargetModules, fingerprint, lora_layers
 from mua_rl.arguments import AdapterArguments, Base, parse_arguments, parse_rank, resolve_learning_rate
 from mua_rl.errors import Diverged, UserError
 from mua_rl.models import cache_folder
-from mua_rl.record import LRRecord, package_versions
-from mua_rl.rules import Configuration
+from mua_rl.record import LRRecord, check_learning_rate, package_versions
 from mua_rl.run import MODEL_FOLDER, open_run
 from mua_rl.sweep.arm import Arm, Outcome
 from mua_rl.sweep.base import Facts
 from mua_rl.sweep.closing import make_record, warnings_of
 from mua_rl.sweep.measured import Context, sweeps_of
 from mua_rl.sweep.report import write_report
-from mua_rl.sweep.rows import Row, append, read
-from mua_rl.sweep.search import Search, scan_range
+from mua_rl.sweep.rows import Row, append, read_all
+from mua_rl.sweep.search import HIGHEST, LOWEST, Search, scan_range
 
 HEAD = "head"
+PRETRAINING_LR = 1e-3
+
+Train = Callable[[nn.Module, Optimizer, LRScheduler, int], None]
+"""Trains a model with an optimizer and its schedule, drawing its data by a seed."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Field:
     base: str
     target_modules: TargetModules
     load: Callable[[], nn.Module]
-    train: Callable[[nn.Module, Optimizer, LRScheduler, int], None]
+    train: Train
     measure: Callable[[nn.Module], tuple[float, float]]
     metric: str
     steps: int
@@ -113,10 +119,14 @@ def parse(arguments_type: type, argv: list[str] | None = None) -> tuple[Any, Ada
     (own, adapter_arguments, curves), given = parse_arguments(types, argv)
     if adapter_arguments.start_from or adapter_arguments.resume:
         raise UserError("these scripts have no --start_from and no --resume: curves go on by the same command.")
-    if len(curves.grid) != 2 or not curves.grid[0] < curves.grid[1]:
-        raise UserError(f"--grid takes two exponents, the smaller first, as in -13 -6, not {curves.grid}.")
+    if len(curves.grid) != 2 or not LOWEST <= curves.grid[0] < curves.grid[1] <= HIGHEST:
+        raise UserError(
+            f"--grid takes two exponents between {LOWEST:g} and {HIGHEST:g}, the smaller first, as in -13 -6, not "
+            f"{curves.grid}."
+        )
     if not 0 < curves.resolution <= 1 or curves.seeds < 1:
         raise UserError("--resolution takes a number up to 1, and --seeds one from 1 on.")
+    check_learning_rate(curves.head_lr, "--head_lr")
     return own, adapter_arguments, curves, given
 
 
@@ -147,13 +157,9 @@ def finetune(
     Returns:
         The trained model, its metric and the metric's standard error; NaN where training diverged.
     """
-    model = adapter.attach(problem.load(), seed=seed)
+    model = attach(problem, adapter, problem.load(), seed)
     roles = adapter.learning_rates(learning_rate)
     if problem.head is not None:
-        for name, weight in model.named_parameters():
-            if _is_in(name, problem.head):
-                weight.data = weight.data.float()
-                weight.requires_grad_(True)
         roles[HEAD] = head_lr
 
     def role_of(name: str) -> str:
@@ -171,6 +177,25 @@ def finetune(
     return model, *problem.measure(model)
 
 
+def attach(problem: Field, adapter: Adapter, model: nn.Module, seed: int = 0) -> nn.Module:
+    """As `Adapter.attach`, with a new head trained in full.
+
+    Raises:
+        UserError: The adapter does not fit the model, or is on its new head too.
+    """
+    model = adapter.attach(model, seed=seed)
+    if problem.head is not None:
+        if any(_is_in(f"{name}.", problem.head) for name, _ in lora_layers(model)):
+            raise UserError(
+                f"the new head {problem.head} is trained in full: --target-modules takes the other layers, by name."
+            )
+        for name, weight in model.named_parameters():
+            if _is_in(name, problem.head):
+                weight.data = weight.data.float()
+                weight.requires_grad_(True)
+    return model
+
+
 def _is_in(name: str, module: str) -> bool:
     return f".{module}." in f".{name}"
 
@@ -184,15 +209,16 @@ def run_once(problem: Field, adapter_arguments: AdapterArguments, curves: CurveA
     """
     adapter = adapter_arguments.adapter(problem.target_modules)
     base_model = problem.load()
-    base = Base(problem.base, fingerprint(base_model))
-    configuration = adapter.configuration(base_model)
-    rate = resolve_learning_rate(adapter_arguments, configuration, base, problem.algorithm)
-    print(f"{problem.base} on {problem.task}, {configuration}: learning rate {rate.value:.4g}, {rate.reason}")
+    record = record_of(problem, adapter, base_model, curves.head_lr)
+    target, base = record.configuration(), Base(problem.base, record.base_fingerprint)
+    rate = resolve_learning_rate(adapter_arguments, target, base, problem.algorithm)
+    print(f"{problem.base} on {problem.task}, {target}: learning rate {rate.value:.4g}, {rate.reason}")
     if rate.warning:
         print(f"warning: {rate.warning}")
     name = f"{problem.algorithm}-{problem.task}-r{adapter.rank or 'full'}"
     before, _ = problem.measure(base_model)
-    adapter.attach(base_model)  # refuses what fits no layer before there is a folder
+    attach(problem, adapter, base_model)  # refuses what fits no layer before there is a folder
+    del base_model  # a run loads its own
     folder, _ = open_run(None, curves.output_dir, name, given)
     start = time.monotonic()
     model, metric, error = finetune(problem, adapter, rate.value, 0, curves.head_lr)
@@ -213,26 +239,26 @@ def run_once(problem: Field, adapter_arguments: AdapterArguments, curves: CurveA
         raise Diverged(f"{problem.metric} went from {before:.4g} to {metric:.4g}")
     model.save_pretrained(folder.path / adapter.saved_as)  # type: ignore[operator]
     if problem.head and adapter.rank is not None:
-        adapter.merged(model).save_pretrained(folder.path / MODEL_FOLDER)  # type: ignore[operator]  # with the head
-    record = record_of(problem, adapter, configuration, base, curves.head_lr)
+        adapter.merged(model).save_pretrained(folder.path / MODEL_FOLDER)  # with the head
     result = {"name": problem.metric, "before": before, "after": metric}
     replace(record, learning_rate=rate.value, metric=result, seeds=[0], note=rate.reason).save(folder.path)
     print(f"{problem.metric}: {before:.4g} before, {metric:.4g} ± {error:.2g} after; in {folder.path}")
 
 
-def record_of(problem: Field, adapter: Adapter, configuration: Configuration, base: Base, head_lr: float) -> LRRecord:
+def record_of(problem: Field, adapter: Adapter, base_model: nn.Module, head_lr: float) -> LRRecord:
     """An LR record but for the learning rate, what it reached, and its seeds."""
+    configuration = adapter.configuration(base_model)
     return LRRecord(
         learning_rate=1e-3,
         scheme=configuration.scheme.value,
         rank=configuration.rank,
         alpha=str(configuration.alpha),
-        widths=adapter.widths(problem.load()),
+        widths=adapter.widths(base_model),
         target_modules=adapter.target_modules,
         algorithm=problem.algorithm,
         task=problem.task,
-        base_model=base.name,
-        base_fingerprint=base.fingerprint,
+        base_model=problem.base,
+        base_fingerprint=fingerprint(base_model),
         optimizer={"name": "adamw", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01, "max_grad_norm": 1.0},
         schedule={"name": "cosine", "warmup_fraction": 0.05, "final_fraction": 0.1, "steps": problem.steps},
         batch=problem.batch,
@@ -248,18 +274,25 @@ def measure_curves(problem: Field, adapter_arguments: AdapterArguments, curves: 
     """Search each curve's best learning rate, one run after another; then the report and the LR record.
 
     Raises:
-        UserError: A rank does not fit the model.
+        UserError: A rank does not fit the model, there is none to measure, or the folder cannot be used.
     """
     name = re.sub(r"[^\w.-]+", "-", f"{problem.algorithm}-{problem.task}-{problem.base}")
     out = Path(curves.output_dir or Path("runs") / name)
     csv = out / "sweep.csv"
     scan, step = scan_range(*curves.grid, curves.resolution)
     searches = []
-    for text in curves.ranks:
-        arm = Arm(parse_rank(text), adapter_arguments.init, adapter_arguments.alpha, 0.0, 0)
-        arm.adapter(problem.target_modules).attach(problem.load())  # refuses a rank that does not fit
+    for rank in dict.fromkeys(map(parse_rank, curves.ranks)):
+        arm = Arm(rank, adapter_arguments.init, adapter_arguments.alpha, 0.0, 0)
+        attach(problem, arm.adapter(problem.target_modules), problem.load())  # refuses a rank that does not fit
         searches.append(Search(*arm.curve, scan, step, curves.resolution, tuple(range(curves.seeds))))
     wanted = [one for one in searches if passes({"rank": str(one.rank or "full")}, curves.only)]
+    if not wanted:
+        raise UserError(f"--only {' '.join(curves.only)} leaves none of --ranks {' '.join(curves.ranks)}.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {out} cannot be made ({error.strerror}): choose another --output_dir.") from None
+    outcomes_of(csv, problem)  # refuses what is no CSV of these curves before there is work
     before, _ = problem.measure(problem.load())
     with tqdm(unit="run") as bar:
         while waiting := [arm for one in wanted for arm in one.next_arms(outcomes_of(csv, problem))]:
@@ -277,9 +310,16 @@ def outcomes_of(csv: Path, problem: Field) -> dict[Arm, Outcome]:
 
 
 def rows_of(csv: Path, problem: Field) -> list[Row]:
-    """The lines of a CSV that are of this problem."""
+    """The runs of this problem in a CSV, each once.
+
+    Raises:
+        UserError: It cannot be read, or its runs are of another length.
+    """
     key = (problem.algorithm, problem.task, problem.base)
-    return [row for row in (read(csv) if csv.exists() else []) if (row.algorithm, row.task, row.base) == key]
+    rows = [row for row in (read_all([csv]) if csv.exists() else []) if (row.algorithm, row.task, row.base) == key]
+    if other := {row.outcome.steps for row in rows} - {problem.steps}:
+        raise UserError(f"{csv} has runs of {min(other)} steps, not {problem.steps}: choose another --output_dir.")
+    return rows
 
 
 def run_arm(problem: Field, arm: Arm, before: float, head_lr: float) -> Outcome:
@@ -294,22 +334,20 @@ def run_arm(problem: Field, arm: Arm, before: float, head_lr: float) -> Outcome:
 
 
 def close(problem: Field, searches: list[Search], out: Path, head_lr: float) -> None:
-    """Report, figures and LR record of what there is, the record of the first curve that has an optimum."""
-    model = problem.load()
-    full = Full(problem.target_modules)
-    configuration = full.configuration(model)
-    outcomes = outcomes_of(out / "sweep.csv", problem)
-    context = Context(configuration.width, configuration.outputs)
+    """Report, figures and LR record of what there is, the record of the first curve whose search has ended."""
+    template = record_of(problem, Full(problem.target_modules), problem.load(), head_lr)
+    context = Context(max(template.widths), template.outputs)
     rows = rows_of(out / "sweep.csv", problem)
-    sweep = sweeps_of(rows, contexts=lambda key: context)[0]
+    outcomes = {row.arm: row.outcome for row in rows}
+    [sweep] = sweeps_of(rows, contexts=lambda key: context)
     write_report([sweep], out, metrics={problem.algorithm: problem.metric})
     for warning in [warning for one in searches for warning in warnings_of(one, outcomes)]:
         print(f"note: {warning}")
-    template = record_of(problem, full, configuration, Base(problem.base, fingerprint(model)), head_lr)
     for search in searches:
-        if search.curve in sweep.curves:
+        if search.curve in sweep.curves and not search.next_arms(outcomes):
             record = make_record(Facts(template, template, "", True), search, sweep.curves[search.curve], outcomes)
             if record is not None:
+                record = replace(record, other_learning_rates=template.other_learning_rates)  # was given, not found
                 print(f"record: {record.save(out)} ({record.learning_rate:.3g} for r={record.rank or 'full'})")
                 break
     print(f"report: {out / 'report.md'}")
@@ -333,6 +371,41 @@ def made_once(name: str, make: Callable[[], Sequence[Any]]) -> Path:
             with contextlib.suppress(OSError):  # another run was faster; its folder is as good
                 os.replace(Path(scratch) / "model", folder)
     return folder
+
+
+def pretrain(model: nn.Module, train: Train, steps: int) -> nn.Module:
+    """All weights of a small model, by AdamW with a cosine schedule."""
+    model.to(device())
+    optimizer = AdamW(model.parameters(), PRETRAINING_LR)
+    train(model, optimizer, get_cosine_schedule_with_warmup(optimizer, steps // 20, steps), 0)
+    return model
+
+
+def trainer_settings(steps: int, batch_size: int, seed: int) -> dict[str, Any]:
+    """What the fields' `TrainingArguments` have in common: a run that is silent and saves nothing."""
+    on_gpu = device().type == "cuda"
+    return {
+        "output_dir": tempfile.gettempdir(),  # there must be one
+        "seed": seed,
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "max_grad_norm": 1.0,
+        "bf16": on_gpu,
+        "use_cpu": not on_gpu,
+        "dataloader_pin_memory": on_gpu,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def silence() -> None:
+    """Progress is shown here."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    disable_dataset_bars()
 
 
 def device() -> torch.device:

@@ -16,8 +16,8 @@ minus the loss per token of held-out captions. A data set has the columns `image
 import copy
 import math
 import random
-import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import curves
@@ -28,7 +28,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import (
@@ -42,11 +42,9 @@ from transformers import (
     ProcessorMixin,
     Trainer,
     TrainingArguments,
-    get_cosine_schedule_with_warmup,
     set_seed,
 )
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-from transformers.utils import logging
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling as Collator
 
 from mua_rl.errors import UserError, exit_on_user_error
@@ -80,7 +78,7 @@ TEMPLATE = (
     "{% endfor %}{{ ' <end_of_utterance>' if message.role == 'assistant' }}{% endfor %}"
 )
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2}
-PRETRAINING_PICTURES, PRETRAINING_LR = 8192, 1e-3
+PRETRAINING_PICTURES = 8192
 
 
 @dataclass
@@ -187,12 +185,9 @@ def small_model(processor: Idefics3Processor, steps: int) -> Path:
             **tokens,
         )
         model = Idefics3ForConditionalGeneration(config)
-        model.to(curves.device())  # type: ignore[arg-type]  # transformers' wrapper hides the module's signature
-        optimizer = AdamW(model.parameters(), PRETRAINING_LR)
-        schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
         data = pictures(PRETRAINING_PICTURES, seed=0, shifted=False)
-        train(model, optimizer, schedule, 0, data, collator(processor), steps, batch_size=32)
-        return [model]
+        learn = partial(train, data=data, collate=collator(processor), steps=steps, batch_size=32)
+        return [curves.pretrain(model, learn, steps)]
 
     return curves.made_once(f"captions-{steps}", make)
 
@@ -213,30 +208,15 @@ def train(
     batch_size: int,
 ) -> None:
     """Train by transformers' `Trainer`, the data in the seed's order."""
-    with tempfile.TemporaryDirectory() as unused:
-        arguments = TrainingArguments(
-            unused,
-            max_steps=steps,
-            per_device_train_batch_size=batch_size,
-            max_grad_norm=1.0,
-            bf16=torch.cuda.is_available(),
-            seed=seed,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
-        )
-        trainer = Trainer(
-            model,
-            arguments,
-            data_collator=collate,
-            train_dataset=data,
-            optimizers=(optimizer, schedule),  # type: ignore[arg-type]  # any scheduler does
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+    trainer = Trainer(
+        model,
+        TrainingArguments(**curves.trainer_settings(steps, batch_size, seed), remove_unused_columns=False),
+        data_collator=collate,
+        train_dataset=data,
+        optimizers=(optimizer, schedule),  # type: ignore[arg-type]  # any scheduler does
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
 
 
 @torch.no_grad()
@@ -281,8 +261,8 @@ def problem(arguments: CaptionArguments) -> curves.Field:
     """
     if arguments.dataset_name and not arguments.model:
         raise UserError("--dataset_name needs --model: the small model knows a few words alone.")
-    if min(arguments.steps, arguments.batch_size, arguments.pretraining_steps) < 1:
-        raise UserError("--steps, --batch_size and --pretraining_steps take numbers from 1 on.")
+    if min(arguments.steps, arguments.batch_size, arguments.pretraining_steps, arguments.examples) < 1:
+        raise UserError("--steps, --batch_size, --pretraining_steps and --examples take numbers from 1 on.")
     number = arguments.held_out + arguments.examples
     if arguments.dataset_name:
         data = conversations(arguments.dataset_name, number)
@@ -300,10 +280,8 @@ def problem(arguments: CaptionArguments) -> curves.Field:
         base=name,
         target_modules="mlp",
         load=lambda: copy.deepcopy(base).to(curves.device()),
-        train=lambda model, optimizer, schedule, seed: train(
-            model, optimizer, schedule, seed, training, collate, steps, batch_size
-        ),
-        measure=lambda model: measure(model, held_out, collate, batch_size),
+        train=partial(train, data=training, collate=collate, steps=steps, batch_size=batch_size),
+        measure=partial(measure, data=held_out, collate=collate, batch_size=batch_size),
         metric="minus held-out loss per caption token",
         steps=steps,
         batch={"pictures": batch_size},
@@ -312,7 +290,7 @@ def problem(arguments: CaptionArguments) -> curves.Field:
 
 def main() -> None:
     """See the module."""
-    logging.disable_progress_bar()  # of loading, which every run would show
+    curves.silence()
     arguments, adapter_arguments, curve_arguments, given = curves.parse(CaptionArguments)
     curves.run(problem(arguments), adapter_arguments, curve_arguments, given)
 

@@ -108,7 +108,8 @@ def small_bert(arguments: TextArguments) -> str:
         rows = reviews(PLAIN, STARS, min(20_000, 64 * arguments.pretraining_steps), seed=0)
         rows = tokenized(rows, tokenizer, list(range(len(STARS) + 1)), TextArguments())
         examples = Classification(rows, rows, DataCollatorWithPadding(tokenizer), arguments.pretraining_steps, 64)
-        return [classification.pretrain(BertForSequenceClassification(config), examples), tokenizer]
+        model = curves.pretrain(BertForSequenceClassification(config), examples.train, examples.steps)
+        return [model, tokenizer]
 
     return str(curves.made_once(f"bert-reviews-{arguments.pretraining_steps}", make))
 
@@ -148,6 +149,8 @@ def problem(arguments: TextArguments) -> curves.Field:
         UserError: The model or the data cannot be had.
     """
     classification.check(arguments)
+    if arguments.max_length < 1:
+        raise UserError(f"--max_length takes a number from 1 on, not {arguments.max_length}.")
     if not 1 <= len(arguments.text_columns) <= 2:
         raise UserError("--text_columns takes one column, or two that are a pair.")
     if arguments.model and arguments.dataset_name:
@@ -173,7 +176,7 @@ def problem(arguments: TextArguments) -> curves.Field:
 
 def main() -> None:
     """See the module."""
-    classification.silence()
+    curves.silence()
     arguments, adapter_arguments, curve_arguments, given = curves.parse(TextArguments)
     curves.run(problem(arguments), adapter_arguments, curve_arguments, given)
 

@@ -23,9 +23,9 @@ from datasets import load_dataset
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_cosine_schedule_with_warmup, set_seed
+from transformers import set_seed
 
 from mua_rl.errors import Diverged, UserError, exit_on_user_error
 
@@ -33,7 +33,6 @@ TARGET_MODULES = r".*\.(conv1|conv2|to_q|to_k|to_v|to_out\.0)"
 """Both convolutions of every residual block, the four projections of every self- and cross-attention."""
 HELD_OUT_TIMESTEPS = (100, 300, 500, 700)
 HELD_OUT_NOISE, HELD_OUT_BATCH = 1, 64
-PRETRAINING_LR = 1e-3
 
 
 @dataclass
@@ -150,7 +149,7 @@ def digits() -> Denoising:
 def small_unet(task: Denoising, steps: int) -> tuple[UNet2DConditionModel, str]:
     """A UNet of 1.4 million weights that denoises a task, trained once, and its name."""
 
-    def make() -> list[UNet2DConditionModel]:
+    def make() -> list[nn.Module]:
         set_seed(0)
         unet = UNet2DConditionModel(
             sample_size=8,
@@ -163,10 +162,8 @@ def small_unet(task: Denoising, steps: int) -> tuple[UNet2DConditionModel, str]:
             norm_num_groups=16,
             cross_attention_dim=64,
             attention_head_dim=4,
-        ).to(curves.device())
-        optimizer = AdamW(unet.parameters(), PRETRAINING_LR)
-        task.train(unet, optimizer, get_cosine_schedule_with_warmup(optimizer, steps // 20, steps), 0, steps, 32)
-        return [unet]
+        )
+        return [curves.pretrain(unet, partial(task.train, steps=steps, batch_size=32), steps)]
 
     name = f"unet-digits-{steps}"
     # Whoever holds out more images has another one.

@@ -134,7 +134,7 @@ def small_vit(arguments: ImageArguments) -> str:
         rows, _ = digits(False, held_out=2)
         rows = encoded(rows, Pixels.of_model(config, "the small model"), list(range(10)), ImageArguments())
         examples = Classification(rows, rows, None, arguments.pretraining_steps, 64)
-        return [classification.pretrain(ViTForImageClassification(config), examples)]
+        return [curves.pretrain(ViTForImageClassification(config), examples.train, examples.steps)]
 
     return str(curves.made_once(f"vit-digits-{arguments.pretraining_steps}", make))
 
@@ -166,7 +166,7 @@ def problem(arguments: ImageArguments) -> curves.Field:
 
 def main() -> None:
     """See the module."""
-    classification.silence()
+    curves.silence()
     arguments, adapter_arguments, curve_arguments, given = curves.parse(ImageArguments)
     curves.run(problem(arguments), adapter_arguments, curve_arguments, given)
 

@@ -24,22 +24,18 @@ turn of the assistant is learnt) or `text`. The paper's two cases:
 The metric is minus the loss per token of the completions of held-out examples.
 """
 
-import tempfile
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import curves
 import torch
 from datasets import Dataset, load_dataset
-from datasets import disable_progress_bars as disable_dataset_bars
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback
-from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -100,10 +96,12 @@ def find_examples(arguments: TextArguments, conversational: bool) -> tuple[Datas
         name, config, options = "json", None, {"data_files": str(Path(name).expanduser())}
     try:
         rows = load_dataset(name, config, split=arguments.dataset_train_split, **options)
-        halves = rows.train_test_split(arguments.held_out, seed=0)
     except Exception as error:  # the hub's errors have no common class
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{arguments.dataset_name} cannot be read ({reason[:300]}).") from None
+    if not arguments.held_out < len(rows):
+        raise UserError(f"--held_out takes fewer than all {len(rows)} examples, not {arguments.held_out}.")
+    halves = rows.train_test_split(arguments.held_out, seed=0)
     columns = next((columns for columns in FORMATS if {*columns} <= {*rows.column_names}), None)
     if columns is None:
         raise UserError(f"{arguments.dataset_name} has no columns prompt and completion, messages or text.")
@@ -150,23 +148,12 @@ class Text:
         """TRL's, silent and saving nothing; it tokenizes examples that are not yet."""
         own, columns = self.arguments, self.train_rows.column_names
         config = SFTConfig(
-            output_dir=tempfile.gettempdir(),  # there must be one; nothing is saved
-            seed=seed,
-            max_steps=own.max_steps,
-            per_device_train_batch_size=own.per_device_train_batch_size,
+            **curves.trainer_settings(own.max_steps, own.per_device_train_batch_size, seed),
             gradient_accumulation_steps=own.gradient_accumulation_steps,
-            max_grad_norm=1.0,
             max_length=own.max_length,
             assistant_only_loss="messages" in columns or "conversations" in columns,
             dataset_kwargs={"skip_prepare_dataset": "labels" in columns},
-            bf16=curves.device().type == "cuda",
-            use_cpu=curves.device().type == "cpu",
-            dataloader_pin_memory=curves.device().type == "cuda",
             gradient_checkpointing=own.gradient_checkpointing,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
         )
         trainer = SFTTrainer(
             model,
@@ -254,10 +241,7 @@ def problem_of(arguments: TextArguments) -> curves.Field:
 
 def main() -> None:
     """The command line."""
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    disable_dataset_bars()
+    curves.silence()
     arguments, adapter_arguments, curve_arguments, given = curves.parse(TextArguments)
     if "task" in given and arguments.dataset_name:
         raise UserError("--task and --dataset_name exclude each other: give one of them.")

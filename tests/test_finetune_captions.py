@@ -174,8 +174,9 @@ def test_a_run_saves_the_adapter_that_it_measured(problem, lora_run):
 def test_full_finetuning_goes_on_at_the_rate_of_a_loras_record_and_saves_a_whole_model(launch, problem, lora_run):
     launch("--rank", "full", "--lr_from", lora_run, "--output_dir", "fft")
     result = json.loads(Path("fft/result.json").read_text())
-    record = LRRecord.load("fft")
-    assert (record.scheme, record.learning_rate) == ("FFT", 2**-9)
+    lora, record = LRRecord.load(lora_run), LRRecord.load("fft")
+    assert record.scheme == "FFT"
+    assert record.learning_rate == pytest.approx(lora.learning_rate * (lora.rank / lora.outputs) ** 0.5)
     assert record.algorithm == "vision-language"
     model = AutoModelForImageTextToText.from_pretrained("fft/model")
     assert problem.measure(model)[0] == pytest.approx(result["held_out/after"], abs=1e-5)
@@ -214,9 +215,9 @@ def test_another_model_and_data_set_are_taken_from_folders(launch, llava):
         (["--model", "./nowhere"], "there is no model folder ./nowhere"),
         (["--model", "llava", "--dataset_name", "./nowhere"], "the data set ./nowhere cannot be loaded"),
         (["--model", "nobody/nothing"], "the model nobody/nothing cannot be loaded"),
-        (["--steps", "0"], "--steps, --batch_size and --pretraining_steps"),
+        (["--steps", "0"], "--steps, --batch_size, --pretraining_steps and --examples"),
         (["--held_out", "1"], "--held_out takes a number from 2 to 24"),
-        (["--examples", "0"], "--held_out takes a number from 2 to 7"),
+        (["--examples", "0"], "--steps, --batch_size, --pretraining_steps and --examples"),
         (["--lr", "0.01", "--rank", "129"], "rank 129"),
     ],
 )

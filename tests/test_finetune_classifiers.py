@@ -19,6 +19,7 @@ from transformers import (
 from mua_rl.adapter import Full, LoRA, fingerprint, load_adapter, lora_layers
 from mua_rl.errors import UserError
 from mua_rl.record import LRRecord
+from mua_rl.sweep.arm import Outcome
 
 for package in ("sklearn", "PIL"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install 'mua-rl[fields]'")
@@ -133,8 +134,9 @@ def test_fft_takes_its_learning_rate_from_the_record_of_a_lora_run_and_saves_all
 ):
     launch(name, "--rank", "full", "--lr_from", lora_runs[name], "--output_dir", f"full-{name}")
     folder = Path(f"full-{name}")
-    record = LRRecord.load(folder)
-    assert (record.learning_rate, record.scheme, record.rank) == (0.0001, "FFT", None)
+    lora, record = LRRecord.load(lora_runs[name]), LRRecord.load(folder)
+    assert (record.scheme, record.rank) == ("FFT", None)
+    assert record.learning_rate == pytest.approx(lora.learning_rate * (lora.rank / lora.outputs) ** 0.5)
     assert record.other_learning_rates == ({"head": 1e-3} if name == "text" else {})
     assert problems[name].measure(AUTO[name].from_pretrained(folder / "model"))[0] == pytest.approx(
         result_of(folder)["held_out/after"], rel=1e-5
@@ -236,6 +238,9 @@ def test_images_from_a_folder_train_a_model_of_another_size_and_number_of_channe
         ("images", ["--image_column", "label"], "label holds no images"),
         ("images", ["--held_out", "1"], "--held_out takes a number from 2 on"),
         ("images", ["--label_column", "image"], "image holds no labels"),
+        ("images", ["--head_lr", "-1"], "--head_lr must be a number between 0 and 1"),
+        ("text", ["--max_length", "0"], "--max_length takes a number from 1 on"),
+        ("text", ["--target-modules", "classifier", "--rank", "2", "--lr", "0.001"], "new head classifier is trained"),
         ("images", ["--model", "nowhere/at/all", "--dataset_name", "pictures"], "there is no model folder"),
         ("images", ["--rank", "200", "--lr", "0.001"], "exceeds the size of the layer"),
         ("text", ["--model", "cache", "--dataset_name", "nothing-here"], "nothing-here cannot be read"),
@@ -244,6 +249,19 @@ def test_images_from_a_folder_train_a_model_of_another_size_and_number_of_channe
 def test_what_cannot_be_used_is_refused_with_the_fault(launch, name, flags, says):
     with pytest.raises(UserError, match=says):
         launch(name, *flags)
+
+
+def test_the_record_of_curves_has_the_heads_learning_rate_that_was_given(launch, monkeypatch):
+    def run_arm(problem, arm, before, head_lr):
+        metric = before + 2 - abs(arm.log2_lr + 8)
+        return Outcome(metric, 0.1, before, metric, metric, False, "", problem.steps, 1.0)
+
+    monkeypatch.setattr("curves.run_arm", run_arm)
+    grid = ["--ranks", "full", "--grid", "-9", "-7", "--resolution", "1", "--seeds", "1"]
+    launch("text", *grid, "--head_lr", "0.001", "--output_dir", "head")  # as in the template, by chance
+    record = LRRecord.load("head")
+    assert record.other_learning_rates == {"head": 0.001}
+    assert record.learning_rate > 0.002
 
 
 def test_held_out_labels_that_no_training_example_has_are_refused(launch, problems):

@@ -19,6 +19,8 @@ from mua_rl.errors import UserError
 from mua_rl.models import load_model, load_tokenizer
 from mua_rl.record import LRRecord
 from mua_rl.run import RunFolder
+from mua_rl.sweep.arm import Arm, Outcome
+from mua_rl.sweep.rows import Row, append
 
 SMALL = ["--max_steps", "4", "--per_device_train_batch_size", "8", "--held_out", "16"]
 
@@ -88,7 +90,8 @@ def test_the_curves_end_with_a_record_that_serves_full_finetuning(tmp_path, monk
     assert (record.rank, record.algorithm, record.task) == (4, "sft", "differences")
     assert "loss per token" in (tmp_path / "curves" / "report.md").read_text()
     run(monkeypatch, "--lr_from", tmp_path / "curves", "--rank", "full", "--output_dir", tmp_path / "full")
-    assert LRRecord.load(tmp_path / "full").learning_rate == pytest.approx(record.learning_rate)
+    given = record.learning_rate * (record.rank / record.outputs) ** 0.5
+    assert LRRecord.load(tmp_path / "full").learning_rate == pytest.approx(given)
     assert (tmp_path / "full" / "model").is_dir()
 
 
@@ -149,6 +152,7 @@ def test_what_follows_a_prompt_is_written_as_asked():
         (["--dataset_name", "nobody/nothing"], "cannot be read"),
         (["--dataset_name", "x.jsonl", "--task", "arithmetic"], "exclude each other"),
         (["--completion", "yes"], "where the {answer} stands"),
+        (["--target-modules", "("], "LoRA cannot be attached"),
         (["--max_steps", "0"], "--max_steps takes a positive number"),
         (["--max_length", "2"], "within --max_length"),
         (["--tokenizer_name", "./nowhere"], "no model folder"),
@@ -166,6 +170,85 @@ def test_rows_that_say_nothing_are_refused(row, tmp_path):
     path.write_text("\n".join([json.dumps(row)] * 12))
     with pytest.raises(UserError, match=r"has no columns|cannot read"):
         problem(dataset_name=str(path), held_out=4)
+
+
+def test_more_held_out_examples_than_there_are_are_refused(tmp_path):
+    with pytest.raises(UserError, match="--held_out takes fewer than all 40 examples, not 40"):
+        problem(dataset_name=str(messages_file(tmp_path)), held_out=40)
+
+
+GRID = ["--ranks", "4", "0", "full", "4", "--grid", "-9", "-7", "--resolution", "1", "--seeds", "1"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--only", "rank=16"], "--only rank=16 leaves none of --ranks 4"),
+        (["--only", "init=A"], "--only takes rank"),
+        (["--grid", "-8", "-9"], "the smaller first"),
+        (["--grid", "nan", "-8"], "the smaller first"),
+        (["--grid", "3", "9"], "between -24 and -1"),
+        (["--seeds", "0"], "--seeds one from 1 on"),
+        (["--ranks", "4", "-1"], "positive number|expected"),
+    ],
+)
+def test_curves_that_cannot_be_measured_are_refused_before_there_is_a_folder(flags, message, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=message):
+        run(monkeypatch, *GRID, "--output_dir", tmp_path / "curves", *flags)
+    assert not (tmp_path / "curves").exists()
+
+
+def test_curves_are_not_measured_into_a_file(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be made .*: choose another --output_dir"):
+        run(monkeypatch, *GRID, "--output_dir", tmp_path / "file")
+
+
+def instant_run(problem_, arm, before, head_lr):
+    """A run of no time, best at 2^-8."""
+    metric = before + 2 - abs(arm.log2_lr + 8)
+    return Outcome(metric, 0.1, before, metric, metric, False, "", problem_.steps, 1.0)
+
+
+def test_the_same_command_after_a_stop_repeats_no_run_and_a_run_of_two_processes_counts_once(
+    tmp_path, monkeypatch, capsys
+):
+    ran = []
+
+    def run_arm(problem_, arm, before, head_lr):
+        if len(ran) == 2:
+            ran.append(None)
+            raise KeyboardInterrupt
+        ran.append(arm)
+        return instant_run(problem_, arm, before, head_lr)
+
+    monkeypatch.setattr(curves, "run_arm", run_arm)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, *GRID, "--output_dir", tmp_path)
+    run(monkeypatch, *GRID, "--output_dir", tmp_path)
+    finished = [arm for arm in ran if arm]
+    assert len(finished) == len({*finished}) == 6
+    assert {arm.rank for arm in finished} == {4, None}
+    csv = tmp_path / "sweep.csv"
+    csv.write_text(csv.read_text() + csv.read_text().splitlines()[1] + "\n")
+    assert len(curves.rows_of(csv, problem())) == 6
+
+
+def test_the_record_is_of_a_search_that_has_ended(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(curves, "run_arm", instant_run)
+    arms = [Arm(4, "B", "1", log2_lr, 0) for log2_lr in (-9.0, -8.0)]
+    outcomes = [instant_run(problem(), arm, -5.0, 0) for arm in arms]
+    rows = [Row("sft", "differences", "embedded", *pair, "elsewhere") for pair in zip(arms, outcomes, strict=True)]
+    append(tmp_path / "sweep.csv", rows)
+    run(monkeypatch, *GRID, "--only", "rank=full", "--output_dir", tmp_path)
+    assert LRRecord.load(tmp_path).rank is None
+
+
+def test_runs_of_another_length_are_not_taken_for_these(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(curves, "run_arm", instant_run)
+    run(monkeypatch, *GRID, "--only", "rank=4", "--output_dir", tmp_path)
+    with pytest.raises(UserError, match="has runs of 4 steps, not 5: choose another --output_dir"):
+        run(monkeypatch, *GRID, "--only", "rank=4", "--output_dir", tmp_path, "--max_steps", "5")
 
 
 def test_chat_messages_want_a_chat_template(tmp_path):
