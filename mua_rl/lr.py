@@ -10,7 +10,7 @@ from rich.table import Table
 
 from mua_rl.arguments import parse_rank
 from mua_rl.errors import UserError, exit_on_user_error
-from mua_rl.policy import transfer
+from mua_rl.policy import check_exponent, transfer
 from mua_rl.record import LRRecord
 from mua_rl.rules import AlphaRule, Configuration, Scheme
 
@@ -67,6 +67,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     record, name = LRRecord.load(args.record), str(args.record)
+    if args.rank_exponent is not None:
+        check_exponent(args.rank_exponent)
     if args.rank is None:
         Console().print(table(record, name, args.init, args.alpha, args.rank_exponent))
         return

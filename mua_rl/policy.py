@@ -123,6 +123,17 @@ def default_exponent(algorithm: str) -> float:
     return RANK_EXPONENTS.get(algorithm, RANK_EXPONENT)
 
 
+def check_exponent(exponent: float) -> float:
+    """Give back a c of `rank_correction`.
+
+    Raises:
+        UserError: It is not a number from 0 to 1.
+    """
+    if not 0 <= exponent <= 1:
+        raise UserError(f"--rank_exponent takes a number from 0 (the theory alone) to 1, not {exponent:g}.")
+    return exponent
+
+
 def rank_correction(source: Configuration, target: Configuration, exponent: float) -> float:
     """`(r_source / r_target)^c` between Init[B] and Init[B] or FFT, whose rank is m; 1 between all others.
 
@@ -158,7 +169,7 @@ def transfer(
         rank_exponent: c of `rank_correction`; `None`: `default_exponent` of the record's algorithm.
 
     Raises:
-        UserError: The theory does not give it, or the record's weights were not trained in fp32.
+        UserError: The theory does not give it, the record's weights were not trained in fp32, or c is none.
     """
     if record.weight_precision != TRAINED_PRECISION:
         raise UserError(
@@ -170,7 +181,7 @@ def transfer(
         ratio, reason = lr_ratio(source, target), explain_ratio(source, target)
     except TransferError as error:
         raise UserError(f"{source_name} ({source}) does not give the learning rate of {target}: {error}") from None
-    exponent = default_exponent(record.algorithm) if rank_exponent is None else rank_exponent
+    exponent = default_exponent(record.algorithm) if rank_exponent is None else check_exponent(rank_exponent)
     correction = rank_correction(source, target, exponent)
     if correction != 1:
         reason += f"; in short runs a larger rank wants less, (r/m)^-{exponent:g}: times {correction:.4g}"

@@ -69,3 +69,13 @@ def test_a_rank_that_cannot_be_is_refused(tmp_path, monkeypatch, capsys, rank):
         run(monkeypatch, capsys, tmp_path, f"--rank={rank}")
     assert stop.value.code == 2
     assert "rank" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("exponent", ["nan", "1e9", "-0.5"])
+@pytest.mark.parametrize("rank", [[], ["--rank", "4"]], ids=["table", "one rank"])
+def test_an_exponent_that_cannot_be_is_refused(tmp_path, monkeypatch, capsys, exponent, rank):
+    make_record().save(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, capsys, tmp_path, f"--rank-exponent={exponent}", *rank)
+    assert stop.value.code == 2
+    assert "from 0 (the theory alone) to 1" in capsys.readouterr().err
