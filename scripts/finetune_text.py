@@ -110,7 +110,8 @@ def find_examples(arguments: TextArguments, conversational: bool) -> tuple[Datas
 
 def _answered(rows: Dataset, task: str, completion: str) -> Dataset:
     """Prompts of a task with completions; rows without an answer are left out."""
-    if "answer" not in rows.column_names:
+    rows = rows.filter(lambda row: row.get("answer") is not None)
+    if not len(rows):
         raise UserError(f"the task {task} has no answers to learn from: choose another, or a --dataset_name.")
     if "{answer}" not in completion:
         raise UserError(f"--completion says where the {{answer}} stands, and {completion!r} does not.")
@@ -120,8 +121,7 @@ def _answered(rows: Dataset, task: str, completion: str) -> Dataset:
         is_text = isinstance(row["prompt"], str)
         return {"completion": text if is_text else [{"role": "assistant", "content": text}]}
 
-    answered = rows.filter(lambda row: row["answer"] is not None)
-    return answered.map(completed).select_columns(["prompt", "completion"])
+    return rows.map(completed).select_columns(["prompt", "completion"])
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,12 @@ def test_bad_input_is_one_clear_line(flags, message, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_task_whose_every_answer_is_none_has_nothing_to_learn_from():
+    rows = script.Dataset.from_dict({"prompt": ["a", "b"], "answer": [None, None]})
+    with pytest.raises(UserError, match="has no answers to learn from"):
+        script._answered(rows, "riddles", "{answer}")
+
+
 @pytest.mark.parametrize("row", [{"question": "a"}, {"prompt": "a", "completion": None}])
 def test_rows_that_say_nothing_are_refused(row, tmp_path):
     path = tmp_path / "rows.jsonl"
