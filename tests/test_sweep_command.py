@@ -19,7 +19,7 @@ from mua_rl.run import RunFolder
 from mua_rl.sweep import rows, runner
 from mua_rl.sweep.arguments import parse, parse_scheme
 from mua_rl.sweep.arm import Arm, Outcome
-from mua_rl.sweep.base import Facts
+from mua_rl.sweep.base import Facts, find_facts
 from mua_rl.sweep.runner import Single, arm_flags, environments, read_outcome, run_name
 
 command = importlib.import_module("mua_rl.sweep.__main__")
@@ -239,6 +239,13 @@ def test_a_sweep_in_which_nothing_learns_writes_no_record(sweep):
     assert "No learning rate was found" in text
     assert "no run got better than the base" in text
     assert not (folder / "lr_record.json").exists()
+
+
+@pytest.mark.parametrize("rate", [1e-3, 2e-3])
+def test_a_heads_given_rate_is_never_taken_for_one_that_follows_the_rest(rate):
+    template = find_facts(parse(["--algo", "ppo", "--head_lr", str(rate)])).template
+    assert template.other_learning_rates == {"head": rate}
+    assert template.learning_rate != rate
 
 
 def test_a_head_without_a_rate_of_its_own_gets_the_tuned_one(sweep, monkeypatch):

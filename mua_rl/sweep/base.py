@@ -73,8 +73,9 @@ def find_facts(request: Request) -> Facts:
     """
     ranks = [rank for rank, _, _ in request.curves if rank is not None]
     arguments = copy.copy(request.trainer)
-    # The learning rate is a placeholder: the template's is replaced.
-    adapter = replace(request.adapter, rank=str(max(ranks, default="full")), lr=1e-3, lr_from=None)
+    # The template's learning rate is replaced, and so is a head's that equals it: it must be none that anyone gives.
+    placeholder = math.nextafter(1e-3, 1.0)
+    adapter = replace(request.adapter, rank=str(max(ranks, default="full")), lr=placeholder, lr_from=None)
     metric = {"name": f"held-out {'accuracy' if request.sweep.algo == 'grpo' else 'return'}"}
     if request.sweep.algo == "grpo":
         from mua_rl import grpo
