@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from mua_rl.errors import UserError
+
 pytest.importorskip("stable_baselines3")
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -59,5 +61,5 @@ def test_filters_choose_arms_and_an_unknown_name_is_refused(script):
     work = script.all_work(seeds=1)
     chosen = [one for one in work if script.wanted(one, ["task=pendulum", "rank=full,8"])]
     assert {one.task for one in chosen} == {"pendulum"} and {one.arm.rank for one in chosen} == {None, 8}
-    with pytest.raises(SystemExit, match="not 'colour=red'"):
+    with pytest.raises(UserError, match="not 'colour=red'"):
         script.wanted(work[0], ["colour=red"])
