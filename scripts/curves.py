@@ -11,15 +11,13 @@ The curves' CSV, figures, report and LR record are those of `python -m mua_rl.sw
 the CSV has are not repeated: the same command goes on after a stop, and several processes share the work by `--only`.
 """
 
-import contextlib
 import math
-import os
 import platform
 import re
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ import torch
 from datasets import disable_progress_bars as disable_dataset_bars
 from selection import passes
 from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
@@ -35,15 +34,14 @@ from transformers import get_cosine_schedule_with_warmup, set_seed
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
 
-from mua_rl import optim
+from mua_rl import models, optim
 from mua_rl.adapter import Adapter, Full, TargetModules, fingerprint, lora_layers
 from mua_rl.arguments import AdapterArguments, Base, parse_arguments, parse_rank, resolve_learning_rate
 from mua_rl.errors import Diverged, UserError
-from mua_rl.models import cache_folder
 from mua_rl.record import LRRecord, check_learning_rate, package_versions
 from mua_rl.run import MODEL_FOLDER, open_run
 from mua_rl.sweep.arm import Arm, Outcome
-from mua_rl.sweep.base import Facts
+from mua_rl.sweep.base import PLACEHOLDER, Facts
 from mua_rl.sweep.closing import make_record, warnings_of
 from mua_rl.sweep.measured import Context, sweeps_of
 from mua_rl.sweep.report import write_report
@@ -51,6 +49,8 @@ from mua_rl.sweep.rows import Row, append, read_all
 from mua_rl.sweep.search import HIGHEST, LOWEST, Search, scan_range
 
 HEAD = "head"
+IGNORED = -100
+"""Label of a token that does not count."""
 PRETRAINING_LR = 1e-3
 
 Train = Callable[[nn.Module, Optimizer, LRScheduler, int], None]
@@ -145,6 +145,18 @@ def run(problem: Field, adapter_arguments: AdapterArguments, curves: CurveArgume
         measure_curves(problem, adapter_arguments, curves)
     else:
         run_once(problem, adapter_arguments, curves, given)
+
+
+def launch(arguments_type: type, problem: Callable[[Any], Field]) -> None:
+    """The command line of a field's script.
+
+    Args:
+        arguments_type: A dataclass of the field's own arguments.
+        problem: From these to the problem.
+    """
+    silence()
+    own, adapter_arguments, curves, given = parse(arguments_type)
+    run(problem(own), adapter_arguments, curves, given)
 
 
 def finetune(
@@ -249,7 +261,7 @@ def record_of(problem: Field, adapter: Adapter, base_model: nn.Module, head_lr: 
     """An LR record but for the learning rate, what it reached, and its seeds."""
     configuration = adapter.configuration(base_model)
     return LRRecord(
-        learning_rate=1e-3,
+        learning_rate=PLACEHOLDER,
         scheme=configuration.scheme.value,
         rank=configuration.rank,
         alpha=str(configuration.alpha),
@@ -347,10 +359,29 @@ def close(problem: Field, searches: list[Search], out: Path, head_lr: float) -> 
         if search.curve in sweep.curves and not search.next_arms(outcomes):
             record = make_record(Facts(template, template, "", True), search, sweep.curves[search.curve], outcomes)
             if record is not None:
-                record = replace(record, other_learning_rates=template.other_learning_rates)  # was given, not found
                 print(f"record: {record.save(out)} ({record.learning_rate:.3g} for r={record.rank or 'full'})")
                 break
     print(f"report: {out / 'report.md'}")
+
+
+@torch.no_grad()
+def completion_losses(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of the losses of each example's labelled tokens, and their numbers, `(examples,)` both.
+
+    Args:
+        model: A language model of transformers.
+        batches: Its inputs, and `labels`, -100 where a token does not count.
+    """
+    model.eval()
+    sums, counts = [], []
+    for batch in batches:
+        inputs = {name: values.to(device()) for name, values in batch.items()}
+        labels = inputs.pop("labels")[:, 1:]
+        with torch.autocast(device().type, torch.bfloat16, enabled=device().type == "cuda"):
+            logits = model(**inputs).logits[:, :-1]
+        sums.append(cross_entropy(logits.float().mT, labels, ignore_index=IGNORED, reduction="none").sum(1))
+        counts.append((labels != IGNORED).sum(1))
+    return torch.cat(sums), torch.cat(counts)
 
 
 def made_once(name: str, make: Callable[[], Sequence[Any]]) -> Path:
@@ -360,17 +391,14 @@ def made_once(name: str, make: Callable[[], Sequence[Any]]) -> Path:
         name: Of the folder, within `mua_rl.models.cache_folder()`.
         make: Gives what is saved in it, a model and its tokenizer, say.
     """
-    folder = cache_folder() / name
-    if not (folder / "config.json").exists():
+    folder = models.cache_folder() / name
+
+    def write(made: Path) -> None:
         print(f"pretraining a small model, kept in {folder}", flush=True)
-        parts = make()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            for part in parts:
-                part.save_pretrained(Path(scratch) / "model")
-            with contextlib.suppress(OSError):  # another run was faster; its folder is as good
-                os.replace(Path(scratch) / "model", folder)
-    return folder
+        for part in make():
+            part.save_pretrained(made)
+
+    return models.made_once(folder, write)
 
 
 def pretrain(model: nn.Module, train: Train, steps: int) -> nn.Module:

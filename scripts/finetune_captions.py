@@ -27,7 +27,6 @@ from datasets import Dataset, load_dataset
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
@@ -219,19 +218,11 @@ def train(
     trainer.train()
 
 
-@torch.no_grad()
 def measure(model: nn.Module, data: Dataset, collate: Collator, batch_size: int) -> tuple[float, float]:
     """Minus the loss per caption token, a mean over pictures, and its standard error over them."""
-    model.eval()
-    device, means = curves.device(), []
-    for batch in DataLoader(data, batch_size, collate_fn=collate):
-        labels_BT = batch.pop("labels")[:, 1:].to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits_BTV = model(**batch.to(device)).logits[:, :-1]
-        losses_BT = cross_entropy(logits_BTV.float().transpose(1, 2), labels_BT, reduction="none")
-        means.append(losses_BT.sum(1) / (labels_BT != -100).sum(1))
-    means_B = torch.cat(means)
-    return -means_B.mean().item(), means_B.std().item() / math.sqrt(len(means_B))
+    losses, counts = curves.completion_losses(model, DataLoader(data, batch_size, collate_fn=collate))
+    means = losses / counts
+    return -means.mean().item(), means.std().item() / math.sqrt(len(means))
 
 
 def base_of(arguments: CaptionArguments) -> tuple[nn.Module, ProcessorMixin, str]:
@@ -290,9 +281,7 @@ def problem(arguments: CaptionArguments) -> curves.Field:
 
 def main() -> None:
     """See the module."""
-    curves.silence()
-    arguments, adapter_arguments, curve_arguments, given = curves.parse(CaptionArguments)
-    curves.run(problem(arguments), adapter_arguments, curve_arguments, given)
+    curves.launch(CaptionArguments, problem)
 
 
 if __name__ == "__main__":

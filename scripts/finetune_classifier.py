@@ -176,9 +176,7 @@ def problem(arguments: TextArguments) -> curves.Field:
 
 def main() -> None:
     """See the module."""
-    curves.silence()
-    arguments, adapter_arguments, curve_arguments, given = curves.parse(TextArguments)
-    curves.run(problem(arguments), adapter_arguments, curve_arguments, given)
+    curves.launch(TextArguments, problem)
 
 
 if __name__ == "__main__":

@@ -237,8 +237,7 @@ def problem(arguments: DiffusionArguments) -> curves.Field:
 
 def main() -> None:
     """See the module."""
-    arguments, adapter_arguments, curve_arguments, given = curves.parse(DiffusionArguments)
-    curves.run(problem(arguments), adapter_arguments, curve_arguments, given)
+    curves.launch(DiffusionArguments, problem)
 
 
 if __name__ == "__main__":

@@ -166,9 +166,7 @@ def problem(arguments: ImageArguments) -> curves.Field:
 
 def main() -> None:
     """See the module."""
-    curves.silence()
-    arguments, adapter_arguments, curve_arguments, given = curves.parse(ImageArguments)
-    curves.run(problem(arguments), adapter_arguments, curve_arguments, given)
+    curves.launch(ImageArguments, problem)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import curves
-import torch
 from datasets import Dataset, load_dataset
 from torch import nn
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
@@ -46,8 +44,6 @@ from mua_rl.heldout import is_conversational
 
 FORMATS = (["prompt", "completion"], ["messages"], ["conversations"], ["text"])
 """Columns of a data set that TRL learns from; the first that are there."""
-IGNORED = -100
-"""Label of a token that does not count."""
 
 
 @dataclass
@@ -185,22 +181,11 @@ class Text:
         """One run; the seed shuffles the examples."""
         self.trainer(model, optimizer, schedule, seed).train()
 
-    @torch.no_grad()
     def measure(self, model: nn.Module) -> tuple[float, float]:
         """Minus the held-out loss per token, and its standard error over examples."""
-        device = curves.device()
-        model.eval()
-        losses, tokens = [], []
         collate = DataCollatorForLanguageModeling(self.tokenizer.pad_token_id)
         batches = DataLoader(self.held_out_rows, self.arguments.per_device_train_batch_size, collate_fn=collate)
-        for batch in batches:
-            batch = {name: values.to(device) for name, values in batch.items()}
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-            labels = batch["labels"][:, 1:]
-            losses.append(cross_entropy(logits.float().mT, labels, ignore_index=IGNORED, reduction="none").sum(1))
-            tokens.append((labels != IGNORED).sum(1))
-        loss_sums, counts = torch.cat(losses), torch.cat(tokens)
+        loss_sums, counts = curves.completion_losses(model, batches)
         loss = loss_sums.sum() / counts.sum()
         # Of a ratio of two sums over examples.
         error = (loss_sums - loss * counts).square().sum().sqrt() / counts.sum()

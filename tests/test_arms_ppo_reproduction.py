@@ -1,7 +1,6 @@
 """The reproduction's script: which arms there are, how they are grouped, and that none is trained twice."""
 
-import sys
-from pathlib import Path
+import importlib
 
 import pytest
 
@@ -9,17 +8,10 @@ from mua_rl.errors import UserError
 
 pytest.importorskip("stable_baselines3")
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-
 
 @pytest.fixture(scope="module")
 def script():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        import reproduce_ppo
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    return reproduce_ppo
+    return importlib.import_module("reproduce_ppo")
 
 
 def outcome(metric):

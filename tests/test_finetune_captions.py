@@ -16,7 +16,6 @@ from mua_rl.sweep.rows import read
 
 pytest.importorskip("PIL", reason="PIL is not installed: pip install 'mua-rl[fields]'")
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import curves
 import finetune_captions as script
 from transformers import (

@@ -25,21 +25,16 @@ for package in ("sklearn", "PIL"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install 'mua-rl[fields]'")
 Image = importlib.import_module("PIL.Image")
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 SIZES = {"max_steps": 3, "per_device_train_batch_size": 8, "held_out": 32, "pretraining_steps": 3}
 AUTO = {"text": AutoModelForSequenceClassification, "images": AutoModelForImageClassification}
 
 
 @pytest.fixture(scope="module")
 def scripts():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        return {
-            "text": importlib.import_module("finetune_classifier"),
-            "images": importlib.import_module("finetune_images"),
-        }
-    finally:
-        sys.path.remove(str(SCRIPTS))
+    return {
+        "text": importlib.import_module("finetune_classifier"),
+        "images": importlib.import_module("finetune_images"),
+    }
 
 
 @pytest.fixture(scope="module")

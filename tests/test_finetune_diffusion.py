@@ -1,5 +1,6 @@
 """The script of the diffusion field, in miniature: a UNet on digits, and a Stable Diffusion pipeline from a folder."""
 
+import importlib
 import json
 import math
 import sys
@@ -21,18 +22,12 @@ for package in ("diffusers", "sklearn", "PIL"):
 
 pytestmark = pytest.mark.slow
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 MINIATURE = ["--steps", "3", "--batch_size", "4", "--held_out", "8", "--pretraining_steps", "3"]
 
 
 @pytest.fixture(scope="module")
 def script():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        import finetune_diffusion
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    return finetune_diffusion
+    return importlib.import_module("finetune_diffusion")
 
 
 @pytest.fixture(scope="module")

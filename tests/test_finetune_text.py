@@ -5,13 +5,11 @@ import math
 import sys
 from pathlib import Path
 
+import curves
+import finetune_text as script
 import pytest
 import torch
 from torch.nn.functional import log_softmax
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-import curves
-import finetune_text as script
 
 from mua_rl import grpo
 from mua_rl.adapter import LoRA, fingerprint

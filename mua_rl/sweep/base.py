@@ -13,6 +13,9 @@ from mua_rl.rules import best_lr_order
 from mua_rl.sweep.arguments import Request
 from mua_rl.sweep.search import Search, scan_around, scan_range
 
+PLACEHOLDER = math.nextafter(1e-3, 1.0)
+"""A template's learning rate, and that of a head that follows it: none that anyone gives, so that a given one stays."""
+
 Curve = tuple[int | None, str, str]
 
 
@@ -73,9 +76,7 @@ def find_facts(request: Request) -> Facts:
     """
     ranks = [rank for rank, _, _ in request.curves if rank is not None]
     arguments = copy.copy(request.trainer)
-    # The template's learning rate is replaced, and so is a head's that equals it: it must be none that anyone gives.
-    placeholder = math.nextafter(1e-3, 1.0)
-    adapter = replace(request.adapter, rank=str(max(ranks, default="full")), lr=placeholder, lr_from=None)
+    adapter = replace(request.adapter, rank=str(max(ranks, default="full")), lr=PLACEHOLDER, lr_from=None)
     metric = {"name": f"held-out {'accuracy' if request.sweep.algo == 'grpo' else 'return'}"}
     if request.sweep.algo == "grpo":
         from mua_rl import grpo

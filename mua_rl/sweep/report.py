@@ -210,14 +210,17 @@ def prediction_table(sweeps: Sequence[Sweep], rules: Sequence[Rule]) -> ReportTa
     Its interval is from the other tasks of algorithms with the same exponent in `mua_rl.policy.RANK_EXPONENTS`; that of
     the fitted rule from all other tasks, as its exponent is.
     """
-    found, fitted_elsewhere = [], leave_one_out(sweeps)
-    for algorithm in dict.fromkeys(sweep.algorithm for sweep in sweeps):
-        exponent = default_exponent(algorithm)
+    by_rule: dict[str, list[Test]] = {rule.name: [] for rule in rules}
+    for exponent in {default_exponent(sweep.algorithm) for sweep in sweeps}:
         alike = [sweep for sweep in sweeps if default_exponent(sweep.algorithm) == exponent]
         for rule in rules:
-            tests = leave_one_out(alike, partial(calibrated, rule))
-            found.append((f"{algorithm}: {rule.name}", [t for t in tests if t.sweep.algorithm == algorithm]))
-        found.append((f"{algorithm}: {FITTED}", [t for t in fitted_elsewhere if t.sweep.algorithm == algorithm]))
+            by_rule[rule.name] += leave_one_out(alike, partial(calibrated, rule))
+    by_rule[FITTED] = leave_one_out(sweeps)
+    found = [
+        (f"{algorithm}: {name}", [test for test in tests if test.sweep.algorithm == algorithm])
+        for algorithm in dict.fromkeys(sweep.algorithm for sweep in sweeps)
+        for name, tests in by_rule.items()
+    ]
     kinds = list(dict.fromkeys(test.kind for _, tests in found for test in tests))
     lines = [[name, *_hit_cells(tests, kinds)] for name, tests in found if tests]
     columns = ["rule", *kinds, "all", "mean error", "in the stated interval"]

@@ -345,7 +345,7 @@ def fitted(sweeps: Sequence[Sweep]) -> Calibrated | None:
 
 
 def evidence(sweeps: Sequence[Sweep], rule: Rule) -> dict[str, Evidence]:
-    """How far off a rule was in these sweeps of one algorithm, by kind of pair: `mua_rl.policy.EVIDENCE`."""
+    """How far off a rule was in these sweeps, by kind of pair: `mua_rl.policy.EVIDENCE`."""
     tests, found = prediction_tests(sweeps, rule), {}
     for kind, alike in _by_pair(tests).items():
         curves = [m for test in tests if _kind_of(test) == kind for m in (test.source, test.target)]
