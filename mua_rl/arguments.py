@@ -64,6 +64,10 @@ class AdapterArguments:
         default=None, metadata={"help": "Folder of an interrupted run to go on with, from its last checkpoint."}
     )
 
+    def __post_init__(self) -> None:
+        if self.rank_exponent is not None:
+            policy.check_exponent(self.rank_exponent)
+
     @property
     def chosen_rank(self) -> str:
         """`--rank`, or its default."""

@@ -10,6 +10,7 @@ import torch
 from mua_rl import models
 from mua_rl.errors import UserError
 from mua_rl.heldout import generate, is_conversational
+from mua_rl.vllm_lora import engine_rank
 
 _SEED_STRIDE = 1_000_003  # beyond any number of samples: vLLM counts up from the seed of a prompt
 
@@ -71,7 +72,7 @@ class VLLMEngine:
     """Generation by vLLM; arguments as for `TransformersEngine`.
 
     Raises:
-        UserError: vLLM is not installed, or the adapter is none.
+        UserError: vLLM is not installed, or the adapter is none or of a rank that vLLM does not offer.
     """
 
     def __init__(self, model: str, adapter: str | None, max_tokens: int, temperature: float) -> None:
@@ -86,7 +87,7 @@ class VLLMEngine:
         self._lora = None
         if adapter is not None:
             rank = check_adapter(adapter)
-            options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": vllm_rank(rank)}
+            options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": engine_rank(rank)}
             self._lora = LoRARequest("adapter", 1, str(Path(adapter).resolve()))
         self._llm = LLM(model=models.model_path(model), **options)
         self.conversational = is_conversational(self._llm.get_tokenizer())
@@ -123,15 +124,3 @@ def check_adapter(folder: str) -> int:
         return int(max([config["r"], *config.get("rank_pattern", {}).values()]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} holds no LoRA adapter ({type(error).__name__}: adapter_config.json).") from None
-
-
-def vllm_rank(rank: int) -> int:
-    """The smallest rank that vLLM offers and `rank` fits in: it pads every adapter to it.
-
-    Raises:
-        UserError: The rank is beyond vLLM's largest.
-    """
-    for offered in (1, 8, 16, 32, 64, 128, 256, 320, 512):
-        if rank <= offered:
-            return offered
-    raise UserError(f"vLLM serves LoRA up to rank 512, not {rank}: use --engine transformers.")

@@ -5,7 +5,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,16 +46,30 @@ def model_path(name: str) -> str:
     return name
 
 
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """One clear line for what transformers raises where something cannot be loaded.
+
+    Args:
+        what: For the message.
+
+    Raises:
+        UserError: It cannot.
+    """
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{what} cannot be loaded: {_first_line(error)}") from None
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of `--model NAME`, padding on the left, with a padding token.
 
     Raises:
         UserError: There is none.
     """
-    try:
+    with loading(f"the tokenizer of {name}"):
         tokenizer = AutoTokenizer.from_pretrained(model_path(name), padding_side="left", truncation_side="left")
-    except (OSError, ValueError) as error:
-        raise UserError(f"the tokenizer of {name} cannot be loaded: {_first_line(error)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -71,10 +86,8 @@ def load_model(name: str, dtype: str = "float32", **options: object) -> PreTrain
     Raises:
         UserError: It cannot be loaded.
     """
-    try:
+    with loading(f"the model {name}"):
         return AutoModelForCausalLM.from_pretrained(model_path(name), dtype=getattr(torch, dtype), **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the model {name} cannot be loaded: {_first_line(error)}") from None
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:

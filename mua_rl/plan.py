@@ -228,10 +228,8 @@ def load_config(model: str | None, params: str | None) -> object:
     assert model is not None
     if model.lower() in SHAPES:
         raise UserError(f"{model} is a shape and no model: --params {model}.")
-    try:
+    with models.loading(f"the configuration of {model}"):
         return AutoConfig.from_pretrained(models.model_path(model))
-    except (OSError, ValueError) as error:
-        raise UserError(f"the configuration of {model} cannot be read: {str(error).strip().splitlines()[0]}") from None
 
 
 def layouts(gpus: int, completions: int, size: PolicySize, gpu: Gpu) -> Iterator[Layout]:

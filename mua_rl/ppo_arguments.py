@@ -137,6 +137,7 @@ class PPOAdapterArguments(AdapterArguments):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank is None and self.start_from is None:
             self.rank = "8"
 

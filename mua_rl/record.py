@@ -186,6 +186,19 @@ def package_versions() -> dict[str, str]:
     return {**versions, "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
 
 
+def machine(device: str | None = None) -> str:
+    """What a run runs on, since seconds compare on one machine only: the GPU, else the processor and its cores.
+
+    Args:
+        device: That computes, as PyTorch calls it. Default: the GPU where there is one.
+    """
+    import torch  # here, since a record is read without it
+
+    if torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {os.cpu_count()} cores"
+
+
 def _has_type(value: Any, hint: Any) -> bool:
     """Whether a JSON value fits one of the annotations used above."""
     text = str(hint)

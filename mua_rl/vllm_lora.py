@@ -39,7 +39,8 @@ def engine_rank(rank: int) -> int:
         if rank <= offered:
             return offered
     raise UserError(
-        f"vLLM takes LoRA up to rank {RANKS[-1]}, not {rank}: choose a smaller --rank, or --vllm_sync merged."
+        f"vLLM takes LoRA up to rank {RANKS[-1]}, not {rank}: train with a smaller --rank or --vllm_sync merged, and "
+        "evaluate with --engine transformers."
     )
 
 

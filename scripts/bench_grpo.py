@@ -25,6 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mua_rl.record import machine
+
 ARMS = {
     # name: (trainer, flags of mua_rl.grpo)
     "lora-stock": ("stock", ["--rank", "32"]),
@@ -215,7 +217,7 @@ def step_arm(name: str, options: argparse.Namespace) -> dict[str, Any]:
     history = [line for line in trainer.state.log_history if "loss" in line]
     return {
         "arm": name,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "device": machine(),
         "flags": given,
         "steps": phases.steps,
         "reward": [line["reward"] for line in history],
@@ -338,7 +340,7 @@ def sync_arm(size: str, way: str) -> dict[str, Any]:
         "first": seconds[0],
         "parameters": sum(p.numel() for p in policy.parameters()) - adapter,
         "adapter": adapter,
-        "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "device": machine(),
     }
 
 

@@ -11,7 +11,6 @@ medians over the pieces. The target is a whole iteration (rollout and update) of
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from stable_baselines3.common.logger import Logger
 import mua_rl.envs.control  # noqa: F401  (registers the tasks)
 from mua_rl.adapter import Full, LoRA
 from mua_rl.ppo_trainer import PPO
+from mua_rl.record import machine
 
 
 def build(name: str, arguments: argparse.Namespace) -> tuple[stable_baselines3.PPO, BaseCallback]:
@@ -87,8 +87,8 @@ def main() -> None:
                 update[name].append(learn)
 
     transitions = arguments.n_envs * arguments.n_steps
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-    table = Table(title=f"{arguments.env}, net {arguments.net}, median of {arguments.rounds} rounds, {machine}")
+    where = f"{machine('cpu')}, load {os.getloadavg()[0]:.1f}"
+    table = Table(title=f"{arguments.env}, net {arguments.net}, median of {arguments.rounds} rounds, {where}")
     for heading in ("", "rollout steps/s", "update ms", "all steps/s", "of SB3"):
         table.add_column(heading, justify="right")
     totals = {name: [a + b for a, b in zip(rollout[name], update[name], strict=True)] for name in names}
@@ -103,7 +103,7 @@ def main() -> None:
         }
         table.add_row(name, *(f"{value:,.0f}" for value in list(figures[name].values())[:3]), f"{ratio:.3f}")
     Console(width=140).print(table)
-    print(json.dumps({"machine": machine, "env": arguments.env, "net": arguments.net, **figures}))
+    print(json.dumps({"machine": where, "env": arguments.env, "net": arguments.net, **figures}))
 
 
 if __name__ == "__main__":

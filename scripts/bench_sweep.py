@@ -26,7 +26,7 @@ from mua_rl.arms.memory import TIMES_ONE_RUN, ArmsMemory, Parts
 from mua_rl.errors import exit_on_user_error
 from mua_rl.gpu_memory import TrainerMemory
 from mua_rl.models import model_path
-from mua_rl.record import package_versions
+from mua_rl.record import machine, package_versions
 from mua_rl.sweep.arm import Arm
 
 TOP = {"embedded": -9.0, "smollm2": -11.5}
@@ -163,7 +163,7 @@ def peaks() -> dict[str, Any]:
         "peak GPU GiB": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "peak GPU GiB reserved": torch.cuda.max_memory_reserved() / 2**30 if cuda else None,
         "peak RSS GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "device": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores",
+        "device": machine(),
         "threads": torch.get_num_threads(),
     }
 

@@ -13,7 +13,6 @@ is what finetuning uses.
 import argparse
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from mua_rl.arms.ppo import SideBySide
 from mua_rl.ppo import training_envs
 from mua_rl.ppo_arguments import PPOArguments
 from mua_rl.ppo_base import BasePolicy, read_base_policy, shipped_policy
+from mua_rl.record import machine
 from mua_rl.sweep.arm import Arm
 
 LOW, HIGH = -11.0, -7.0
@@ -97,7 +97,7 @@ def main() -> None:
             "times_less_cpu": options.arms * single["cpu"] / together["cpu"],
         }
     report = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+        "machine": f"{machine('cpu')}, load {os.getloadavg()[0]:.1f}",
         "malloc_hints": all(os.environ.get(name) == value for name, value in MALLOC.items()),
         **vars(options),
         "sb3_seconds_per_run": single,

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import curves
+import data_sets
 import torch
-from datasets import ClassLabel, Dataset, Value, load_dataset
+from datasets import ClassLabel, Dataset, Value
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
 
+from mua_rl import models
 from mua_rl.errors import UserError
-from mua_rl.models import model_path
 
 
 @dataclass
@@ -95,32 +96,24 @@ def read_rows(arguments: ClassifierArguments) -> tuple[Dataset, Dataset]:
     """Training and held-out rows of a data set of the hub or a folder.
 
     Raises:
-        UserError: They cannot be read.
+        UserError: They cannot be read, or are too few.
     """
-    try:
-        train, held_out = (
-            load_dataset(str(arguments.dataset_name), arguments.dataset_config, split=split)
-            for split in (arguments.dataset_train_split, arguments.dataset_test_split)
-        )
-    except Exception as error:  # the hub's errors have no common class
-        raise UserError(f"{arguments.dataset_name} cannot be read: {' '.join(str(error).split())[:300]}") from None
+    name, config = str(arguments.dataset_name), arguments.dataset_config
+    train = data_sets.read(name, arguments.dataset_train_split, config)
+    held_out = data_sets.read(name, arguments.dataset_test_split, config, least=2)
     return train, held_out.shuffle(seed=0).select(range(min(arguments.held_out, len(held_out))))
 
 
-def labels_of(train_rows: Dataset, held_out_rows: Dataset, column: str, inputs: list[str]) -> list[Any]:
+def labels_of(train_rows: Dataset, held_out_rows: Dataset, column: str) -> list[Any]:
     """The labels that there are, ascending: class k is the k-th.
 
     Args:
         train_rows, held_out_rows: Examples.
         column: Of the label.
-        inputs: Columns that there must be beside.
 
     Raises:
-        UserError: A column is missing, it is no label, or only held-out rows have one.
+        UserError: The column has no labels, or only held-out rows have one of them.
     """
-    if missing := sorted({column, *inputs} - set(train_rows.column_names)):
-        names = ", ".join(train_rows.column_names)
-        raise UserError(f"the data set has no column {', '.join(missing)}, but {names}: say which to take.")
     if not isinstance(train_rows.features[column], ClassLabel | Value):
         raise UserError(f"the column {column} holds no labels: say which does with --label_column.")
     found, held_out = (rows.select_columns([column]).unique(column) for rows in (train_rows, held_out_rows))
@@ -145,17 +138,15 @@ def load_base(auto: Any, name: str, labels: list[Any]) -> tuple[PreTrainedModel,
     id2label = {number: str(label) for number, label in enumerate(labels)}
     label2id = {label: number for number, label in id2label.items()}
     set_seed(0)
-    try:
+    with models.loading(f"the model {name}"):
         model, info = auto.from_pretrained(
-            model_path(name),
+            models.model_path(name),
             id2label=id2label,
             label2id=label2id,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             dtype=torch.float32,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"the model {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     body = f"{model.base_model_prefix}."
     if lost := sorted(key for key in new if key.startswith(body) and "pooler" not in key):
@@ -195,9 +186,6 @@ def check(arguments: ClassifierArguments) -> None:
     Raises:
         UserError: A number is too small, or one of model and data set is not given.
     """
-    least = {"max_steps": 1, "per_device_train_batch_size": 1, "pretraining_steps": 1, "held_out": 2}
-    for name, smallest in least.items():
-        if getattr(arguments, name) < smallest:
-            raise UserError(f"--{name} takes a number from {smallest} on, not {getattr(arguments, name)}.")
+    curves.check_least(arguments, max_steps=1, per_device_train_batch_size=1, pretraining_steps=1, held_out=2)
     if (arguments.model is None) != (arguments.dataset_name is None):
         raise UserError("--model and --dataset_name go together; without both, a small model is finetuned.")

@@ -94,8 +94,6 @@ class Result(Run):
 
 def execute(run: Run) -> Result:
     """Train and evaluate; called in a process of its own."""
-    import platform
-
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.logger import Logger
 
@@ -105,6 +103,7 @@ def execute(run: Run) -> Result:
     from mua_rl.ppo_envs import build_envs, evaluation_envs, with_statistics
     from mua_rl.ppo_evaluation import evaluate
     from mua_rl.ppo_trainer import PPO
+    from mua_rl.record import machine
 
     class Curve(BaseCallback):
         """Mean return of the episodes that ended in each rollout."""
@@ -146,7 +145,7 @@ def execute(run: Run) -> Result:
         iqm=round(returns.iqm, 2),
         auc=round(statistics.fmean([value for value in curve.means if not math.isnan(value)] or [math.nan]), 2),
         seconds=round(time.perf_counter() - started, 1),
-        machine=f"{platform.machine()} {os.cpu_count()} cores",
+        machine=machine("cpu"),
     )
 
 

@@ -12,7 +12,6 @@ the CSV has are not repeated: the same command goes on after a stop, and several
 """
 
 import math
-import platform
 import re
 import tempfile
 import time
@@ -38,7 +37,7 @@ from mua_rl import models, optim
 from mua_rl.adapter import Adapter, Full, TargetModules, fingerprint, lora_layers
 from mua_rl.arguments import AdapterArguments, Base, parse_arguments, parse_rank, resolve_learning_rate
 from mua_rl.errors import Diverged, UserError
-from mua_rl.record import LRRecord, check_learning_rate, package_versions
+from mua_rl.record import LRRecord, check_learning_rate, machine, package_versions
 from mua_rl.run import MODEL_FOLDER, open_run
 from mua_rl.sweep.arm import Arm, Outcome
 from mua_rl.sweep.base import PLACEHOLDER, Facts
@@ -128,6 +127,21 @@ def parse(arguments_type: type, argv: list[str] | None = None) -> tuple[Any, Ada
         raise UserError("--resolution takes a number up to 1, and --seeds one from 1 on.")
     check_learning_rate(curves.head_lr, "--head_lr")
     return own, adapter_arguments, curves, given
+
+
+def check_least(arguments: Any, **least: int) -> None:
+    """Refuse numbers that are too small.
+
+    Args:
+        arguments: A field's own.
+        least: The smallest that each of them takes.
+
+    Raises:
+        UserError: One is smaller.
+    """
+    for name, smallest in least.items():
+        if getattr(arguments, name) < smallest:
+            raise UserError(f"--{name} takes a number from {smallest} on, not {getattr(arguments, name)}.")
 
 
 def run(problem: Field, adapter_arguments: AdapterArguments, curves: CurveArguments, given: dict) -> None:
@@ -439,8 +453,3 @@ def silence() -> None:
 def device() -> torch.device:
     """What trains."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def machine() -> str:
-    """What a run ran on, for the CSV."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"

@@ -21,11 +21,13 @@ from functools import partial
 from pathlib import Path
 
 import curves
+import data_sets
 import numpy as np
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -46,8 +48,8 @@ from transformers import (
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling as Collator
 
+from mua_rl import models
 from mua_rl.errors import UserError, exit_on_user_error
-from mua_rl.models import model_path
 
 CELL = 8
 """Pixels: a picture has 4 × 4 cells, each a patch of the vision tower."""
@@ -78,6 +80,13 @@ TEMPLATE = (
 )
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2}
 PRETRAINING_PICTURES = 8192
+FORMATS = (
+    ["images", "messages"],
+    ["image", "messages"],
+    ["images", "prompt", "completion"],
+    ["image", "prompt", "completion"],
+)
+"""Columns of a data set that can be learnt from; the first that are there."""
 
 
 @dataclass
@@ -140,17 +149,12 @@ def conversations(name: str, number: int) -> Dataset:
     Raises:
         UserError: There is no such data set, or it has other columns.
     """
-    try:
-        data = load_dataset(name, split=f"train[:{number}]")
-    except (OSError, ValueError) as error:
-        raise UserError(f"the data set {name} cannot be loaded: {str(error).splitlines()[0]}") from None
-    if "messages" in data.column_names:
+    data = data_sets.read(name, f"train[:{number}]")
+    if "messages" in data_sets.find_columns(data, name, *FORMATS):
         data = data.map(
             lambda example: {"prompt": example["messages"][:-1], "completion": example["messages"][-1:]},
             remove_columns="messages",
         )
-    if not {"prompt", "completion"} <= set(data.column_names) or not {"image", "images"} & set(data.column_names):
-        raise UserError(f"the data set {name} has no images with prompt and completion, or with messages.")
     return data
 
 
@@ -158,7 +162,7 @@ def small_processor() -> Idefics3Processor:
     """Word-level, its images unscaled: a cell of a picture becomes an image token."""
     texts = [PROMPT, "and", *COUNTS, *COLOURS, *SHAPES, *(f"{shape}s" for shape in SHAPES), *PLACES]
     words = dict.fromkeys([*SPECIAL, *" ".join(texts).split()])
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     images = Idefics3ImageProcessorPil(  # by its own module's name: AutoProcessor asks for torchvision
         do_image_splitting=False, do_resize=False, do_pad=False, max_image_size={"longest_edge": 4 * CELL}
@@ -235,12 +239,10 @@ def base_of(arguments: CaptionArguments) -> tuple[nn.Module, ProcessorMixin, str
         processor = small_processor()
         folder = small_model(processor, arguments.pretraining_steps)
         return AutoModelForImageTextToText.from_pretrained(folder), processor, folder.name
-    path = model_path(arguments.model)
-    try:
+    with models.loading(f"the model {arguments.model}"):
+        path = models.model_path(arguments.model)
         processor = AutoProcessor.from_pretrained(path)
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"the model {arguments.model} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     return model, processor, arguments.model
 
 
@@ -252,15 +254,13 @@ def problem(arguments: CaptionArguments) -> curves.Field:
     """
     if arguments.dataset_name and not arguments.model:
         raise UserError("--dataset_name needs --model: the small model knows a few words alone.")
-    if min(arguments.steps, arguments.batch_size, arguments.pretraining_steps, arguments.examples) < 1:
-        raise UserError("--steps, --batch_size, --pretraining_steps and --examples take numbers from 1 on.")
+    curves.check_least(arguments, steps=1, batch_size=1, pretraining_steps=1, examples=1, held_out=2)
     number = arguments.held_out + arguments.examples
     if arguments.dataset_name:
         data = conversations(arguments.dataset_name, number)
     else:
         data = pictures(number, seed=1, shifted=True)
-    if not 1 < arguments.held_out < len(data):
-        raise UserError(f"--held_out takes a number from 2 to {len(data) - 1} here, not {arguments.held_out}.")
+    data_sets.check_held_out(arguments.held_out, len(data))
     base, processor, name = base_of(arguments)
     collate, steps, batch_size = collator(processor), arguments.steps, arguments.batch_size
     held_out = data.select(range(arguments.held_out))

@@ -23,6 +23,7 @@ from typing import Any
 
 import classification
 import curves
+import data_sets
 import numpy as np
 from classification import Classification, ClassifierArguments
 from datasets import Dataset, Value
@@ -40,8 +41,8 @@ from transformers import (
     set_seed,
 )
 
+from mua_rl import models
 from mua_rl.errors import UserError, exit_on_user_error
-from mua_rl.models import model_path
 
 TARGET_MODULES = r".*\.layer\.\d+\..*\.(query|key|value|dense)"
 """The linear layers of every encoder layer of BERT, RoBERTa and their like; for others, --target_modules."""
@@ -120,10 +121,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: There is none, or none that pads.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path(name))
-    except (OSError, ValueError) as error:
-        raise UserError(f"the tokenizer of {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    with models.loading(f"the tokenizer of {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(models.model_path(name))
     if tokenizer.pad_token is None:
         raise UserError(f"the tokenizer of {name} has no padding token, which batches need: name another model.")
     return tokenizer
@@ -149,8 +148,7 @@ def problem(arguments: TextArguments) -> curves.Field:
         UserError: The model or the data cannot be had.
     """
     classification.check(arguments)
-    if arguments.max_length < 1:
-        raise UserError(f"--max_length takes a number from 1 on, not {arguments.max_length}.")
+    curves.check_least(arguments, max_length=1)
     if not 1 <= len(arguments.text_columns) <= 2:
         raise UserError("--text_columns takes one column, or two that are a pair.")
     if arguments.model and arguments.dataset_name:
@@ -161,7 +159,9 @@ def problem(arguments: TextArguments) -> curves.Field:
         train_rows, held_out_rows = (
             reviews(IRONIC, MOODS, count, seed) for count, seed in ((4000, 1), (arguments.held_out, 2))
         )
-    labels = classification.labels_of(train_rows, held_out_rows, arguments.label_column, arguments.text_columns)
+    columns = [*arguments.text_columns, arguments.label_column]
+    data_sets.find_columns(train_rows, task, columns, flags="--text_columns and --label_column")
+    labels = classification.labels_of(train_rows, held_out_rows, arguments.label_column)
     if any(train_rows.features[column] != Value("string") for column in arguments.text_columns):
         raise UserError(f"--text_columns takes columns of texts, not {', '.join(arguments.text_columns)}.")
     base = classification.load_base(AutoModelForSequenceClassification, folder, labels)

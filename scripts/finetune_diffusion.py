@@ -18,8 +18,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import curves
+import data_sets
 import torch
-from datasets import load_dataset
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from sklearn.datasets import load_digits
 from torch import nn
@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import set_seed
 
+from mua_rl import models
 from mua_rl.errors import Diverged, UserError, exit_on_user_error
 
 TARGET_MODULES = r".*\.(conv1|conv2|to_q|to_k|to_v|to_out\.0)"
@@ -126,8 +127,7 @@ class Denoising:
         Raises:
             UserError: There are not enough.
         """
-        if not 1 < held_out < len(self.images):
-            raise UserError(f"--held_out takes a number from 2 to {len(self.images) - 1} here, not {held_out}.")
+        data_sets.check_held_out(held_out, len(self.images))
         return (
             replace(self, images=self.images[:-held_out], captions=self.captions[:-held_out]),
             replace(self, images=self.images[-held_out:], captions=self.captions[-held_out:]),
@@ -179,17 +179,13 @@ def stable_diffusion(arguments: DiffusionArguments) -> tuple[UNet2DConditionMode
     """
     from diffusers import StableDiffusionPipeline  # here, since importing it warns where there is no torchvision
 
-    try:
+    with models.loading(f"the pipeline {arguments.model}"):
         pipeline = StableDiffusionPipeline.from_pretrained(arguments.model, safety_checker=None)
         scheduler = DDPMScheduler.from_pretrained(arguments.model, subfolder="scheduler")
-        rows = load_dataset(str(arguments.dataset_name), split="train").shuffle(seed=0)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{arguments.model} on {arguments.dataset_name}: {' '.join(str(error).split())}") from None
-    if missing := {arguments.image_column, arguments.caption_column} - set(rows.column_names):
-        raise UserError(
-            f"{arguments.dataset_name} has the columns {', '.join(rows.column_names)}, not {', '.join(missing)}: name "
-            "them by --image_column and --caption_column."
-        )
+    name, columns = str(arguments.dataset_name), [arguments.image_column, arguments.caption_column]
+    rows = data_sets.read(name).shuffle(seed=0)
+    data_sets.find_columns(rows, name, columns, flags="--image_column and --caption_column")
+    data_sets.check_images(rows, arguments.image_column)
     device, size = curves.device(), arguments.image_size
     pipeline.to(device)
     generator, latents, captions = torch.Generator(device).manual_seed(0), [], []
@@ -210,8 +206,7 @@ def problem(arguments: DiffusionArguments) -> curves.Field:
     """
     if (arguments.model is None) != (arguments.dataset_name is None):
         raise UserError("--model and --dataset_name go together; without both, the small UNet learns digits.")
-    if min(arguments.steps, arguments.batch_size, arguments.pretraining_steps, arguments.image_size) < 1:
-        raise UserError("--steps, --batch_size, --pretraining_steps and --image_size take numbers from 1 on.")
+    curves.check_least(arguments, steps=1, batch_size=1, pretraining_steps=1, image_size=1, held_out=2)
     if arguments.model and arguments.dataset_name:
         base, everything = stable_diffusion(arguments)
         name, task = arguments.model, arguments.dataset_name

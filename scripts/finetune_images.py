@@ -22,11 +22,11 @@ from typing import Any
 
 import classification
 import curves
+import data_sets
 import numpy as np
 import torch
 from classification import Classification, ClassifierArguments
 from datasets import Dataset
-from datasets import Image as ImageFeature
 from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import (
@@ -152,9 +152,10 @@ def problem(arguments: ImageArguments) -> curves.Field:
     else:
         folder, task = small_vit(arguments), "turned-digits"
         train_rows, held_out_rows = digits(True, arguments.held_out)
-    labels = classification.labels_of(train_rows, held_out_rows, arguments.label_column, [arguments.image_column])
-    if not isinstance(train_rows.features[arguments.image_column], ImageFeature):
-        raise UserError(f"the column {arguments.image_column} holds no images: say which does with --image_column.")
+    columns = [arguments.image_column, arguments.label_column]
+    data_sets.find_columns(train_rows, task, columns, flags="--image_column and --label_column")
+    data_sets.check_images(train_rows, arguments.image_column)
+    labels = classification.labels_of(train_rows, held_out_rows, arguments.label_column)
     model, head = classification.load_base(AutoModelForImageClassification, folder, labels)
     pixels = Pixels.of_model(model.config, folder)
     train_rows, held_out_rows = (encoded(rows, pixels, labels, arguments) for rows in (train_rows, held_out_rows))

@@ -25,10 +25,10 @@ The metric is minus the loss per token of the completions of held-out examples.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import curves
-from datasets import Dataset, load_dataset
+import data_sets
+from datasets import Dataset
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -87,21 +87,11 @@ def find_examples(arguments: TextArguments, conversational: bool) -> tuple[Datas
             for rows in (task.train(conversational), task.held_out(conversational))
         )
         return train, held_out.select(range(min(arguments.held_out, len(held_out))))
-    name, config, options = arguments.dataset_name, arguments.dataset_config, {}
-    if Path(name).expanduser().is_file():
-        name, config, options = "json", None, {"data_files": str(Path(name).expanduser())}
-    try:
-        rows = load_dataset(name, config, split=arguments.dataset_train_split, **options)
-    except Exception as error:  # the hub's errors have no common class
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{arguments.dataset_name} cannot be read ({reason[:300]}).") from None
-    if not arguments.held_out < len(rows):
-        raise UserError(f"--held_out takes fewer than all {len(rows)} examples, not {arguments.held_out}.")
-    halves = rows.train_test_split(arguments.held_out, seed=0)
-    columns = next((columns for columns in FORMATS if {*columns} <= {*rows.column_names}), None)
-    if columns is None:
-        raise UserError(f"{arguments.dataset_name} has no columns prompt and completion, messages or text.")
-    return halves["train"].select_columns(columns), halves["test"].select_columns(columns)
+    rows = data_sets.read(arguments.dataset_name, arguments.dataset_train_split, arguments.dataset_config)
+    data_sets.check_held_out(arguments.held_out, len(rows))
+    columns = data_sets.find_columns(rows, arguments.dataset_name, *FORMATS)
+    halves = rows.select_columns(columns).train_test_split(arguments.held_out, seed=0)
+    return halves["train"], halves["test"]
 
 
 def _answered(rows: Dataset, task: str, completion: str) -> Dataset:
@@ -198,9 +188,8 @@ def problem_of(arguments: TextArguments) -> curves.Field:
     Raises:
         UserError: The model or the data cannot be had.
     """
-    for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "held_out"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} takes a positive number, not {getattr(arguments, name)}.")
+    one = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
+    curves.check_least(arguments, **dict.fromkeys(one, 1), held_out=2)
 
     def load() -> nn.Module:
         return models.load_model(arguments.model).to(curves.device())

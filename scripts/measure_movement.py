@@ -18,6 +18,7 @@ from mua_rl import models
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import Diverged
 from mua_rl.movement import movement, probe_batch
+from mua_rl.record import machine
 
 
 def main() -> None:
@@ -38,7 +39,6 @@ def main() -> None:
     with open(options.output, "w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["task", "base", "rank", "init", "alpha", "log2_lr", "seed", "steps", "kl", "machine"])
-        machine = torch.cuda.get_device_name() if device == "cuda" else "CPU"
         for search in searches(options.seeds, 1.0):
             if not wanted(search, options.only):
                 continue
@@ -52,7 +52,7 @@ def main() -> None:
                     continue
                 for steps in options.steps:
                     cells = [options.task, options.model, arm.rank or "", arm.init, arm.alpha, arm.log2_lr, arm.seed]
-                    writer.writerow([*cells, steps, f"{kl[steps - 1]:.6g}", machine])
+                    writer.writerow([*cells, steps, f"{kl[steps - 1]:.6g}", machine(device)])
                 stream.flush()
                 print(f"{arm}: {kl}", flush=True)
 

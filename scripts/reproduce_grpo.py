@@ -12,7 +12,6 @@ that are there are not repeated, so the same command goes on after a stop, and s
 
 import argparse
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -21,12 +20,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 from selection import passes
 
 from mua_rl import grpo
 from mua_rl.arms.grpo import train_side_by_side
 from mua_rl.errors import UserError, exit_on_user_error
+from mua_rl.record import machine
 from mua_rl.run import RunFolder
 from mua_rl.sweep.arm import Arm, Outcome
 from mua_rl.sweep.rows import Row, append, read
@@ -124,10 +123,9 @@ def run_all(
             print(f"out of time with {len(arms)} runs waiting: run the same command again", flush=True)
             return None
         outcomes = (train_full if full else train_lora)(group, options)
-        where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
         append(
             options.output,
-            [Row("grpo", options.task, options.model, a, o, where) for a, o in zip(group, outcomes, strict=True)],
+            [Row("grpo", options.task, options.model, a, o, machine()) for a, o in zip(group, outcomes, strict=True)],
         )
         took = time.monotonic() - began
         slowest = max(slowest, took)

@@ -11,8 +11,6 @@ arm; lines that are there are not repeated. Two processes share the work by `--o
 
 import argparse
 import math
-import os
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +24,7 @@ from selection import passes
 
 from mua_rl.errors import exit_on_user_error
 from mua_rl.ppo_base import BasePolicy, read_base_policy
+from mua_rl.record import machine
 from mua_rl.sweep import rows
 from mua_rl.sweep.arm import Arm, Outcome
 
@@ -111,13 +110,6 @@ def prepare(folder: Path, base: str) -> None:
     print(f"{base}: held-out return (mean, standard deviation) {evaluate(model, env_id, None, 40)}", flush=True)
     model.policy.optimizer.state.clear()  # its moments would triple the file
     model.save(base_path(folder, base), exclude=UNSAVED)
-
-
-def machine(device: str) -> str:
-    """What the arms ran on."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {os.cpu_count()} cores"
 
 
 def finished(path: Path) -> set[tuple[str, ...]]:

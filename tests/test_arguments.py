@@ -4,7 +4,7 @@ import pytest
 from helpers import make_record
 
 from mua_rl.adapter import LoRA, fingerprint
-from mua_rl.arguments import AdapterArguments, Base, find_record, resolve_learning_rate
+from mua_rl.arguments import AdapterArguments, Base, find_record, parse_arguments, resolve_learning_rate
 from mua_rl.errors import UserError
 from mua_rl.models import load_model
 
@@ -46,3 +46,9 @@ def test_a_record_of_supervised_finetuning_is_refused_where_it_is_asked_for(tmp_
     record.save(tmp_path)
     with pytest.raises(UserError, match="record of a sft run, not of grpo"):
         find_record(AdapterArguments(lr_from=str(tmp_path)), after(record), "grpo")
+
+
+@pytest.mark.parametrize("flags", [[], ["--lr", "0.001"]])
+def test_a_rank_exponent_that_is_none_is_refused_also_where_no_rate_depends_on_it(flags):
+    with pytest.raises(UserError, match=r"takes a number from 0 .* to 1, not 2"):
+        parse_arguments([AdapterArguments], [*flags, "--rank_exponent", "2"])

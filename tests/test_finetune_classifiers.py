@@ -228,7 +228,7 @@ def test_images_from_a_folder_train_a_model_of_another_size_and_number_of_channe
     [
         ("text", ["--model", "rgb"], "go together"),
         ("text", ["--text_columns", "a", "b", "c"], "one column, or two"),
-        ("text", ["--text_columns", "title"], "no column title, but text, label"),
+        ("text", ["--text_columns", "title"], "no columns title and label, but text, label"),
         ("text", ["--text_columns", "label"], "takes columns of texts, not label"),
         ("images", ["--image_column", "label"], "label holds no images"),
         ("images", ["--held_out", "1"], "--held_out takes a number from 2 on"),
@@ -238,7 +238,7 @@ def test_images_from_a_folder_train_a_model_of_another_size_and_number_of_channe
         ("text", ["--target-modules", "classifier", "--rank", "2", "--lr", "0.001"], "new head classifier is trained"),
         ("images", ["--model", "nowhere/at/all", "--dataset_name", "pictures"], "there is no model folder"),
         ("images", ["--rank", "200", "--lr", "0.001"], "exceeds the size of the layer"),
-        ("text", ["--model", "cache", "--dataset_name", "nothing-here"], "nothing-here cannot be read"),
+        ("text", ["--model", "cache", "--dataset_name", "nothing-here"], "the data set nothing-here cannot be read"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_the_fault(launch, name, flags, says):
@@ -257,6 +257,21 @@ def test_the_record_of_curves_has_the_heads_learning_rate_that_was_given(launch,
     record = LRRecord.load("head")
     assert record.other_learning_rates == {"head": 0.001}
     assert record.learning_rate > 0.002
+
+
+@pytest.mark.parametrize(
+    ("rows", "fault"),
+    [
+        ([{"text": "word1"}] * 8, r"no training example has: \[None\]"),
+        ([{"text": "word1", "label": 1}], "blind has too few examples in test: 1, not 2 or more"),
+    ],
+)
+def test_a_test_split_without_labels_or_of_one_example_is_refused(launch, problems, rows, fault):
+    write_texts(Path("blind"), "train", [{"text": "word1", "label": i % 2} for i in range(8)])
+    write_texts(Path("blind"), "test", rows)
+    base = next(Path("cache").glob("bert-*"))
+    with pytest.raises(UserError, match=fault):
+        launch("text", "--model", base, "--dataset_name", "blind", "--lr", 1e-4)
 
 
 def test_held_out_labels_that_no_training_example_has_are_refused(launch, problems):

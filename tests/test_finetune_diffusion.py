@@ -162,7 +162,7 @@ def test_a_loss_that_leaves_the_finite_numbers_ends_the_run(script, problem):
         (["--lr", 0.001, "--batch_size", 0], "--batch_size"),
         (["--lr", 0.001, "--rank", 65], "rank 65"),
         (["--lr", 0.001, "--model", "somewhere"], "--dataset_name"),
-        (["--lr", 0.001, "--model", "./nowhere", "--dataset_name", "./nothing"], "nowhere"),
+        (["--lr", 0.001, "--model", "./nowhere", "--dataset_name", "./nothing"], "pipeline ./nowhere cannot be loaded"),
     ],
 )
 def test_a_flag_that_cannot_be_used_is_named(launch, flags, fault):
@@ -230,8 +230,13 @@ def test_a_stable_diffusion_pipeline_trains_on_images_with_captions(launch, pipe
 
 
 def test_a_column_that_the_data_set_lacks_is_named(launch, pipeline_folder, captioned_images):
-    with pytest.raises(UserError, match="image, text, not caption"):
+    with pytest.raises(UserError, match="no columns image and caption, but image, text: say which"):
         launch("--model", pipeline_folder, "--dataset_name", captioned_images, "--caption_column", "caption")
+
+
+def test_a_column_of_words_is_none_of_images(launch, pipeline_folder, captioned_images):
+    with pytest.raises(UserError, match="column text holds no images"):
+        launch("--model", pipeline_folder, "--dataset_name", captioned_images, "--image_column", "text")
 
 
 def test_captions_and_latents_are_the_pipelines_own(script, pipeline_folder, captioned_images):

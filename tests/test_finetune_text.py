@@ -151,8 +151,9 @@ def test_what_follows_a_prompt_is_written_as_asked():
         (["--dataset_name", "x.jsonl", "--task", "arithmetic"], "exclude each other"),
         (["--completion", "yes"], "where the {answer} stands"),
         (["--target-modules", "("], "LoRA cannot be attached"),
-        (["--max_steps", "0"], "--max_steps takes a positive number"),
+        (["--max_steps", "0"], "--max_steps takes a number from 1 on"),
         (["--max_length", "2"], "within --max_length"),
+        (["--held_out", "1"], "--held_out takes a number from 2 on, not 1"),
         (["--tokenizer_name", "./nowhere"], "no model folder"),
     ],
 )

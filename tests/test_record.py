@@ -2,13 +2,14 @@
 
 import json
 import math
+import re
 
 import pytest
 from helpers import make_record
 
 from mua_rl.errors import UserError
 from mua_rl.policy import given, transfer
-from mua_rl.record import FILE_NAME, LRRecord
+from mua_rl.record import FILE_NAME, LRRecord, machine
 from mua_rl.rules import AlphaRule, Configuration, Scheme
 
 
@@ -137,3 +138,13 @@ def test_multiplier_rules_move_the_rate_with_the_rank():
     record = make_record(scheme="Init[A]", alpha="1/sqrt(r)")
     target = Configuration(Scheme.INIT_A, 512, 128, AlphaRule(1, 0.5), "adamw_torch")
     assert transfer(record, target).value == pytest.approx(2**-10 * (128 / 8) ** -0.25)
+
+
+def test_what_a_run_runs_on_is_the_gpu_that_it_asks_for_or_else_the_processor(monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: f"GPU {device}")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert machine() == machine("cpu")
+    assert re.fullmatch(r"\w+, \d+ cores", machine())
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert (machine(), machine("cuda:1")) == ("GPU None", "GPU cuda:1")
+    assert re.fullmatch(r"\w+, \d+ cores", machine("cpu"))

@@ -37,8 +37,8 @@ def test_the_engine_is_sized_to_the_smallest_rank_that_vllm_offers(rank, offered
     assert engine_rank(rank) == offered
 
 
-def test_a_rank_beyond_vllms_is_refused_with_the_way_out():
-    with pytest.raises(UserError, match="--vllm_sync merged"):
+def test_a_rank_beyond_vllms_is_refused_with_the_ways_out_of_training_and_of_evaluation():
+    with pytest.raises(UserError, match=r"rank 512, not 513: .*--vllm_sync merged.*--engine transformers"):
         engine_rank(513)
 
 

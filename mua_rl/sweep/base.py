@@ -63,7 +63,7 @@ class Facts:
         try:
             rate = policy.transfer(self.source, target, self.source_name, rank_exponent)
             return math.log2(rate.value), self.known
-        except UserError:  # the theory has only the exponents, which do for a guess
+        except UserError:  # the theory has only the exponents here, or the record does not say enough: a guess does
             ratio = best_lr_order(target) / best_lr_order(self.source.configuration())
             return math.log2(self.source.learning_rate * ratio), False
 
