@@ -1,7 +1,7 @@
 """What the scripts of the fields ask of a data set: that it can be read, and has the columns and examples they take."""
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from datasets import Dataset, Image, load_dataset
 
@@ -20,12 +20,12 @@ def read(name: str, split: str = "train", config: str | None = None, least: int 
     Raises:
         UserError: It cannot be read, or has too few examples.
     """
-    path = Path(name).expanduser()
+    place = os.path.expanduser(name)
     try:
-        if path.is_file():
-            rows = load_dataset("json", data_files=str(path), split=split)
+        if os.path.isfile(place):
+            rows = load_dataset("json", data_files=place, split=split)
         else:
-            rows = load_dataset(str(path) if path.is_dir() else name, config, split=split)
+            rows = load_dataset(place, config, split=split)
     except Exception as error:  # the hub's errors have no common class
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(

@@ -40,6 +40,7 @@ def test_a_folder_and_a_file_are_read_alike(name):
         ("empty", "train", "empty"),
         ("no-rows", "train", "no data"),
         ("x" * 300, "train", "xxx"),
+        ("", "train", "Error"),
     ],
 )
 def test_what_cannot_be_read_is_one_line_with_the_reason(name, split, reason):
