@@ -87,6 +87,21 @@ def test_the_interval_is_about_an_octave_wide(simulation):
     assert np.mean([widths for _, _, widths in simulation.values()]) < 1.2
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+@pytest.mark.parametrize("seeds", [1, 8])
+def test_the_scatter_is_what_sweeps_with_other_seeds_differ_by(family, seeds):
+    rng, options = np.random.default_rng(5), {"step": 0.5, "seeds": seeds, "noise": 0.15}
+    found = [estimate_optimum(sweep_of(family(0.2, 1.0), rng, **options)) for _ in range(60)]
+    scatter = math.sqrt(np.mean([optimum.scatter**2 for optimum in found]))
+    assert 0.8 < scatter / np.std([optimum.log2_lr for optimum in found]) < 1.4
+    assert scatter < math.sqrt(np.mean([optimum.draws.var() for optimum in found])), "seeds are not all that is unknown"
+
+
+def test_runs_without_noise_have_next_to_no_scatter():
+    rng = np.random.default_rng(5)
+    assert estimate_optimum(sweep_of(slow_rise_fast_fall(0.2, 1.0), rng, step=0.5, seeds=4, noise=0.0)).scatter < 0.1
+
+
 def test_a_curve_that_rises_up_to_a_cliff_has_its_optimum_at_the_last_rate_that_survives():
     errors, covered, _ = simulate(rise_up_to_a_cliff, step=0.5, seeds=3)
     assert np.all(errors <= 0), "never beyond the cliff"

@@ -14,22 +14,19 @@ from mua_rl.sweep import report
 from mua_rl.sweep.arm import Arm, Outcome
 from mua_rl.sweep.measured import FFT, Context, curve_name, slope, sweeps_of
 from mua_rl.sweep.movements import read_movements
+from mua_rl.sweep.regret import DividedByTen, Fixed, Unchanged, regrets
 from mua_rl.sweep.rows import COLUMNS, Row, append, read, read_all
 from mua_rl.sweep.transfer import (
     BareRule,
     Calibrated,
-    DividedByTen,
     EqualMovement,
-    Fixed,
     Prediction,
     RankCorrected,
-    Unchanged,
     calibrated,
     evidence,
     fit_exponent,
     leave_one_out,
     prediction_tests,
-    regrets,
 )
 from mua_rl.sweep.transfer import Test as Comparison
 
@@ -331,6 +328,28 @@ def test_a_measured_optimum_is_covered_if_its_own_interval_reaches_the_stated_on
         assert not covers(0.51 * sign, 0.4)
 
 
+def test_a_perfect_rule_hits_but_for_what_other_seeds_would_have_changed(quarter):
+    def steady(measured, scatter):
+        return replace(measured, optimum=replace(measured.optimum, scatter=scatter))
+
+    def hit(*scatters):
+        source, target = map(steady, (quarter[0].curves[4, "B", "1"], quarter[0].fft), scatters)
+        return Comparison("", quarter[0], source, target, Prediction(0.0), error=9.0).perfect_hit
+
+    assert hit(0.3, 0.4) == hit(0.4, 0.3) == pytest.approx(0.683, abs=1e-3)  # within one standard deviation
+    assert hit(3.0, 4.0) < 0.1
+    assert hit(0.0, 0.0) == 1
+
+
+def test_a_rule_that_is_right_hits_about_as_often_as_a_perfect_rule_is_said_to():
+    noisy = sweeps([r for i in range(12) for r in sweep_rows(schemes=SCHEMES[:1], task="x" * i, noise=0.25)])
+    tests = prediction_tests(noisy, RankCorrected(0.25))
+    ceiling = np.mean([test.perfect_hit for test in tests])
+    assert 0.5 < ceiling < 0.9
+    assert np.mean([test.is_hit for test in tests]) == pytest.approx(ceiling, abs=0.1)
+    assert np.mean([test.is_hit for test in prediction_tests(noisy, BareRule())]) < ceiling - 0.3
+
+
 def test_a_rule_is_calibrated_so_that_its_intervals_cover_as_often_as_they_say(quarter):
     bare, right = calibrated(BareRule(), quarter), calibrated(RankCorrected(0.25), quarter)
     assert bare.otherwise > 0.2 > right.otherwise
@@ -449,6 +468,20 @@ def test_where_fft_gains_nothing_there_is_no_share_to_lose():
 
 
 # The report
+
+
+def test_a_perfect_rule_stands_below_the_rules_of_each_algorithm_with_all_pairs_of_theirs():
+    rows = [r for name in ("grpo", "ppo") for r in sweep_rows((4, 64), SCHEMES[:2], noise=0.1, algorithm=name)]
+    found = sweeps(rows)
+    table = report.prediction_table(found, [BareRule(), EqualMovement()])
+    names = [line[0] for line in table.lines]
+    assert [name for name in names if "perfect" in name] == [names[2], names[5]]
+    ceiling = dict(zip(table.columns, table.lines[2], strict=True))
+    chances = [test.perfect_hit for test in prediction_tests(found[:1], BareRule())]
+    assert ceiling["all"] == f"{np.mean(chances):.0%}"
+    assert ceiling["within Init[A]"].endswith("%")
+    assert 0 < float(ceiling["mean error"]) < 0.5
+    assert ceiling["in the stated interval"] == "–"
 
 
 def run_report(monkeypatch, capsys, *flags):

@@ -56,6 +56,24 @@ class Measured:
     steps: int
     seconds: float
 
+    @property
+    def cliff(self) -> float:
+        """log2 of the smallest learning rate beyond those that most runs survived; infinity where there is none."""
+        return min((lr for lr, _, _ in self.points if lr > self.optimum.largest), default=math.inf)
+
+    def value_at(self, log2_lr: float) -> float:
+        """The fitted value; beyond the last learning rate that most runs survived, down to what was there before."""
+        last, cliff = self.optimum.largest, self.cliff
+        if log2_lr <= last or cliff == math.inf:
+            return self.optimum.value_at(log2_lr)
+        return float(np.interp(log2_lr, [last, cliff], [self.optimum.value_at(last), self.before]))
+
+    def share_lost(self, log2_lr: float) -> float:
+        """Of the best value's gain over the metric before training; NaN where nothing was gained."""
+        best = float(self.optimum.values.max())
+        gain = best - self.before
+        return (best - self.value_at(log2_lr)) / gain if gain > 0 else math.nan
+
 
 @dataclass(frozen=True, eq=False)
 class Sweep:

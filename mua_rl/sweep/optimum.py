@@ -60,6 +60,8 @@ class Optimum:
         edge: "left" or "right" where the grid ends before the curve falls: the true optimum may lie beyond; else "".
         largest: The largest learning rate that most runs survived.
         draws: Draws of the optimum, `[DRAWS]`.
+        scatter: Standard deviation of `log2_lr` between sweeps that differ in their seeds only, in octaves. Less than
+            that of the draws: on a flat top an estimate may be steady while the optimum could be anywhere.
         log2_lrs, values: The fitted curve, ascending: smooth near the top, seed means elsewhere.
     """
 
@@ -72,6 +74,7 @@ class Optimum:
     edge: str
     largest: float
     draws: Array
+    scatter: float
     log2_lrs: Array
     values: Array
 
@@ -142,7 +145,7 @@ def estimate_optimum(points: Iterable[tuple[float, float, int]], higher_is_bette
     top = _find_top(grid, index, values, seeds, means, last)
 
     # Seeded by the runs: the same at each call, and not the same for two curves, whose draws must be independent.
-    x, curves, cliffs = _draw(top, np.random.default_rng(zlib.crc32(lrs.tobytes() + values.tobytes())))
+    x, curves, noises, cliffs = _draw(top, np.random.default_rng(zlib.crc32(lrs.tobytes() + values.tobytes())))
     draws = x[np.argmax(np.where(x[:, None] <= cliffs, curves, -np.inf), axis=0)]
     low_end, high_end = np.quantile(draws, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
     best = min(float(draws.mean()), float(grid[last]))
@@ -158,6 +161,7 @@ def estimate_optimum(points: Iterable[tuple[float, float, int]], higher_is_bette
         edge=_edge(draws, x, grid),
         largest=float(grid[last]),
         draws=draws,
+        scatter=_scatter(top, x, curves, noises, draws),
         log2_lrs=lrs_of_fit,
         values=sign * (fit * scale + low),
     )
@@ -205,8 +209,8 @@ def _remove_seed_effects(
     return solution[: lr.max() + 1], (float(left @ left), max(freedom, 0.0))
 
 
-def _draw(top: _Top, rng: np.random.Generator) -> tuple[Array, Array, Array]:
-    """Learning rates `[X]`, curves drawn from the fit `[X, DRAWS]`, and where each ends `[DRAWS]`."""
+def _draw(top: _Top, rng: np.random.Generator) -> tuple[Array, Array, Array, Array]:
+    """Learning rates `[X]`, curves drawn from the fit `[X, DRAWS]`, each one's noise and where it ends `[DRAWS]`."""
     lengths, amplitudes, noises = (v.ravel() for v in np.meshgrid(_LENGTHS, _AMPLITUDES, _NOISES, indexing="ij"))
     covariance = _kernel(top.x, top.x, lengths, amplitudes)
     variance = noises[:, None] ** 2 / top.runs + _LOW_NOISE**2 * top.is_low + 1e-8
@@ -228,8 +232,24 @@ def _draw(top: _Top, rng: np.random.Generator) -> tuple[Array, Array, Array]:
         left -= between @ np.linalg.solve(covariance[i], between.T)
         root = np.linalg.cholesky(left + 1e-6 * np.eye(len(x)))
         curves.append(mean[:, None] + root @ rng.standard_normal((len(x), drawn[i])))
-    shuffled = np.concatenate(curves, axis=1)[:, rng.permutation(DRAWS)]
-    return x, shuffled, rng.uniform(top.x[-1], top.end, DRAWS)
+    order = rng.permutation(DRAWS)
+    cliffs = rng.uniform(top.x[-1], top.end, DRAWS)
+    return x, np.concatenate(curves, axis=1)[:, order], np.repeat(noises, drawn)[order], cliffs
+
+
+def _scatter(top: _Top, x: Array, curves: Array, noises: Array, draws: Array) -> float:
+    """See `Optimum.scatter`: the accuracy formula of Efron (2015), "Frequentist accuracy of Bayesian estimates".
+
+    The mean of draws moves with a measured value by their covariance with the curve there over the value's variance.
+    That is so at one noise; the draws of each are taken by themselves.
+    """
+    at = np.abs(x[:, None] - top.x[~top.is_low]).argmin(axis=0)
+    squares = []
+    for noise in np.unique(noises):
+        alike = noises == noise
+        covariances = curves[np.ix_(at, alike)] @ (draws[alike] - draws[alike].mean()) / alike.sum()
+        squares.append(alike.mean() * np.sum(covariances**2 * top.runs[~top.is_low] / noise**2))
+    return float(np.sqrt(np.sum(squares)))
 
 
 def _kernel(a: Array, b: Array, lengths: Array, amplitudes: Array) -> Array:

@@ -37,18 +37,16 @@ from mua_rl.sweep.measured import (
 )
 from mua_rl.sweep.movements import read_movements
 from mua_rl.sweep.optimum import COVERAGE, Optimum
+from mua_rl.sweep.regret import HABITS, Regret, regrets
 from mua_rl.sweep.rows import read_all
 from mua_rl.sweep.transfer import (
-    HABITS,
     HIT,
     MOVEMENT_RULES,
     TRANSFER_RULES,
-    Regret,
     Rule,
     Test,
     calibrated,
     leave_one_out,
-    regrets,
 )
 
 FILE_NAME = "report.md"
@@ -59,6 +57,7 @@ EPILOG = """examples:
   python -m mua_rl.sweep.report runs/my-sweep/sweep.csv --out runs/my-sweep/report
   python -m mua_rl.sweep.report grpo.csv ppo.csv --out report --sizes 'SmolLM2*=1536,576' '*-w256-*=256,256'"""
 FITTED = "theory × (r/m)^c, c fitted on the other tasks"
+PERFECT = "a perfect rule, given the optima's noise"
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,8 @@ def prediction_table(sweeps: Sequence[Sweep], rules: Sequence[Rule]) -> ReportTa
     """How often each rule predicts one measured optimum from another within half an octave.
 
     Its interval is from the other tasks of algorithms with the same exponent in `mua_rl.policy.RANK_EXPONENTS`; that of
-    the fitted rule from all other tasks, as its exponent is.
+    the fitted rule from all other tasks, as its exponent is. Below an algorithm's rules stands the ceiling of all its
+    pairs: how often a perfect rule is expected to hit (`Test.perfect_hit`).
     """
     by_rule: dict[str, list[Test]] = {rule.name: [] for rule in rules}
     for exponent in {default_exponent(sweep.algorithm) for sweep in sweeps}:
@@ -216,27 +216,39 @@ def prediction_table(sweeps: Sequence[Sweep], rules: Sequence[Rule]) -> ReportTa
         for rule in rules:
             by_rule[rule.name] += leave_one_out(alike, partial(calibrated, rule))
     by_rule[FITTED] = leave_one_out(sweeps)
-    found = [
-        (f"{algorithm}: {name}", [test for test in tests if test.sweep.algorithm == algorithm])
+    found = {
+        algorithm: {name: [t for t in tests if t.sweep.algorithm == algorithm] for name, tests in by_rule.items()}
         for algorithm in dict.fromkeys(sweep.algorithm for sweep in sweeps)
-        for name, tests in by_rule.items()
-    ]
-    kinds = list(dict.fromkeys(test.kind for _, tests in found for test in tests))
-    lines = [[name, *_hit_cells(tests, kinds)] for name, tests in found if tests]
+    }
+    kinds = list(dict.fromkeys(test.kind for by_name in found.values() for tests in by_name.values() for test in tests))
+    lines = []
+    for algorithm, by_name in found.items():
+        lines += [[f"{algorithm}: {name}", *_hit_cells(tests, kinds)] for name, tests in by_name.items() if tests]
+        if pairs := {(test.source, test.target): test for tests in by_name.values() for test in tests}:
+            lines.append([f"{algorithm}: {PERFECT}", *_perfect_cells(list(pairs.values()), kinds)])
     columns = ["rule", *kinds, "all", "mean error", "in the stated interval"]
     title = f"Predictions within {HIT:g} octave of the measured optimum"
     return ReportTable(title, columns, lines) if lines else None
 
 
 def _hit_cells(tests: Sequence[Test], kinds: Sequence[str]) -> list[str]:
-    by_kind = [[test for test in tests if test.kind == kind] for kind in kinds]
     covered = [test.is_covered for test in tests if test.is_covered is not None]
     return [
-        *(_share([test.is_hit for test in some]) for some in by_kind),
+        *(_share([test.is_hit for test in some]) for some in _by_kind(tests, kinds)),
         _share([test.is_hit for test in tests]),
         f"{statistics.fmean(abs(test.error) for test in tests):.2f}",
         _share(covered),
     ]
+
+
+def _perfect_cells(tests: Sequence[Test], kinds: Sequence[str]) -> list[str]:
+    chances = [[test.perfect_hit for test in some] for some in [*_by_kind(tests, kinds), tests]]
+    error = statistics.fmean(test.scatter for test in tests) * math.sqrt(2 / math.pi)
+    return [*(f"{statistics.fmean(some):.0%}" if some else "–" for some in chances), f"{error:.2f}", "–"]
+
+
+def _by_kind(tests: Sequence[Test], kinds: Sequence[str]) -> list[list[Test]]:
+    return [[test for test in tests if test.kind == kind] for kind in kinds]
 
 
 def regret_table(sweep: Sweep, rules: Sequence[Rule]) -> ReportTable | None:
@@ -300,7 +312,9 @@ def _introduction(sweeps: Sequence[Sweep], value: str) -> str:
         "value less the held-out metric before training. Optima at an edge of their grid are left out of slopes and "
         "predictions. A prediction's stated interval joins the source's own and the rule's error on the other tasks of "
         "the algorithm (– where there is none; for the fitted rule on all other tasks), and that of the optimum it is "
-        "held against."
+        "held against. A perfect rule knows how far apart two optima are found on average over seeds and misses by how "
+        "far the measured ones are off that: its row says how often it is expected to hit. Where tops are flat a miss "
+        "costs little, as the losses show."
     )
     if unknown := sorted({sweep.base for sweep in sweeps if sweep.context.outputs is None and sweep.fft}):
         text += f" Without `--sizes` of {', '.join(unknown)}, rules that need m say nothing of FFT there."
