@@ -7,12 +7,17 @@ import math
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 from helpers import make_record
 from rich.console import Console
 
+from mua_rl.arms import grpo
+from mua_rl.arms.checkpoint import Checkpoint, path_of
 from mua_rl.errors import UserError
 from mua_rl.record import LRRecord
 from mua_rl.run import RunFolder
@@ -21,6 +26,7 @@ from mua_rl.sweep.arguments import parse, parse_scheme
 from mua_rl.sweep.arm import Arm, Outcome
 from mua_rl.sweep.base import Facts, find_facts
 from mua_rl.sweep.runner import Single, arm_flags, environments, read_outcome, run_name
+from mua_rl.sweep.side_by_side import SideBySide
 
 command = importlib.import_module("mua_rl.sweep.__main__")
 ARM = Arm(8, "A", "1/r", -10.5, 43)
@@ -116,6 +122,10 @@ def test_a_config_file_names_the_algorithm_and_flags_win(tmp_path):
         (["--seeds", "0"], "at least 1"),
         (["--workers", "0"], "at least 1"),
         (["--time_limit", "-1"], "above 0"),
+        (["--arms_memory", "0"], "above 0, not 0.0"),
+        (["--arms_memory", "nan"], "above 0, not nan"),
+        (["--arms_memory", "inf"], "above 0, not inf"),
+        (["--algo", "ppo", "--arms_memory", "2"], "of GRPO alone"),
         (["--lr", "1e-3"], "drop --lr"),
         (["--algo", "dpo"], "grpo or ppo"),
         (["--rank_exponent", "1.5"], "--rank_exponent takes a number from 0"),
@@ -402,6 +412,25 @@ def test_workers_share_out_cores_and_gpus(monkeypatch):
     assert "CUDA_VISIBLE_DEVICES" not in environments(1)[0]
 
 
+@pytest.mark.parametrize("own_process", [False, True])
+def test_grpo_arms_get_their_memory_and_go_on_with_those_of_their_step(tmp_path, monkeypatch, own_process):
+    asked = []
+    monkeypatch.setattr(grpo, "train_side_by_side", lambda *_, **options: asked.append(options) or [])
+    request = parse(["--arms_memory", "2.5", "--max_steps", "20"])
+    side_by_side = SideBySide(request, tmp_path, environment={} if own_process else None)
+    if own_process:
+        side_by_side.pool.shutdown()
+        side_by_side.pool = ThreadPoolExecutor(1)
+    arms = [replace(ARM, log2_lr=-k) for k in range(4)]
+    for arm, step in zip(arms, (10, 10, 5), strict=False):
+        path = path_of(tmp_path / "runs", arm)
+        path.parent.mkdir(exist_ok=True)
+        torch.save(vars(Checkpoint(asdict(arm), {}, step, 0.4, None, {})), path)
+    assert [side_by_side.group(arm) == side_by_side.group(arms[0]) for arm in arms] == [True, True, False, False]
+    side_by_side.run(arms[:2])
+    assert (asked[0]["memory"], asked[0]["checkpoints"]) == (2.5, tmp_path / "runs")
+
+
 def run_command(*flags):
     return subprocess.run(
         [sys.executable, "-m", "mua_rl.sweep", *map(str, flags)], capture_output=True, text=True, timeout=500
@@ -432,6 +461,23 @@ def test_a_grpo_sweep_from_command_to_record(tmp_path, side_by_side):
     logs = list((out / "runs").glob("*.log"))
     assert len(logs) == (0 if side_by_side == "on" else len(table))
     assert "search begins around the shipped record" in run.stdout
+
+
+@pytest.mark.slow
+def test_a_grpo_sweep_that_is_killed_goes_on_within_its_arms(tmp_path):
+    out, steps = tmp_path / "out", ["--max_steps", 40, "--save_steps", 4, "--early_stop", "false"]
+    flags = ["--ranks", 4, "--grid", -6, -4, *TINY, *steps, "--output_dir", out]
+    process = subprocess.Popen([sys.executable, "-m", "mua_rl.sweep", *map(str, flags)])
+    while len(list((out / "runs").glob("r4-*.pt"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    run = run_command("--resume", out)
+    assert run.returncode == 0, run.stderr
+    assert "3 arms go on from step" in run.stdout
+    assert {row.arm.log2_lr for row in rows.read(out / "sweep.csv")} >= {-6, -5, -4}
+    assert not list((out / "runs").glob("*.pt"))
 
 
 @pytest.mark.slow

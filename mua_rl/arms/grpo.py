@@ -7,12 +7,11 @@ schedule, so that it does what it would do alone. Each batch of completions make
 
 import contextlib
 import math
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,12 +24,14 @@ from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 from mua_rl import models
 from mua_rl.adapter import LoRA, TargetModules
+from mua_rl.arms.checkpoint import Checkpoints
 from mua_rl.arms.generation import Answers, Decoder
 from mua_rl.arms.gradient import Gradient
 from mua_rl.arms.grpo_settings import check
 from mua_rl.arms.memory import TIMES_ONE_RUN, ArmsMemory, Parts, Work, arms_memory, cpu_parts, one_run, plan_parts
 from mua_rl.arms.scoring import Metrics, Rollout, Scoring
 from mua_rl.arms.stacked import LoRAStack
+from mua_rl.arms.state import ArmState
 from mua_rl.arms.vllm_rollouts import ArmsEngine, EngineSettings, engine, gpu_share
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import UserError
@@ -46,30 +47,6 @@ KeepGoing = Callable[[Arm, list[Metrics]], str | None]
 """Why an arm shall end early, given its metrics so far; `None` lets it go on."""
 
 ROLE = "lora"
-
-
-@dataclass
-class _ArmState:
-    """What belongs to one arm alone, beside its row of the stack."""
-
-    number: int
-    arm: Arm
-    order: list[list[int]]
-    generator: torch.Generator
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    history: list[Metrics] = field(default_factory=list)
-    bad_steps: int = 0
-    seconds: float = 0.0
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """All of the arm's A and B as one vector."""
-        return self.optimizer.param_groups[0]["params"][0]
-
-    def rewards(self) -> list[float]:
-        """Mean training reward of each step."""
-        return [metrics["reward"] for metrics in self.history]
 
 
 class SideBySide:
@@ -170,21 +147,23 @@ class SideBySide:
         self,
         on_step: Callable[[int, dict[int, Metrics]], None] | None = None,
         keep_going: KeepGoing | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> list[Outcome]:
         """Train to the end.
 
         Args:
             on_step: Called after each step with its number, from 1, and the metrics of each arm that took it.
             keep_going: Asked after each step whether an arm shall go on.
+            checkpoints: Where the arms go on from, and are written on the way.
 
         Returns:
             What each arm reached, in order. An arm whose gradient, or policy, is not finite in three steps in a row
             has diverged; it leaves the batch, as does one that `keep_going` ends.
         """
         start = time.perf_counter()
-        before = self.measure(shared=True)[0]
+        taken, before = self._begin(checkpoints)
         self._charge(start)
-        for step in range(1, self.arguments.max_steps + 1):
+        for step in range(taken + 1, self.arguments.max_steps + 1):
             if not self.states:
                 break
             start = time.perf_counter()
@@ -192,12 +171,14 @@ class SideBySide:
             self._charge(start)
             if on_step:
                 on_step(step, metrics)
-            self._drop(before.accuracy, keep_going)
+            self._drop(before, keep_going)
+            if checkpoints:
+                checkpoints.save(step, before, self.states, self.ended, self.stack)
         start = time.perf_counter()
         results = self.measure()
         self._charge(start)
         for state, after in zip(self.states, results, strict=True):
-            self.ended[state.number] = _outcome(state, before.accuracy, after)
+            self.ended[state.number] = state.outcome(before, after)
         return [self.ended[number] for number in range(len(self.arms))]
 
     def step(self) -> dict[int, Metrics]:
@@ -275,7 +256,7 @@ class SideBySide:
         given = self.arguments.vllm_gpu_memory_utilization
         return engine(settings, folder, lambda: given or gpu_share(self.size, self.work, settings))
 
-    def _new_state(self, number: int, arm: Arm) -> _ArmState:
+    def _new_state(self, number: int, arm: Arm) -> ArmState:
         arguments = self.arguments
         parameter = nn.Parameter(self.stack.values[number])
         optimizer = torch.optim.AdamW(
@@ -298,7 +279,7 @@ class SideBySide:
                 self.train_rows, self.prompts_per_step, arguments.max_steps, arm.seed, bool(arguments.shuffle_dataset)
             )
         )
-        return _ArmState(number, arm, order, torch.Generator().manual_seed(arm.seed), optimizer, schedule)
+        return ArmState(number, arm, order, torch.Generator().manual_seed(arm.seed), optimizer, schedule)
 
     def _precast(self) -> None:
         """Cast the frozen linear weights to what autocast would cast them to in every pass. The output layer stays, as
@@ -356,15 +337,32 @@ class SideBySide:
         for state in self.states:
             state.seconds += (time.perf_counter() - start) / len(self.states)
 
+    def _begin(self, checkpoints: Checkpoints | None) -> tuple[int, float]:
+        """Put arms where checkpoints have them; how many steps they have taken, and the accuracy before the first."""
+        found = checkpoints.load() if checkpoints else None
+        if not found:
+            return 0, self.measure(shared=True)[0].accuracy
+        for state, checkpoint in zip(self.states, found, strict=True):
+            if checkpoint.outcome:
+                self.ended[state.number] = Outcome(**checkpoint.outcome)
+            elif checkpoint.state:
+                state.load_state_dict(self.stack, checkpoint.state)
+        self._let_go()
+        return found[0].step, found[0].before
+
     def _drop(self, before: float, keep_going: KeepGoing | None) -> None:
-        """Let arms go that have diverged or shall not go on."""
+        """End arms that have diverged or shall not go on."""
         for state in self.states:
             steps = len(state.history)
             if state.bad_steps == RunCallback.PATIENCE:
                 reason = f"the gradient was not finite in {RunCallback.PATIENCE} steps in a row, up to step {steps}"
                 self.ended[state.number] = Outcome.of_divergence(before, steps, state.seconds, reason)
             elif keep_going and steps < self.arguments.max_steps and (why := keep_going(state.arm, state.history)):
-                self.ended[state.number] = _outcome(state, before, None, why)
+                self.ended[state.number] = state.outcome(before, None, why)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Let the batch have rows for the arms alone that have not ended."""
         going = [state for state in self.states if state.number not in self.ended]
         if len(going) == len(self.states):
             return
@@ -384,6 +382,7 @@ def train_side_by_side(
     start_from: str | None = None,
     adapters: Path | None = None,
     memory: float = TIMES_ONE_RUN,
+    checkpoints: Path | None = None,
 ) -> list[Outcome]:
     """Train arms side by side and say what each reached, in order.
 
@@ -391,15 +390,21 @@ def train_side_by_side(
         arguments, arms, target_modules, start_from, memory: As `SideBySide`.
         on_step, keep_going: As `SideBySide.train`.
         adapters: Where the arms that reach the end are written, as the PEFT adapters `arm-0`, `arm-1`, …
+        checkpoints: Folder of checkpoints, from which arms go on that were cut off; without them, by default.
 
     Raises:
         UserError: As `SideBySide`.
     """
     trainer = SideBySide(arguments, arms, target_modules, start_from, memory)
-    outcomes = trainer.train(on_step, keep_going)
+    kept = None
+    if checkpoints:
+        kept = Checkpoints(checkpoints, arguments, arms, target_modules, trainer.base.fingerprint)
+    outcomes = trainer.train(on_step, keep_going, kept)
     if adapters:
         for number in trainer.stack.active:
             trainer.save_adapter(number, adapters / f"arm-{number}")
+    if kept:
+        kept.remove()
     return outcomes
 
 
@@ -425,20 +430,3 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
     """Tokens that end a completion: the tokenizer's, and those of the model's generation settings, as for TRL."""
     given = model.generation_config.eos_token_id
     return sorted({tokenizer.eos_token_id, *([] if given is None else [given] if isinstance(given, int) else given)})
-
-
-def _outcome(state: _ArmState, before: float, after: HeldOutResult | None, stopped: str = "") -> Outcome:
-    """Of an arm that is at its end, or was stopped."""
-    rewards = state.rewards()
-    last = rewards[-math.ceil(len(rewards) / 10) :]
-    return Outcome(
-        metric=after.accuracy if after else float("nan"),
-        error=after.standard_error if after else float("nan"),
-        before=before,
-        reward_mean=statistics.fmean(rewards),
-        reward_last=statistics.fmean(last),
-        diverged=after is not None and after.accuracy + 2 * after.standard_error < before,
-        stopped=stopped,
-        steps=len(rewards),
-        seconds=state.seconds,
-    )

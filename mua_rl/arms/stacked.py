@@ -95,9 +95,21 @@ class LoRAStack:
 
     def matrices(self, arm: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         """Name, A `(r, n)` and B `(m, r)` of every layer of an active arm, at its own rank; views without gradient."""
-        row, rank = self.active.index(arm), self.adapters[arm].rank
-        for name, layer in self.layers.items():
-            yield name, layer.a.detach()[row, :rank], layer.b.detach()[row, :, :rank]
+        return self._views(self.values[self.active.index(arm)], self.adapters[arm].rank)
+
+    def pack(self, arm: int, vector: torch.Tensor) -> torch.Tensor:
+        """What of a vector that is laid out as a row of `values` belongs to an arm's own rank, `(P,)` → `(p,)`, on the
+        CPU: it does not depend on the ranks of the others."""
+        matrices = self._views(vector, self.adapters[arm].rank)
+        return torch.cat([matrix.flatten() for _, a, b in matrices for matrix in (a, b)]).cpu()
+
+    def unpack(self, arm: int, packed: torch.Tensor) -> torch.Tensor:
+        """What `pack` gave, maybe of another stack with that arm, as a row of `values`: `(p,)` → `(P,)`."""
+        vector = torch.zeros_like(self.values[0])
+        matrices = [m for _, a, b in self._views(vector, self.adapters[arm].rank) for m in (a, b)]
+        for matrix, part in zip(matrices, packed.split([m.numel() for m in matrices]), strict=True):
+            matrix.copy_(part.view(matrix.shape))
+        return vector
 
     def keep(self, arms: Sequence[int]) -> None:
         """Let the other arms go: a batch has rows for these alone from now on."""
@@ -116,6 +128,15 @@ class LoRAStack:
         config.inference_mode = True
         config.save_pretrained(str(folder))
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    def _views(self, vector: torch.Tensor, rank: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """A and B of every layer within a row of `values` or a vector like it, up to a rank."""
+        start = 0
+        for name, layer in self.layers.items():
+            m, n = layer.base.weight.shape
+            a, b = vector[start : start + self.rank * (n + m)].split([self.rank * n, self.rank * m])
+            yield name, a.view(self.rank, n)[:rank], b.view(m, self.rank)[:, :rank]
+            start += self.rank * (n + m)
 
     def _lay_out(self, values: torch.Tensor) -> None:
         """Make `values` the arms' values and point the layers at them."""

@@ -88,7 +88,7 @@ def choose_runners(
         if all(singly.values()):
             runners.append(single)
         else:
-            together = SideBySide(request, on_step, environment if workers > 1 else None)
+            together = SideBySide(request, folder, on_step, environment if workers > 1 else None)
             runners.append(Chosen(together, single, singly))
     return runners
 

@@ -1,12 +1,14 @@
 """What `python -m mua_rl.sweep` can be asked: the sweep's own flags, and every flag of the trainer beside them."""
 
 import argparse
+import math
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from mua_rl.arguments import AdapterArguments, parse_arguments, parse_rank
+from mua_rl.arms.memory import TIMES_ONE_RUN
 from mua_rl.errors import UserError
 from mua_rl.rules import AlphaRule
 from mua_rl.run import CONFIG, RunFolder, with_whole_paths
@@ -48,6 +50,10 @@ class SweepArguments:
         default="auto",
         metadata={"help": "Train arms in one process where they can be.", "choices": ["auto", "on", "off"]},
     )
+    arms_memory: float = field(
+        default=TIMES_ONE_RUN,
+        metadata={"help": "GPU memory that GRPO arms in one process may take, as a multiple of what one run takes."},
+    )
     workers: int = field(default=1, metadata={"help": "Runs (or groups of arms side by side) at once."})
     study: str | None = field(
         default=None,
@@ -68,6 +74,10 @@ class SweepArguments:
         for name in ("seeds", "workers"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+        if not 0 < self.arms_memory < math.inf:
+            raise UserError(f"--arms_memory takes a multiple of one run's memory, above 0, not {self.arms_memory}.")
+        if self.algo == "ppo" and self.arms_memory != TIMES_ONE_RUN:
+            raise UserError("--arms_memory is of GRPO alone: drop it.")
         if self.time_limit is not None and not self.time_limit > 0:
             raise UserError(f"--time_limit takes a number of seconds above 0, not {self.time_limit}.")
         if self.grid is not None and not (len(self.grid) == 2 and -24 <= self.grid[0] <= self.grid[1] <= -1):

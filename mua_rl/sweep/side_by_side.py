@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 from mua_rl.errors import UserError
@@ -26,15 +27,20 @@ class SideBySide:
 
     Args:
         request: What was asked.
+        folder: The sweep's; GRPO arms have their checkpoints under `runs/`, and go on from there after a crash.
         on_step: Told of progress; by GRPO in this process alone.
         environment: Variables of a process of its own; `None`: this process.
     """
 
     def __init__(
-        self, request: Request, on_step: OnStep | None = None, environment: dict[str, str] | None = None
+        self,
+        request: Request,
+        folder: Path,
+        on_step: OnStep | None = None,
+        environment: dict[str, str] | None = None,
     ) -> None:
         self.at_once = AT_ONCE[request.sweep.algo]
-        self.request, self.on_step = request, on_step
+        self.request, self.runs, self.on_step = request, folder / "runs", on_step
         self.peers: dict[Arm, RewardCurve] = {}
         self.pool = None
         if environment is not None:
@@ -43,14 +49,19 @@ class SideBySide:
             )
 
     def group(self, arm: Arm) -> Hashable:
-        """See `Runner.group`: LoRA arms go together, whatever their ranks, and FFT arms do."""
-        return "side by side", arm.rank is None
+        """See `Runner.group`: LoRA arms go together, whatever their ranks, and FFT arms do; those that were cut off
+        go on with those that were at the same step."""
+        if self.request.sweep.algo == "ppo":
+            return "side by side", arm.rank is None
+        from mua_rl.arms.checkpoint import mark
+
+        return "side by side", arm.rank is None, mark(self.runs, arm)
 
     def run(self, arms: Sequence[Arm]) -> list[Outcome]:
         """See `Runner.run`."""
         if self.pool is not None:
-            return self.pool.submit(_train, self.request, list(arms), None, None).result()
-        return _train(self.request, list(arms), self.on_step, self.peers)
+            return self.pool.submit(_train, self.request, self.runs, list(arms), None, None).result()
+        return _train(self.request, self.runs, list(arms), self.on_step, self.peers)
 
 
 class Chosen:
@@ -96,11 +107,12 @@ def why_not(request: Request, curve: tuple[int | None, str, str]) -> str:
 
 
 def _train(
-    request: Request, arms: list[Arm], on_step: OnStep | None, peers: dict[Arm, RewardCurve] | None
+    request: Request, runs: Path, arms: list[Arm], on_step: OnStep | None, peers: dict[Arm, RewardCurve] | None
 ) -> list[Outcome]:
     """Train a group.
 
     Args:
+        runs: Folder of the checkpoints.
         peers: Reward curves of arms that were trained before, to which these are added.
     """
     if request.sweep.algo == "ppo":
@@ -127,6 +139,8 @@ def _train(
         on_step=(lambda step, _: on_step(step, steps)) if on_step else None,
         keep_going=keep_going if request.sweep.early_stop else None,
         start_from=request.adapter.start_from,
+        memory=request.sweep.arms_memory,
+        checkpoints=runs,
     )
 
 
