@@ -19,6 +19,7 @@ from unittest import mock
 import requests
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
@@ -136,6 +137,7 @@ class _Rollouts(VLLMGeneration):
             EngineFailed: The engine is gone.
         """
         with engine_failures("while the policy was brought to it"):
+            reshard(self.model)
             self._sync()
 
     def generate(self, *args: Any, **kwargs: Any) -> tuple:
@@ -183,8 +185,8 @@ class FullRollouts(_Rollouts):
     """All weights at each sync, in one call: vLLM's loader indexes its parameters once and not once per weight."""
 
     def _sync(self) -> None:
-        if self.mode != "colocate" or self._dist.is_zero3 or self._dist.is_fsdp:
-            super()._sync()  # weights are gathered one at a time there
+        if self.mode != "colocate" or self._dist.is_zero3:
+            super()._sync()  # ZeRO-3's weights are whole one at a time, and a loader may want to see several
             return
         if self.enable_sleep_mode:
             vllm_generation.empty_cache()
@@ -304,6 +306,17 @@ class _AdapterServer(VLLMClient):
         if answer.status_code != 200:
             reason = " ".join(answer.text.split())[:200]
             raise UserError(f"the vLLM server did not take the adapter ({reason}): start it as {self.start}")
+
+
+def reshard(model: nn.Module) -> None:
+    """Give FSDP2's weights back to their processes.
+
+    accelerate keeps embedding, last norm and output layer whole from a forward pass to its backward pass. Where none
+    follows, as after a measurement, TRL finds plain weights among the sharded ones and fails.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def compute_dtype(generation: VLLMGeneration) -> str:

@@ -10,14 +10,18 @@ import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from safetensors.torch import save_file
+from trl.generation.vllm_generation import DistributedBackend
 
 from mua_rl import grpo, processes
 from mua_rl.errors import exit_on_user_error
 from mua_rl.grpo_trainer import GRPOTrainer
+from mua_rl.rollouts import FullRollouts
 
 STEPS, SAVED, DEATH = 5, 2, 4  # steps of a run; of its first checkpoint; the one in which a process of "killed" dies
 FLAGS = ["--completions_per_step", "16", "--num_generations", "2", "--max_steps", str(STEPS), "--report_to", "none"]
@@ -53,7 +57,14 @@ def jobs(folder, *names):
     def made(setup, arguments, run):
         trainer, measure = make_trainer(setup, arguments, run)
         trainer.rollout_func = fixed
-        return trainer, measure
+
+        def measured():
+            result = measure()
+            if setup.adapter.rank is None:
+                push(trainer, run.path / "pushed.safetensors")
+            return result
+
+        return trainer, measured
 
     def uneven(model, tokenizer, task, rows, length):
         return held_out(model, tokenizer, task, rows, 2 + 2 * processes.rank())
@@ -72,6 +83,21 @@ def jobs(folder, *names):
     finally:
         grpo.prepare, grpo.make_trainer, grpo.held_out = prepare, make_trainer, held_out
         GRPOTrainer.training_step = step
+
+
+def push(trainer, path):
+    """Bring all weights to an engine that writes down what it is given."""
+    pushed = {}
+    runner = SimpleNamespace(model=SimpleNamespace(load_weights=pushed.update))
+    engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=SimpleNamespace(model_runner=runner)))
+    rollouts = object.__new__(FullRollouts)
+    rollouts.model, rollouts.accelerator, rollouts.mode = trainer.model_wrapped, trainer.accelerator, "colocate"
+    rollouts.llm = SimpleNamespace(llm_engine=engine, reset_prefix_cache=lambda: None)
+    rollouts.enable_sleep_mode, rollouts._dist = False, DistributedBackend(trainer.accelerator)
+    rollouts.sync_weights()
+    if processes.is_main():
+        named = {name.removeprefix("module."): weight.detach().clone() for name, weight in pushed.items()}
+        save_file(named, path)
 
 
 def disturbed(step, name):

@@ -91,6 +91,15 @@ def test_two_processes_make_the_run_of_one(one, two, job):
     assert together.settings().keys() == alone.settings().keys()
 
 
+def test_an_engine_is_given_all_weights_as_they_are_after_a_measurement(two):
+    """accelerate's FSDP2 leaves the last layers whole after a forward pass, and TRL knows sharded weights alone."""
+    run = two[1] / "fft"
+    pushed, saved = load_file(run / "pushed.safetensors"), weights(run)
+    assert pushed.keys() == saved.keys()
+    for name in saved:
+        torch.testing.assert_close(pushed[name], saved[name], rtol=0, atol=0)
+
+
 def test_only_the_main_process_speaks(two):
     printed = two[3]
     assert printed.count("held-out accuracy after") == 2  # the runs that ended
