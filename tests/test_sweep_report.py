@@ -22,6 +22,7 @@ from mua_rl.sweep.transfer import (
     EqualMovement,
     Prediction,
     RankCorrected,
+    Unmoved,
     calibrated,
     evidence,
     fit_exponent,
@@ -284,7 +285,7 @@ def test_the_rule_with_the_right_exponent_hits_where_the_bare_rule_misses(quarte
     assert not bare[4, None].is_covered
     assert all(test.is_hit for test in corrected.values())
     assert np.mean([test.is_covered for test in corrected.values()]) > 0.8
-    assert {test.kind for test in corrected.values()} == {"within Init[B]", "Init[B] → FFT", "FFT → Init[B]"}
+    assert {test.kind for test in corrected.values()} == {"within Init[B]", "FFT ↔ Init[B]"}
 
 
 def test_init_a_is_predicted_as_the_theory_says_whatever_the_correction(quarter):
@@ -339,6 +340,27 @@ def test_a_perfect_rule_hits_but_for_what_other_seeds_would_have_changed(quarter
     assert hit(0.3, 0.4) == hit(0.4, 0.3) == pytest.approx(0.683, abs=1e-3)  # within one standard deviation
     assert hit(3.0, 4.0) < 0.1
     assert hit(0.0, 0.0) == 1
+
+
+def test_a_prediction_on_the_targets_plateau_is_as_good_as_the_best_however_far_from_the_optimum(quarter):
+    source, target = quarter[0].curves[4, "B", "1"], quarter[0].fft
+    best = target.optimum.log2_lr
+
+    def test_at(off, scatter=0.0):
+        still = replace(source, optimum=replace(source.optimum, scatter=0.0))
+        flat = replace(target, optimum=replace(target.optimum, plateau=(best - 2.0, best + 1.0), scatter=scatter))
+        return Comparison("", quarter[0], still, flat, Prediction(best + off), off)
+
+    assert [test_at(off).is_as_good for off in (-2.1, -1.9, 0.0, 0.9, 1.1)] == [False, True, True, True, False]
+    assert not test_at(-1.9).is_hit
+    assert test_at(9.0).perfect_as_good == 1
+    assert test_at(9.0, scatter=1.0).perfect_as_good == pytest.approx(0.819, abs=1e-3)  # -2 to +1 standard deviations
+
+
+def test_no_rule_leaves_the_rate_unchanged_for_just_the_pairs_that_the_theory_covers(quarter):
+    unmoved = prediction_tests(quarter, Unmoved())
+    assert pairs(unmoved) == pairs(prediction_tests(quarter, BareRule()))
+    assert all(test.prediction.log2_lr == test.source.optimum.log2_lr for test in unmoved)
 
 
 def test_a_rule_that_is_right_hits_about_as_often_as_a_perfect_rule_is_said_to():
@@ -475,13 +497,39 @@ def test_a_perfect_rule_stands_below_the_rules_of_each_algorithm_with_all_pairs_
     found = sweeps(rows)
     table = report.prediction_table(found, [BareRule(), EqualMovement()])
     names = [line[0] for line in table.lines]
-    assert [name for name in names if "perfect" in name] == [names[2], names[5]]
-    ceiling = dict(zip(table.columns, table.lines[2], strict=True))
-    chances = [test.perfect_hit for test in prediction_tests(found[:1], BareRule())]
-    assert ceiling["all"] == f"{np.mean(chances):.0%}"
+    assert [name for name in names if "perfect" in name] == [names[3], names[7]]
+    ceiling = dict(zip(table.columns, table.lines[3], strict=True))
+    tests = prediction_tests(found[:1], BareRule())
+    assert ceiling["all"] == f"{np.mean([test.perfect_hit for test in tests]):.0%}"
+    assert ceiling["as good as the best"] == f"{np.mean([test.perfect_as_good for test in tests]):.0%}"
     assert ceiling["within Init[A]"].endswith("%")
     assert 0 < float(ceiling["mean error"]) < 0.5
     assert ceiling["in the stated interval"] == "–"
+
+
+def test_predictions_as_good_as_the_best_are_counted_beside_the_width_that_noise_gives_them():
+    def bare(noise):
+        found = sweeps(sweep_rows((4, 64), SCHEMES[:1], exponent=0.5, noise=noise))
+        table = report.prediction_table(found, [BareRule()])
+        return found, dict(zip(table.columns, table.lines[0], strict=True))
+
+    (exact, sharp), (noisy, blurred) = bare(0.01), bare(0.4)
+    assert sharp["as good as the best"] == "0/6 (0%)"
+    good = sum(test.is_as_good for test in prediction_tests(noisy, BareRule()))
+    assert good > 0
+    assert blurred["as good as the best"] == f"{good}/6 ({good / 6:.0%})"
+    assert float(blurred["its median width"]) > 2 * float(sharp["its median width"])
+    widths = [np.diff(measured.optimum.plateau).item() for measured in exact[0].curves.values()]
+    assert float(sharp["its median width"]) == pytest.approx(np.median(widths), abs=0.06)
+
+
+def test_the_table_of_losses_counts_how_often_full_finetuning_is_as_good_as_its_best(quarter):
+    table = report.regret_summary(quarter, [BareRule(), RankCorrected(0.25)])
+    shares = {line[0]: line[table.columns.index("as good as the best")] for line in table.lines}
+    good = sum(regret.within_noise for regret in regrets(quarter, BareRule()))
+    assert shares["grpo: theory"] == f"{good}/3 ({good / 3:.0%})"
+    assert good < 3
+    assert shares["grpo: theory × (r/m)^0.25"] == "3/3 (100%)"
 
 
 def run_report(monkeypatch, capsys, *flags):

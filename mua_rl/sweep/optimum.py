@@ -82,6 +82,10 @@ class Optimum:
         """The fitted metric at a learning rate; beyond the grid that of its end (see `covers`)."""
         return float(np.interp(log2_lr, self.log2_lrs, self.values))
 
+    def is_as_good(self, log2_lr: float) -> bool:
+        """Whether a learning rate lies on the plateau: it cannot be told from the best."""
+        return self.plateau[0] <= log2_lr <= self.plateau[1]
+
     def covers(self, log2_lr: float) -> bool:
         """Whether a learning rate lies within the grid."""
         return bool(self.log2_lrs[0] <= log2_lr <= self.log2_lrs[-1])

@@ -102,7 +102,6 @@ def regrets(sweeps: Sequence[Sweep], rule: Rule) -> list[Regret]:
 
 
 def _regret(rule: Rule, sweep: Sweep, fft: Measured, source: Measured | None, log2_lr: float) -> Regret:
-    low, high = fft.optimum.plateau
     return Regret(
         rule=rule.name,
         sweep=sweep,
@@ -110,7 +109,7 @@ def _regret(rule: Rule, sweep: Sweep, fft: Measured, source: Measured | None, lo
         log2_lr=log2_lr,
         share=fft.share_lost(log2_lr),
         is_bound=not fft.optimum.covers(log2_lr) and not log2_lr >= fft.cliff,
-        within_noise=low <= log2_lr <= high,
+        within_noise=fft.optimum.is_as_good(log2_lr),
         steps=source.steps / fft.steps if source else 0.0,
         seconds=source.seconds / fft.seconds if source and fft.seconds else 0.0,
     )

@@ -45,6 +45,7 @@ from mua_rl.sweep.transfer import (
     TRANSFER_RULES,
     Rule,
     Test,
+    Unmoved,
     calibrated,
     leave_one_out,
 )
@@ -204,12 +205,18 @@ def _slope_cells(found: Slope) -> list[str]:
 
 
 def prediction_table(sweeps: Sequence[Sweep], rules: Sequence[Rule]) -> ReportTable | None:
-    """How often each rule predicts one measured optimum from another within half an octave.
+    """How often each rule predicts one measured optimum from another: within half an octave, and as good as the best.
 
-    Its interval is from the other tasks of algorithms with the same exponent in `mua_rl.policy.RANK_EXPONENTS`; that of
-    the fitted rule from all other tasks, as its exponent is. Below an algorithm's rules stands the ceiling of all its
-    pairs: how often a perfect rule is expected to hit (`Test.perfect_hit`).
+    The latter where the target's value there cannot be told from its best (`Optimum.plateau`). Noise widens these
+    intervals and makes that easy: their median width stands beside, and what no rule achieves (`Unmoved`) in a row.
+    Hits between two schemes are of both directions together: a ratio is off by the same octaves in either.
+
+    A rule's stated interval is from the other tasks of algorithms with the same exponent in
+    `mua_rl.policy.RANK_EXPONENTS`; that of the fitted rule from all other tasks, as its exponent is. Below an
+    algorithm's rules stands the ceiling of all its pairs: how often a perfect rule is expected to succeed
+    (`Test.perfect_hit`, `Test.perfect_as_good`).
     """
+    rules = [*rules, Unmoved()]
     by_rule: dict[str, list[Test]] = {rule.name: [] for rule in rules}
     for exponent in {default_exponent(sweep.algorithm) for sweep in sweeps}:
         alike = [sweep for sweep in sweeps if default_exponent(sweep.algorithm) == exponent]
@@ -226,8 +233,8 @@ def prediction_table(sweeps: Sequence[Sweep], rules: Sequence[Rule]) -> ReportTa
         lines += [[f"{algorithm}: {name}", *_hit_cells(tests, kinds)] for name, tests in by_name.items() if tests]
         if pairs := {(test.source, test.target): test for tests in by_name.values() for test in tests}:
             lines.append([f"{algorithm}: {PERFECT}", *_perfect_cells(list(pairs.values()), kinds)])
-    columns = ["rule", *kinds, "all", "mean error", "in the stated interval"]
-    title = f"Predictions within {HIT:g} octave of the measured optimum"
+    columns = ["rule", *kinds, "all", "mean error", "as good as the best", "its median width", "in the stated interval"]
+    title = f"Predictions within {HIT:g} octave of the measured optimum, and those as good as it"
     return ReportTable(title, columns, lines) if lines else None
 
 
@@ -237,6 +244,8 @@ def _hit_cells(tests: Sequence[Test], kinds: Sequence[str]) -> list[str]:
         *(_share([test.is_hit for test in some]) for some in _by_kind(tests, kinds)),
         _share([test.is_hit for test in tests]),
         f"{statistics.fmean(abs(test.error) for test in tests):.2f}",
+        _share([test.is_as_good for test in tests]),
+        _median_width(tests),
         _share(covered),
     ]
 
@@ -244,7 +253,18 @@ def _hit_cells(tests: Sequence[Test], kinds: Sequence[str]) -> list[str]:
 def _perfect_cells(tests: Sequence[Test], kinds: Sequence[str]) -> list[str]:
     chances = [[test.perfect_hit for test in some] for some in [*_by_kind(tests, kinds), tests]]
     error = statistics.fmean(test.scatter for test in tests) * math.sqrt(2 / math.pi)
-    return [*(f"{statistics.fmean(some):.0%}" if some else "–" for some in chances), f"{error:.2f}", "–"]
+    return [
+        *(f"{statistics.fmean(some):.0%}" if some else "–" for some in chances),
+        f"{error:.2f}",
+        f"{statistics.fmean(test.perfect_as_good for test in tests):.0%}",
+        _median_width(tests),
+        "–",
+    ]
+
+
+def _median_width(tests: Sequence[Test]) -> str:
+    plateaus = [test.target.optimum.plateau for test in tests]
+    return f"{statistics.median(high - low for low, high in plateaus):.1f}"
 
 
 def _by_kind(tests: Sequence[Test], kinds: Sequence[str]) -> list[list[Test]]:
@@ -281,7 +301,7 @@ def _remark(regret: Regret) -> str:
 
 
 def regret_summary(sweeps: Sequence[Sweep], rules: Sequence[Rule]) -> ReportTable | None:
-    """Regret and cost of each rule over all sweeps of an algorithm."""
+    """Regret and cost of each rule over all sweeps of an algorithm, and how often FFT is as good as its best."""
     lines = []
     for algorithm in dict.fromkeys(sweep.algorithm for sweep in sweeps):
         for rule in [*rules, *HABITS]:
@@ -297,11 +317,15 @@ def regret_summary(sweeps: Sequence[Sweep], rules: Sequence[Rule]) -> ReportTabl
                         f"{least}{max(shares):.1%}",
                         _share([regret.share <= 0.03 and not regret.is_bound for regret in found]),
                         _share([regret.share <= 0.1 and not regret.is_bound for regret in found]),
+                        _share([regret.within_noise for regret in found]),
                         f"{statistics.fmean(regret.steps for regret in found):.0%}",
                         f"{statistics.fmean(regret.seconds for regret in found):.0%}",
                     ]
                 )
-    columns = ["rule", "cases", "median loss", "worst", "within 3 %", "within 10 %", "mean cost in steps", "in seconds"]
+    columns = [
+        "rule", "cases", "median loss", "worst", "within 3 %", "within 10 %", "as good as the best",
+        "mean cost in steps", "in seconds",
+    ]  # fmt: skip
     return ReportTable("FFT's loss at a transferred LR, of its gain", columns, lines) if lines else None
 
 
@@ -314,7 +338,8 @@ def _introduction(sweeps: Sequence[Sweep], value: str) -> str:
         "the algorithm (– where there is none; for the fitted rule on all other tasks), and that of the optimum it is "
         "held against. A perfect rule knows how far apart two optima are found on average over seeds and misses by how "
         "far the measured ones are off that: its row says how often it is expected to hit. Where tops are flat a miss "
-        "costs little, as the losses show."
+        "costs little: a prediction is as good as the best within the target's “as good” interval, whose median width "
+        "in octaves stands beside. Noise widens it; the share to beat is that of no rule."
     )
     if unknown := sorted({sweep.base for sweep in sweeps if sweep.context.outputs is None and sweep.fft}):
         text += f" Without `--sizes` of {', '.join(unknown)}, rules that need m say nothing of FFT there."

@@ -1,9 +1,9 @@
 """Rules that say what one curve's optimum tells of another's, and how well they do on finished sweeps.
 
 A rule is anything with `Rule`'s attributes. `prediction_tests` holds its predictions against the measured optima, which
-other seeds would have put elsewhere: `Test.perfect_hit` says how often any rule could be right. How far off a rule may
-be is learnt from other sweeps than it is judged on: `calibrated` gives it an interval; `evidence` is for users
-(`mua_rl.policy`).
+other seeds would have put elsewhere: `Test.perfect_hit` says how often any rule could be right, `Unmoved` shows how
+often none is needed. How far off a rule may be is learnt from other sweeps than it is judged on: `calibrated` gives it
+an interval; `evidence` is for users (`mua_rl.policy`).
 """
 
 import itertools
@@ -69,6 +69,18 @@ class BareRule:
         """See `Rule`."""
         shift = log2_ratio(source.curve, target, context.width)
         return None if shift is None else moved(source.optimum, shift)
+
+
+@dataclass(frozen=True)
+class Unmoved:
+    """The source's learning rate as it is, where the theory has one: a rule that does no better is not needed."""
+
+    name: str = "no rule, the LR unchanged"
+    needs_source: bool = True
+
+    def predict(self, source: Measured, target: Curve, context: Context) -> Prediction | None:
+        """See `Rule`."""
+        return None if log2_ratio(source.curve, target, context.width) is None else moved(source.optimum, 0.0)
 
 
 @dataclass(frozen=True)
@@ -213,6 +225,11 @@ class Test:
         return abs(self.error) <= HIT
 
     @property
+    def is_as_good(self) -> bool:
+        """Whether the target's value there cannot be told from its best; the noisier its runs, the easier that is."""
+        return self.target.optimum.is_as_good(self.prediction.log2_lr)
+
+    @property
     def missing(self) -> float | None:
         """Octaves by which the measured optimum is out of the stated interval, in quadrature; `None`: none is stated.
 
@@ -251,13 +268,26 @@ class Test:
     @property
     def perfect_hit(self) -> float:
         """The probability that a perfect rule hits; of many tests the mean is the ceiling of their hit rate."""
-        return math.erf(HIT / (math.sqrt(2) * self.scatter)) if self.scatter else 1.0
+        return self._perfect(-HIT, HIT)
+
+    @property
+    def perfect_as_good(self) -> float:
+        """The probability that a perfect rule's prediction is as good as the best."""
+        low, high = (end - self.target.optimum.log2_lr for end in self.target.optimum.plateau)
+        return self._perfect(low, high)
+
+    def _perfect(self, low: float, high: float) -> float:
+        """The probability that a perfect rule's error lies between these."""
+        if not self.scatter:
+            return float(low <= 0 <= high)
+        error = statistics.NormalDist(0.0, self.scatter)
+        return error.cdf(high) - error.cdf(low)
 
     @property
     def kind(self) -> str:
-        """Between what, e.g. "within Init[B]" or "Init[B] → FFT"."""
-        source, target = _scheme(self.source.curve), _scheme(self.target.curve)
-        return f"within {source}" if source == target else f"{source} → {target}"
+        """Between what, whatever the direction: "within Init[B]", "FFT ↔ Init[B]"."""
+        schemes = sorted({_scheme(self.source.curve), _scheme(self.target.curve)})
+        return " ↔ ".join(schemes) if len(schemes) > 1 else f"within {schemes[0]}"
 
 
 def prediction_tests(sweeps: Sequence[Sweep], rule: Rule) -> list[Test]:
