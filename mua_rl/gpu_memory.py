@@ -15,7 +15,7 @@ _ENGINE_SPARE = 4 * GIB  # on top where nobody else needs it: what the engine do
 _HEAD_TOKENS, _HEAD_TOKEN_IDS = 4096, 32768  # of the tile of logits that TRL holds at once (`trl.kernels`)
 _ENGINE_BATCH_TOKENS = 4096  # `max_num_batched_tokens` as TRL sets it
 _KV_BLOCK = 16  # tokens; vLLM gives out its cache in blocks
-_SAFE = 0.95  # of the free memory: allocators lose some to fragments
+_SAFE = 0.95
 _FP32 = 4
 
 
@@ -247,6 +247,11 @@ class Plan:
         return ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items()) + " GiB"
 
 
+def usable(free: int) -> int:
+    """What can be counted on of so many free bytes: allocators lose some to fragments."""
+    return int(free * _SAFE)
+
+
 def plan(
     size: PolicySize,
     *,
@@ -299,7 +304,7 @@ def plan(
     needed = engines.cache(1, longest)
     wanted = max(engines.cache(sequences, length), needed)
     trainer = weights + optimizer + (0 if sleeps else activations)
-    left = int(free * _SAFE) - trainer - engine
+    left = usable(free) - trainer - engine
     cache = min(wanted, left) + min(_ENGINE_SPARE, max(0, left - wanted) // 2)
     made = Plan(weights, optimizer, activations, engine, max(cache, needed), total, roomy=cache >= wanted)
     if left < needed:

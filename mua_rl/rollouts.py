@@ -9,7 +9,7 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +27,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from mua_rl import processes
 from mua_rl.adapter import lora_layers, lora_matrices
 from mua_rl.errors import UserError
-from mua_rl.gpu_memory import Plan, PolicySize, plan
+from mua_rl.gpu_memory import Plan, PolicySize, plan, trainer_memory, usable
 from mua_rl.vllm_lora import (
     AdapterFolders,
     adapter_llm,
@@ -68,7 +68,7 @@ def plan_engine(arguments: Any, policy: nn.Module, rank: int | None, prompt_toke
 
     Args:
         arguments: `GRPOArguments`; `vllm_max_model_length` and `vllm_gpu_memory_utilization` are set where they are
-            `None`, and the passes of a step where they are open.
+            `None`, and the passes of a step where they are open, on a GPU as wide as it allows.
         policy: The model with its adapter attached.
         rank: `Adapter.rank`.
         prompt_tokens: Of the longest prompt, or `None` where that is not known.
@@ -91,40 +91,61 @@ def plan_engine(arguments: Any, policy: nn.Module, rank: int | None, prompt_toke
     length = longest if prompt_tokens is None else min(longest, prompt_tokens + arguments.max_completion_length)
     if arguments.vllm_max_model_length is None and prompt_tokens is not None:
         arguments.vllm_max_model_length = min(longest, length + _SPARE_TOKENS)
-    shared = arguments.vllm_mode == "colocate" and torch.cuda.is_available()
-    if arguments.vllm_gpu_memory_utilization is not None or not shared:
-        arguments.vllm_gpu_memory_utilization = arguments.vllm_gpu_memory_utilization or _TRL_UTILIZATION
+    colocated, given = arguments.vllm_mode == "colocate", arguments.vllm_gpu_memory_utilization
+    if given is None and not (colocated and torch.cuda.is_available()):
+        arguments.vllm_gpu_memory_utilization = _TRL_UTILIZATION
+    if not torch.cuda.is_available():
         return None
     own, total = torch.cuda.mem_get_info()
     free = min(processes.gathered([own]))  # all processes take the same passes
     sequences = arguments.per_device_train_batch_size * arguments.steps_per_generation
-    *wider, given = arguments.wider_passes()
+    size = PolicySize.of(policy)
+    work: dict[str, Any] = {
+        "length": length,
+        "compute_bytes": 2 if arguments.bf16 or arguments.fp16 else 4,
+        "checkpointing": arguments.gradient_checkpointing,
+        "processes": processes.count(),
+        "sharded": processes.sharded(),
+    }
+    if given is not None or not colocated:
+        room = usable(free) - (int(given * total) if colocated else 0)
+        _widen(
+            arguments,
+            lambda completions: trainer_memory(size, micro_batch=completions, **work).total <= room,
+        )
+        return None
 
     def shares(completions: int) -> Plan:
         return plan(
-            PolicySize.of(policy),
+            size,
             total=total,
             free=free,
             micro_batch=completions,
             sequences=sequences,
-            length=length,
             longest=arguments.vllm_max_model_length or longest,
-            compute_bytes=2 if arguments.bf16 or arguments.fp16 else 4,
-            checkpointing=arguments.gradient_checkpointing,
             sleeps=arguments.vllm_enable_sleep_mode,
-            processes=processes.count(),
-            sharded=processes.sharded(),
+            **work,
         )
 
-    made = shares(given[0])
-    for completions, passes in wider:  # one wide pass takes a small model's time of one narrow pass
-        with contextlib.suppress(UserError):
-            if (roomy := shares(completions)).roomy:
-                arguments.set_passes(completions, passes)
-                made = roomy
-                break
+    def roomy(completions: int) -> bool:
+        try:
+            return shares(completions).roomy
+        except UserError:
+            return False
+
+    _widen(arguments, roomy)
+    made = shares(arguments.per_device_train_batch_size)
     arguments.vllm_gpu_memory_utilization = made.utilization
     return made
+
+
+def _widen(arguments: Any, fits: Callable[[int], bool]) -> None:
+    """Take the widest passes that make the same step and fit: a small model does a wide one in a narrow one's time."""
+    *wider, _ = arguments.wider_passes()
+    for completions, passes in wider:
+        if fits(completions):
+            arguments.set_passes(completions, passes)
+            return
 
 
 class _Rollouts(VLLMGeneration):

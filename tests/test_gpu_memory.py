@@ -68,7 +68,7 @@ def gpu(monkeypatch):
 
     def make(gib):
         monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-        monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (gib * GIB, gib * GIB))
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (int(gib * GIB), int(gib * GIB)))
 
     arguments, _, _ = grpo.parse(["--max_completion_length", "32", "--report_to", "none"])
     return make, arguments
@@ -83,6 +83,24 @@ def test_a_step_is_one_pass_where_the_gpu_has_room_and_the_same_step_either_way(
     assert arguments.per_device_train_batch_size * arguments.steps_per_generation == before == 256
     assert arguments.vllm_gpu_memory_utilization == shares.utilization < 0.2
     assert arguments.vllm_max_model_length == 20 + 32 + 32
+
+
+@pytest.mark.parametrize(
+    ("gib", "flags", "passes"),
+    [
+        (80, ["--vllm_mode", "server"], (256, 1)),
+        (0.65, ["--vllm_mode", "server"], (128, 2)),
+        (80, ["--vllm_gpu_memory_utilization", "0.5"], (256, 1)),
+        (80, ["--vllm_gpu_memory_utilization", "0.995"], (64, 4)),
+    ],
+)
+def test_a_step_has_the_widest_passes_that_the_trainer_has_room_for_beside_any_engine(gpu, gib, flags, passes):
+    make, _ = gpu
+    arguments, _, _ = grpo.parse(["--max_completion_length", "32", "--report_to", "none", *flags])
+    make(gib)
+    assert plan_engine(arguments, LoRA(8).attach(models.load_model("embedded")), 8, prompt_tokens=20) is None
+    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == passes
+    assert arguments.generation_batch_size == 256
 
 
 def test_passes_that_the_user_has_chosen_stay(gpu):
