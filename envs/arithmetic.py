@@ -8,6 +8,8 @@ task for supervised finetuning to begin (`scripts/finetune_text.py`).
 import random
 import re
 import zlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
@@ -21,6 +23,7 @@ _HELD_OUT_ONE_IN = 8
 _INTEGER = re.compile(r"-?\d+")
 
 Problem = tuple[int, str, int]
+Draw = Callable[[random.Random, bool], Problem]
 
 
 def is_held_out(problem: Problem) -> bool:
@@ -31,10 +34,23 @@ def is_held_out(problem: Problem) -> bool:
 def draw_problem(rng: random.Random, held_out: bool, operators: str = "+*") -> Problem:
     """One problem of a split: each operand has one or two digits with equal chance, as has each operator."""
     while True:
-        first, second = (rng.randrange(10) if rng.random() < 0.5 else rng.randrange(10, 100) for _ in range(2))
+        first, second = _operand(rng), _operand(rng)
         problem = (first, rng.choice(operators), second)
         if is_held_out(problem) == held_out:
             return problem
+
+
+def draw_easy_problem(rng: random.Random, held_out: bool) -> Problem:
+    """One problem of a split: a sum as in `draw_problem`, or, with equal chance, a product of digits."""
+    while True:
+        operator = rng.choice("+*")
+        first, second = (_operand(rng) if operator == "+" else rng.randrange(10) for _ in range(2))
+        if is_held_out(problem := (first, operator, second)) == held_out:
+            return problem
+
+
+def _operand(rng: random.Random) -> int:
+    return rng.randrange(10) if rng.random() < 0.5 else rng.randrange(10, 100)
 
 
 def solve(problem: Problem) -> int:
@@ -53,10 +69,10 @@ def last_integer_is_right(completions: list, answer: list[int], **_: Any) -> lis
     return scores
 
 
-def _split(operators: str, held_out: bool, conversational: bool) -> Dataset:
+def _split(draw: Draw, held_out: bool, conversational: bool) -> Dataset:
     rng = random.Random(1 if held_out else 0)
     size = HELD_OUT_PROBLEMS if held_out else TRAIN_PROBLEMS
-    problems = [draw_problem(rng, held_out, operators) for _ in range(size)]
+    problems = [draw(rng, held_out) for _ in range(size)]
     if conversational:
         prompts: list = [[{"role": "user", "content": f"What is {a} {op} {b}?"}] for a, op, b in problems]
     else:
@@ -64,11 +80,11 @@ def _split(operators: str, held_out: bool, conversational: bool) -> Dataset:
     return Dataset.from_dict({"prompt": prompts, "answer": [solve(problem) for problem in problems]})
 
 
-def _task(name: str, operators: str) -> Task:
+def _task(name: str, draw: Draw) -> Task:
     return Task(
         name=name,
-        train=lambda conversational: _split(operators, False, conversational),
-        held_out=lambda conversational: _split(operators, True, conversational),
+        train=lambda conversational: _split(draw, False, conversational),
+        held_out=lambda conversational: _split(draw, True, conversational),
         rewards=(last_integer_is_right,),
         correct=last_integer_is_right,
         max_completion_length=32,
@@ -78,10 +94,16 @@ def _task(name: str, operators: str) -> Task:
 @register_task("arithmetic")
 def arithmetic() -> Task:
     """Sums and products of one- and two-digit numbers; the last integer of the reply counts."""
-    return _task("arithmetic", "+*")
+    return _task("arithmetic", draw_problem)
+
+
+@register_task("easy-arithmetic")
+def easy_arithmetic() -> Task:
+    """Sums of one- and two-digit numbers and products of digits, for small chat models to learn in a minute."""
+    return _task("easy-arithmetic", draw_easy_problem)
 
 
 @register_task("differences")
 def differences() -> Task:
     """Differences of one- and two-digit numbers; the last integer of the reply counts."""
-    return _task("differences", "-")
+    return _task("differences", partial(draw_problem, operators="-"))

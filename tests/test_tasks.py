@@ -42,6 +42,17 @@ def test_arithmetic_still_builds():
     assert {"prompt", "answer"} <= set(task.held_out(False).column_names)
 
 
+def test_easy_arithmetic_has_sums_and_products_of_digits_and_no_problem_in_both_splits():
+    task = get_task("easy-arithmetic")
+    train, held_out = task.train(False), task.held_out(False)
+    assert not set(train["prompt"]) & set(held_out["prompt"])
+    assert [eval(prompt.rstrip("=")) for prompt in train["prompt"]] == train["answer"]
+    products = [prompt for prompt in train["prompt"] if "*" in prompt]
+    assert len(products) == pytest.approx(len(train) / 2, rel=0.05)
+    assert {len(prompt) for prompt in products} == {len("1*1=")}
+    assert max(len(prompt) for prompt in train["prompt"]) == len("10+10=")
+
+
 def test_differences_are_right_below_zero_too_and_none_is_in_both_splits():
     task = get_task("differences")
     train, held_out = task.train(False), task.held_out(False)
