@@ -26,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -50,6 +49,7 @@ MEMORY = {
     "8b": (["32"], 4, 512),
 }
 SERVER_START_S = 240
+LEARNING_RATES = {False: 2**-13, True: 2**-15}  # of LoRA and of FFT, near SmolLM2's best on its task
 
 
 def main() -> None:
@@ -113,14 +113,10 @@ def run_child(job: str, options: argparse.Namespace) -> bool:
     start = time.perf_counter()
     with open(log_path, "w") as log:
         server = serve(rest[0], rest[1], visible[-1], options) if name == "server" else nullcontext(None)
-        try:
-            with server as url:
-                if url:
-                    environment["BENCH_SERVER"] = url
-                code = wait(command, environment, log, options.limit)
-        except RuntimeError as error:
-            log.write(str(error))
-            code = 1
+        with server as url:
+            if url:
+                environment["BENCH_SERVER"] = url
+            code = wait(command, environment, log, options.limit)
     print(
         f"{job}: {time.perf_counter() - start:.0f} s, {'timed out' if code is None else f'exit code {code}'}",
         flush=True,
@@ -128,6 +124,8 @@ def run_child(job: str, options: argparse.Namespace) -> bool:
     if code != 0 or not result.exists():
         log = log_path.read_text()
         print(log[log.find("Traceback") :][:3000] if "Traceback" in log else log[-2000:], flush=True)
+        if name == "server":
+            print("the server:", server_log(rest[0], rest[1], options).read_text()[-2000:], flush=True)
         return False
     return True
 
@@ -181,7 +179,7 @@ def end_group(process: subprocess.Popen) -> None:
 
 @contextmanager
 def serve(model: str, rank: str, device: str, options: argparse.Namespace) -> Iterator[str]:
-    """A vLLM server of a model on a GPU of its own, as `mua_rl.grpo` asks for it."""
+    """A vLLM server of a model on a GPU of its own, as `mua_rl.grpo` asks for it; it starts while the trainer does."""
     import torch
 
     from mua_rl import models
@@ -206,24 +204,19 @@ def serve(model: str, rank: str, device: str, options: argparse.Namespace) -> It
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
     }
-    log_path = options.out / f"server-{model.replace('/', '_')}-{rank}.log"
-    with open(log_path, "w") as log:
+    with open(server_log(model, rank, options), "w") as log:
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        deadline = time.monotonic() + SERVER_START_S
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"the vLLM server did not start:\n{log_path.read_text()[-3000:]}") from None
-                time.sleep(1)
         yield f"http://127.0.0.1:{port}"
     finally:
         end_group(process)
+
+
+def server_log(model: str, rank: str, options: argparse.Namespace) -> Path:
+    """What a server prints."""
+    return options.out / f"server-{model.replace('/', '_')}-{rank}.log"
 
 
 def random_model(name: str, out: Path) -> Path | None:
@@ -283,13 +276,15 @@ def layout_run(layout: str, model: str, rank: str, options: argparse.Namespace) 
     from transformers import TrainerCallback
 
     from mua_rl import grpo, processes
+    from mua_rl.record import machine
     from mua_rl.run import RunFolder
 
     number = LAYOUTS[layout][0]
     folder = random_model(model, options.out)
     completions = options.completions * (number if options.weak else 1)
     length = options.completion_length or (128 if folder else None)
-    flags = ["--model", folder or model, "--rank", rank, "--lr", 1e-5 if folder else 2**-13, "--seed", options.seed]
+    rate = 1e-5 if folder else LEARNING_RATES[rank == "full"]
+    flags = ["--model", folder or model, "--rank", rank, "--lr", rate, "--seed", options.seed]
     flags += ["--completions_per_step", completions, "--max_steps", options.steps, "--report_to", "none"]
     flags += ["--held_out_steps", 0, "--save_strategy", "no", "--output_dir", tempfile.mkdtemp(prefix="bench_scale-")]
     flags += ["--max_completion_length", length] if length else []
@@ -299,7 +294,7 @@ def layout_run(layout: str, model: str, rank: str, options: argparse.Namespace) 
     if not options.no_engine:
         flags += ["--use_vllm"]
     if url := os.environ.get("BENCH_SERVER"):
-        flags += ["--vllm_mode", "server", "--vllm_server_base_url", url]
+        flags += ["--vllm_mode", "server", "--vllm_server_base_url", url, "--vllm_server_timeout", SERVER_START_S]
     arguments, adapter_arguments, _ = grpo.parse([str(flag) for flag in flags])
     setup = grpo.prepare(arguments, adapter_arguments)
     if folder:
@@ -338,7 +333,7 @@ def layout_run(layout: str, model: str, rank: str, options: argparse.Namespace) 
         "rank": rank,
         "weak": options.weak,
         "processes": processes.count(),
-        "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "device": machine(),
         "flags": [str(flag) for flag in flags],
         "completions": completions,
         "pass": [arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps],
@@ -378,6 +373,7 @@ def memory_run(size: str, rank: str, options: argparse.Namespace) -> dict[str, A
     from mua_rl.envs.tasks import get_task
     from mua_rl.gpu_memory import PolicySize, trainer_memory
     from mua_rl.grpo_trainer import GRPOTrainer
+    from mua_rl.record import machine
 
     cuda = torch.cuda.is_available()
     _, micro, length = MEMORY[size]
@@ -429,7 +425,7 @@ def memory_run(size: str, rank: str, options: argparse.Namespace) -> dict[str, A
         "reserved": torch.cuda.max_memory_reserved() if cuda else 0,
         "plan": planned.parts(),
         "loss": [line["loss"] for line in trainer.state.log_history if "loss" in line],
-        "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "device": machine(),
         "versions": versions(),
     }
 
@@ -460,7 +456,9 @@ def layout_table(out: Path) -> str:
         rows.append(["step ms", *(f"{1000 * step_seconds(run):.0f}" for run in group)])
         rows.append(["completions", *(str(run["completions"]) for run in group)])
         rows.append(["tokens/s", *(f"{tokens_per_second(run):.0f}" for run in group)])
-        times = [tokens_per_second(run) / tokens_per_second(one) if one else float("nan") for run in group]
+        rows.append(["completions/s", *(f"{completions_per_second(run):.0f}" for run in group)])
+        # Not tokens, whose number changes as a run learns to be brief.
+        times = [completions_per_second(run) / completions_per_second(one) if one else float("nan") for run in group]
         rows.append(["times one", *(f"{t:.2f}" for t in times)])
         gpus = [2 if run["layout"] == "server" else run["processes"] for run in group]
         rows.append(["efficiency", *(f"{t / n:.2f}" for t, n in zip(times, gpus, strict=True))])
@@ -477,6 +475,11 @@ def layout_table(out: Path) -> str:
 def step_seconds(run: dict[str, Any]) -> float:
     """Mean seconds of a step after the warm-up."""
     return mean([sum(step.values()) for step in (run["steps"][WARM_UP:] or run["steps"])])
+
+
+def completions_per_second(run: dict[str, Any]) -> float:
+    """Completions made and learnt from a second after the warm-up."""
+    return run["completions"] / step_seconds(run)
 
 
 def tokens_per_second(run: dict[str, Any]) -> float:
