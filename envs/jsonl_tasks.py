@@ -36,7 +36,7 @@ def jsonl(argument: str | None = None, bad_rows: str = "skip", isolation: str = 
         from mua_rl.envs.code_tasks import code_dataset, code_task
 
         def code_split(held_out: bool, conversational: bool) -> Dataset:
-            rows = convert_rows(_read(argument, held_out), lambda row: _code_row(row, conversational))
+            rows = convert_rows(_split(argument, held_out), lambda row: _code_row(row, conversational))
             return code_dataset(rows, name, bad_rows, isolation)
 
         return code_task(
@@ -76,6 +76,21 @@ def _read(path: str, held_out: bool) -> list[Row]:
     return [row for row in rows if is_held_out(_key(row)) == held_out]
 
 
+def _split(path: str, held_out: bool) -> list[Row]:
+    """As `_read`; a split is not empty where the other is not.
+
+    Raises:
+        UserError: It is.
+    """
+    rows = _read(path, held_out)
+    if not rows and _read(path, not held_out):
+        raise UserError(
+            f"{path} has no rows {'to hold out' if held_out else 'to train on'} (of a file, one in eight is held out, "
+            "by a hash of its prompt): give more rows, or a folder with train.jsonl and test.jsonl."
+        )
+    return rows
+
+
 def _key(row: Row) -> str:
     return json.dumps(row.columns.get("prompt"), sort_keys=True, default=str)
 
@@ -106,7 +121,7 @@ def _code_row(row: Row, conversational: bool) -> dict[str, Any]:
 
 def _math_split(path: str, held_out: bool, name: str, bad_rows: str, conversational: bool) -> Dataset:
     rows = keep_good_rows(
-        convert_rows(_read(path, held_out), _math_row),
+        convert_rows(_split(path, held_out), _math_row),
         lambda candidates: gold_faults([row.columns["answer"] for row in candidates]),
         name,
         bad_rows,

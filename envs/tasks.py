@@ -24,11 +24,15 @@ Rows that cannot be scored (no tests, no readable answer, a missing column) are 
 with a report of file and line, or, with `bad_rows="refuse"`, end the program (`mua_rl.envs.rows`).
 """
 
+import functools
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -36,7 +40,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from mua_rl.errors import UserError
+from mua_rl.errors import UserError, one_line
 
 RewardFunc = Callable[..., list[float | None]]
 """TRL's reward signature: `f(prompts, completions, **columns) -> list of one score per completion`."""
@@ -126,7 +130,58 @@ def get_task(spec: str, bad_rows: str = "skip", isolation: str = "strong") -> Ta
     accepted = inspect.signature(build).parameters
     if argument is not None and "argument" not in accepted:
         raise UserError(f"the task {name!r} takes no argument, but {spec!r} gives one.")
-    return build(**{key: value for key, value in options.items() if key in accepted})
+    given = {key: value for key, value in options.items() if key in accepted}
+    with own_code(f"the task {spec!r}"):
+        task = build(**given)
+    if not isinstance(task, Task):
+        raise UserError(f"what registers the task {spec!r} returns a {type(task).__name__}, not a Task.")
+    return task
+
+
+@contextmanager
+def own_code(what: str) -> Iterator[None]:
+    """A fault in somebody's task or reward is named in one line, with the place in its file.
+
+    Args:
+        what: Of whom, for the message.
+
+    Raises:
+        UserError: The code in the block raised something else than a `UserError`.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise UserError(f"{what} failed: {reason} ({last.filename}:{last.lineno}).") from error
+
+
+def checked(reward: RewardFunc, task: str) -> RewardFunc:
+    """A reward whose faults, and results that are no scores, are a `UserError`; a coroutine is left as it is."""
+    if inspect.iscoroutinefunction(reward):
+        return reward
+    name = getattr(reward, "__name__", type(reward).__name__)
+
+    @functools.wraps(reward)
+    def score(*args: Any, **columns: Any) -> list[float | None]:
+        with own_code(f"the reward {name} of the task {task}"):
+            given = reward(*args, **columns)
+        try:
+            scores = [None if score is None else float(score) for score in given]
+        except (TypeError, ValueError):
+            raise UserError(
+                f"the reward {name} of the task {task} gives no list of scores: {one_line(repr(given), 80)}"
+            ) from None
+        wanted = len(columns["completions"])
+        if len(scores) != wanted:
+            raise UserError(f"the reward {name} of the task {task} gives {len(scores)} scores for {wanted} answers.")
+        if not all(score is None or math.isfinite(score) for score in scores):
+            raise UserError(f"the reward {name} of the task {task} gives a score that is not finite; None is for none.")
+        return scores
+
+    return score
 
 
 def _split_spec(spec: str) -> tuple[str, str | None]:
@@ -156,7 +211,7 @@ def _import_file(path: Path) -> ModuleType:
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         raise UserError(f"the task file {path} cannot be imported: {type(error).__name__}: {error}") from error
     return module

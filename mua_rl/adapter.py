@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 
 from mua_rl.errors import UserError
@@ -131,16 +131,22 @@ class LoRA:
                     f"rank {self.rank} exceeds the size of the layer {layer_name} ({fan_in(a)} → {len(b)}): choose a "
                     "smaller --rank or other --target-modules, or full finetuning (--rank full)."
                 )
-            self.draw(a, b, generator)
+            self.draw(a, b, generator, experts=layer.num_experts if isinstance(layer, ParamWrapper) else 1)
         return wrapped
 
     @torch.no_grad()
-    def draw(self, a: torch.Tensor, b: torch.Tensor, generator: torch.Generator) -> None:
-        """Fill the A and B of a layer with starting values, the random one from a generator on the CPU."""
+    def draw(self, a: torch.Tensor, b: torch.Tensor, generator: torch.Generator, experts: int = 1) -> None:
+        """Fill the A and B of a layer with starting values, the random one from a generator on the CPU.
+
+        Args:
+            experts: Of a mixture-of-experts layer, whose A and B PEFT lays side by side: `(experts r, n)` and
+                `(m, r experts)`.
+        """
         random, zero = (a, b) if self.init == "A" else (b, a)
         zero.zero_()
         # 1/n for A and 1/r for B; a grouped convolution's B sums over r/groups.
-        random.copy_(torch.randn(random.shape, generator=generator) / math.sqrt(fan_in(random)))
+        inputs = fan_in(random) // (experts if random is b else 1)
+        random.copy_(torch.randn(random.shape, generator=generator) / math.sqrt(inputs))
 
     def configuration(self, model: nn.Module, optimizer: str = "adamw") -> Configuration:
         """See `Adapter.configuration`."""

@@ -1,5 +1,6 @@
 """Arguments that every trainer takes, and how they become an adapter and a learning rate."""
 
+import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -71,7 +72,7 @@ class AdapterArguments:
     @property
     def chosen_rank(self) -> str:
         """`--rank`, or its default."""
-        return self.rank or ("full" if self.start_from else str(DEFAULT_RANK))
+        return str(DEFAULT_RANK) if self.rank is None and not self.start_from else self.rank or "full"
 
     def adapter(self, default_targets: TargetModules) -> Adapter:
         """The adapter that was asked for.
@@ -118,6 +119,28 @@ class _Parser(TrlParser):
         """What argparse calls for a flag that it cannot use."""
         raise UserError(f"{message} (--help lists the flags).")
 
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        """What TRL calls with the `--config` file: its values are checked, and read, as if they were given as flags."""
+        actions = {action.dest: action for action in reversed(self._actions)}  # `--no_KEY` comes after `--KEY`
+        if unknown := sorted(config.keys() - actions.keys()):
+            raise UserError(f"the --config file has unknown keys: {', '.join(unknown)} (--help lists the flags).")
+        try:
+            return super().set_defaults_with_config(**{k: self._read(actions[k], v) for k, v in config.items()})
+        except argparse.ArgumentError as error:
+            raise UserError(f"in the --config file: {error} (--help lists the flags).") from None
+
+    def _read(self, action: argparse.Action, value: Any) -> Any:
+        if value is None or isinstance(value, (bool, dict)):
+            return value
+        if action.nargs == "+":
+            return [self._read_one(action, item) for item in (value if isinstance(value, list) else [value])]
+        return value if isinstance(value, list) else self._read_one(action, value)
+
+    def _read_one(self, action: argparse.Action, value: Any) -> Any:
+        read = self._get_value(action, str(value))
+        self._check_value(action, read)
+        return read
+
 
 def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple[tuple, dict[str, Any]]:
     """Parse flags and `--config file.yaml` into the dataclasses.
@@ -133,13 +156,15 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     for position, argument in enumerate(arguments):
         if argument.startswith("--config="):  # TRL's parser knows the two words only
             arguments[position : position + 1] = argument.split("=", 1)
+    if arguments[-1:] == ["--config"]:
+        raise UserError("--config takes a YAML file.")
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
     parser = _Parser(list(dataclass_types), prog=name)  # type: ignore[arg-type]  # its annotation wants instances
     defaults = vars(parser.parse_args([]))
     try:
         instances = parser.parse_args_and_config(list(arguments))
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the --config file cannot be read: {error}.") from None
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from None
@@ -233,9 +258,10 @@ def find_record(arguments: AdapterArguments, base: Base, algorithm: str) -> tupl
     if arguments.lr_from:
         record = LRRecord.load(arguments.lr_from)
         if not base.is_base_of(record):
+            other = f"other weights than these by the name {base.name}" if record.base_model == base.name else ""
             raise UserError(
-                f"{arguments.lr_from} is the record of another base model ({record.base_model}), and this one is "
-                f"{base.name}: tune on it, or give a learning rate with --lr."
+                f"{arguments.lr_from} is the record of another base model ({other or record.base_model}), and this one "
+                f"is {base.name}: tune on it, or give a learning rate with --lr."
             )
         if record.algorithm != algorithm:
             raise UserError(f"{arguments.lr_from} is the record of a {record.algorithm} run, not of {algorithm}.")

@@ -16,6 +16,12 @@ class Diverged(RuntimeError):
     """Training has left the finite numbers; the message says where."""
 
 
+def one_line(error: object, most: int = 400) -> str:
+    """What an error of somebody else's says, on one line of at most so many characters."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= most else f"{line[:most]} …"
+
+
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run `main`; print a `UserError` as one line on stderr and exit with code 2, a `Diverged` likewise with code 3."""
     try:

@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mua_rl.engines import Engine
-from mua_rl.envs.tasks import RewardFunc, Task
+from mua_rl.envs.tasks import RewardFunc, Task, checked
 from mua_rl.errors import UserError
 from mua_rl.statistics import Estimate, PairedDifference, mean_estimate, paired_difference, pass_at_k
 
@@ -171,7 +171,9 @@ def _score(task: Task, rows: Any, completions: list[list[str]], start: int) -> l
     flat = [completion for group in completions for completion in group]
 
     def scores_of(verifier: RewardFunc) -> list[float]:
-        return [float(score == 1.0) for score in verifier(prompts=prompts, completions=flat, **columns)]
+        return [
+            float(score == 1.0) for score in checked(verifier, task.name)(prompts=prompts, completions=flat, **columns)
+        ]
 
     scores = scores_of(task.correct)
     strict = scores_of(task.strict) if task.strict else None

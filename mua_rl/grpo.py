@@ -6,6 +6,7 @@ on two CPU cores. The learning rate comes from an LR record; see `--lr-from`.
 
 import logging
 import os
+import shutil
 import socket
 import sys
 import time
@@ -14,18 +15,25 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import torch
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    get_scheduler,
+)
 from transformers.utils import logging as transformers_logging
 
 from mua_rl import models, plots, processes
 from mua_rl.adapter import Adapter, fingerprint, load_adapter
 from mua_rl.arguments import AdapterArguments, Base, resolve_learning_rate
-from mua_rl.envs.tasks import Task, get_task
-from mua_rl.errors import Diverged, UserError, exit_on_user_error
+from mua_rl.envs.tasks import Task, checked, get_task, own_code
+from mua_rl.errors import Diverged, UserError, exit_on_user_error, one_line
 from mua_rl.grpo_arguments import GRPOArguments, parse
 from mua_rl.grpo_report import announce, report
 from mua_rl.grpo_trainer import GRPOTrainer, ProgressBar, RunCallback, Start
@@ -173,7 +181,7 @@ def make_trainer(setup: Setup, arguments: GRPOArguments, run: RunFolder) -> tupl
         model=setup.policy,
         roles=setup.adapter.learning_rates(setup.rate.value),
         generation=generation_class(setup.adapter.rank, arguments.vllm_sync),
-        reward_funcs=list(setup.task.rewards),
+        reward_funcs=[checked(reward, setup.task.name) for reward in setup.task.rewards],
         args=arguments,
         train_dataset=setup.train_rows,
         processing_class=setup.tokenizer,
@@ -185,6 +193,31 @@ def make_trainer(setup: Setup, arguments: GRPOArguments, run: RunFolder) -> tupl
     return trainer, measure
 
 
+def _set_up_trainer(
+    setup: Setup, arguments: GRPOArguments, run: RunFolder, is_new: bool
+) -> tuple[GRPOTrainer, Measure]:
+    """`make_trainer`; where that fails, a new run's folder is removed: it holds nothing but what was asked.
+
+    Raises:
+        UserError: TRL or transformers cannot do what was asked.
+    """
+    try:
+        trainer, measure = make_trainer(setup, arguments, run)
+        # These would fail in `train` otherwise, after the first evaluation.
+        trainer.get_optimizer_cls_and_kwargs(arguments, setup.policy)
+        some_optimizer: Any = torch.optim.SGD([torch.zeros(1)])
+        get_scheduler(
+            arguments.lr_scheduler_type, some_optimizer, 1, 2, scheduler_specific_kwargs=arguments.lr_scheduler_kwargs
+        )
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        if is_new and processes.is_main():
+            shutil.rmtree(run.path)
+        if isinstance(error, (UserError, EngineFailed)):
+            raise
+        raise UserError(f"GRPO cannot be set up: {one_line(error)}") from error
+    return trainer, measure
+
+
 def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: dict) -> RunFolder:
     """One run from arguments to record.
 
@@ -193,7 +226,7 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
         given: The settings that the run folder keeps, as `parse` returns them.
 
     Raises:
-        UserError: Something that was given cannot be used; nothing has been written then.
+        UserError: Something that was given cannot be used (nothing has been written then), or a reward failed.
         Diverged: The run left the finite numbers; its folder says so and has no LR record.
     """
     if adapter_arguments.resume:
@@ -208,7 +241,7 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
     arguments.output_dir = str(run.path)
     if processes.is_main():
         announce(run, setup.task.name, setup.base.name, setup.policy, setup.configuration, setup.rate)
-    trainer, measure = make_trainer(setup, arguments, run)
+    trainer, measure = _set_up_trainer(setup, arguments, run, is_new=adapter_arguments.resume is None)
     start = Start(lambda: _before(run, measure))
     trainer.add_callback(start)
     try:
@@ -310,13 +343,14 @@ def lr_record(arguments: GRPOArguments, setup: Setup, metric: dict) -> LRRecord:
 
 def splits(task: Task, conversational: bool, held_out_problems: int | None) -> tuple[Dataset, Dataset]:
     """The two splits of a task, the held-out one cut to its first rows where that is asked for."""
-    train_rows, held_out_rows = task.train(conversational), task.held_out(conversational)
+    with own_code(f"the task {task.name}"):
+        train_rows, held_out_rows = task.train(conversational), task.held_out(conversational)
     for split, rows in (("train", train_rows), ("held-out", held_out_rows)):
+        if not isinstance(rows, Dataset):
+            raise UserError(f"the {split} split of the task {task.name} is a {type(rows).__name__}, not a Dataset.")
         if "prompt" not in rows.column_names or len(rows) == 0:
             raise UserError(f"the {split} split of the task {task.name} has no rows with a column 'prompt'.")
     if held_out_problems is not None:
-        if held_out_problems < 1:
-            raise UserError(f"--held_out_problems takes a positive number, not {held_out_problems}.")
         held_out_rows = held_out_rows.select(range(min(held_out_problems, len(held_out_rows))))
     return train_rows, held_out_rows
 

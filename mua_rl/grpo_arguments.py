@@ -11,6 +11,13 @@ from mua_rl.arguments import AdapterArguments, parse_run
 from mua_rl.errors import UserError
 from mua_rl.run import RunFolder
 
+_LEAST = {
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "completions_per_step": 1,
+    "steps_per_generation": 1, "num_iterations": 1, "num_generations": 2, "max_completion_length": 1,
+    "held_out_problems": 1, "held_out_steps": 0, "beta": 0, "epsilon": 0, "weight_decay": 0, "max_grad_norm": 0,
+}  # fmt: skip
+_SEEDS = 2**32  # NumPy takes no larger ones
+
 
 @dataclass
 class GRPOArguments(GRPOConfig):
@@ -90,6 +97,7 @@ class GRPOArguments(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         if self.bf16 is None:
@@ -106,6 +114,28 @@ class GRPOArguments(GRPOConfig):
             self.ddp_find_unused_parameters = False  # every trained weight is used; looking for others costs time
         super().__post_init__()
         self._n_gpu = min(self.n_gpu, 1)  # a process is for one GPU: no torch.nn.DataParallel over all that it sees
+
+    def _check_numbers(self) -> None:
+        """Refuse what TRL and transformers would take silently, or stumble over when the run has begun.
+
+        Raises:
+            UserError: A number is none of its kind.
+        """
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise UserError(f"--{name} must be at least {least}, not {value}.")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise UserError(f"--max_steps takes a positive number, or -1 for --num_train_epochs, not {self.max_steps}.")
+        if not self.num_train_epochs > 0:
+            raise UserError(f"--num_train_epochs takes a positive number, not {self.num_train_epochs:g}.")
+        if not 0 < self.temperature < math.inf:
+            raise UserError(
+                f"--temperature takes a number above 0, not {self.temperature:g}: GRPO learns from samples that differ."
+            )
+        for name in ("seed", "data_seed"):
+            if not 0 <= (getattr(self, name) or 0) < _SEEDS:
+                raise UserError(f"--{name} must lie between 0 and {_SEEDS - 1}, not at {getattr(self, name)}.")
 
     def _set_batch(self, number: int) -> None:
         """Share the completions of an optimizer step among a number of processes.

@@ -1,10 +1,13 @@
 """What a GRPO run shows on the terminal: what it is about to do, and the closing table with what to do next."""
 
+import shlex
+
 from rich.console import Console
 from rich.table import Column, Table
 from torch import nn
 
-from mua_rl.policy import LearningRate
+from mua_rl.policy import LearningRate, gives_full_finetuning
+from mua_rl.record import LRRecord
 from mua_rl.rules import Configuration
 from mua_rl.run import CURVE, RunFolder
 
@@ -42,10 +45,13 @@ def report(run: RunFolder, rate: LearningRate) -> None:
         return
     settings = run.settings()
     same = "".join(f" --{key} {settings[key]}" for key in ("model", "task") if key in settings)
+    if targets := settings.get("target_modules"):
+        same += f" --target-modules {shlex.join([targets] if isinstance(targets, str) else targets)}"
     _print(f"learning curve: {run.path / CURVE}")
     _print(f"the learning rate at other ranks: python -m mua_rl.lr {run.path}")
-    _print(f"full finetuning at this rate: python -m mua_rl.grpo{same} --rank full --lr-from {run.path}")
-    _print(f"… from this policy: python -m mua_rl.grpo --start-from {run.path}")
+    if gives_full_finetuning(LRRecord.load(run.path)):
+        _print(f"full finetuning at this rate: python -m mua_rl.grpo{same} --rank full --lr-from {run.path}")
+        _print(f"… from this policy: python -m mua_rl.grpo --start-from {run.path}")
 
 
 def _print(text: str) -> None:

@@ -158,7 +158,7 @@ class ProgressBar(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Refresh the figures beside the bar."""
-        if self.training_bar is not None and logs and "reward" in logs:
+        if self.training_bar is not None and logs and logs.get("reward") is not None:  # None: no reward gave a score
             self.training_bar.set_postfix(
                 reward=f"{logs['reward']:.3f}", tokens=f"{logs.get('completions/mean_length', 0):.0f}", refresh=False
             )

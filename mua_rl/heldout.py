@@ -9,7 +9,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from mua_rl.envs.tasks import Task
+from mua_rl.envs.tasks import Task, checked
 from mua_rl.processes import gathered
 
 
@@ -129,7 +129,7 @@ def score(completions: list[str], task: Task, problems: Dataset) -> HeldOutResul
     columns = {name: problems[name] for name in problems.column_names if name != "prompt"}
     columns |= {"prompts": problems["prompt"], "completions": completions}
     scores, strict = (
-        [float(score or 0.0) for score in verifier(**columns)] if verifier else None
+        [score or 0.0 for score in checked(verifier, task.name)(**columns)] if verifier else None
         for verifier in (task.correct, task.strict)
     )
     assert scores is not None

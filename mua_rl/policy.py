@@ -190,6 +190,16 @@ def transfer(
     return rate if target == source else _judged(rate, record, target, exponent)
 
 
+def gives_full_finetuning(record: LRRecord) -> bool:
+    """Whether the theory gives the learning rate of full finetuning from a record."""
+    source = record.configuration()
+    try:
+        lr_ratio(source, replace(source, scheme=Scheme.FFT, rank=None))
+    except TransferError:
+        return False
+    return True
+
+
 def _judged(rate: LearningRate, record: LRRecord, target: Configuration, exponent: float) -> LearningRate:
     """A transferred learning rate with how far off it may be, and a warning where that is unknown or much."""
     known = EVIDENCE[default_exponent(record.algorithm)].get(pair_kind(record.configuration().scheme, target.scheme))

@@ -24,7 +24,7 @@ from mua_rl import plots
 from mua_rl.adapter import Adapter, fingerprint
 from mua_rl.arguments import AdapterArguments, Base, parse_run, resolve_learning_rate
 from mua_rl.errors import Diverged, UserError, exit_on_user_error
-from mua_rl.policy import LearningRate
+from mua_rl.policy import LearningRate, gives_full_finetuning
 from mua_rl.ppo_arguments import PPOAdapterArguments, PPOArguments, limit_threads
 from mua_rl.ppo_base import SHIPPED, BasePolicy, read_base_policy, shipped_policy
 from mua_rl.ppo_checkpoint import Checkpoints, load_checkpoint
@@ -298,12 +298,15 @@ def _report(
             "Try a quarter of it with --lr."
         )
         return
+    onward = (
+        f"\nfull finetuning at this rate: python -m mua_rl.ppo --rank full --lr_from {run.path}"
+        f"\n… from this policy: python -m mua_rl.ppo --start_from {run.path}"
+    )
     console.print(
         f"learning curve: {run.path / CURVE}\n"
         f"the policy for stable_baselines3.PPO.load: {run.path / POLICY}\n"
-        f"the learning rate at other ranks: python -m mua_rl.lr {run.path}\n"
-        f"full finetuning at this rate: python -m mua_rl.ppo --rank full --lr_from {run.path}\n"
-        f"… from this policy: python -m mua_rl.ppo --start_from {run.path}",
+        f"the learning rate at other ranks: python -m mua_rl.lr {run.path}"
+        f"{onward * gives_full_finetuning(LRRecord.load(run.path))}",
         highlight=False,
         soft_wrap=True,
     )

@@ -98,10 +98,18 @@ class PPOArguments:
             setattr(self, name, _mapping(getattr(self, name), name))
         if not 0 <= self.seed < TRAINING_SEEDS:
             raise UserError(f"--seed must lie between 0 and {TRAINING_SEEDS - 1}, not at {self.seed}.")
-        for name in ("total_timesteps", "eval_episodes", "frame_stack", "n_envs", "checkpoint_steps"):
+        for name in ("total_timesteps", "eval_episodes", "frame_stack", "n_envs", "checkpoint_steps", "n_epochs"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name} must be at least 1, not {value}.")
+        for name in ("gamma", "gae_lambda"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UserError(f"--{name} must lie between 0 and 1, not at {value}.")
+        for name in ("clip_range", "clip_range_vf", "max_grad_norm", "vf_coef", "target_kl"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise UserError(f"--{name} must not be negative, as {value} is.")
 
     def sb3_options(self) -> dict[str, Any]:
         """The PPO options that were given; the base policy and SB3 fill in the others."""

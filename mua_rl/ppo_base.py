@@ -68,7 +68,8 @@ class BasePolicy:
                 continue
             same = ours == theirs if strict else _same_kind(ours, theirs)
             if not same:
-                raise UserError(f"{self.path} was trained with {name} {ours}, and this environment has {theirs}.")
+                both = f"{name} {ours}, and this environment has {theirs}"
+                raise UserError(f"{self.path} was trained with {' '.join(both.split())}.")
 
     def load_into(self, policy: nn.Module) -> None:
         """Copy the weights into a policy built from `policy_class` and `policy_kwargs`.

@@ -1,7 +1,8 @@
 """Building vectorised environments for PPO, with the guard that stops on a non-finite observation or reward."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from stable_baselines3.common.vec_env import (
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 import mua_rl.envs.control  # noqa: F401  (registers the tasks)
-from mua_rl.errors import UserError
+from mua_rl.errors import UserError, one_line
 
 
 class FiniteGuard(VecEnvWrapper):
     """Raises a `UserError` that names environment and step when an observation or a reward is NaN or infinite.
+
+    Likewise when an environment fails.
 
     It sits below `VecNormalize`, whose statistics a single NaN would spoil for good.
     """
@@ -35,19 +38,31 @@ class FiniteGuard(VecEnvWrapper):
         self.steps = 0
 
     def reset(self) -> VecEnvObs:
-        observations = self.venv.reset()
+        with self._failures("a reset"):
+            observations = self.venv.reset()
         self._check("observation after a reset", observations)
         return observations
 
     def step_wait(self) -> VecEnvStepReturn:
-        observations, rewards, dones, infos = self.venv.step_wait()
         self.steps += 1
+        with self._failures(f"its step {self.steps} of this run"):
+            observations, rewards, dones, infos = self.venv.step_wait()
         self._check("reward", rewards)
         self._check("observation", observations)
         # SB3 hands on the next episode's first observation and keeps the last one in the info.
         for env in map(int, np.flatnonzero(dones)):
             self._check("last observation of an episode", infos[env].get("terminal_observation"), env)
         return observations, rewards, dones, infos
+
+    @contextmanager
+    def _failures(self, when: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # an environment can fail in any way
+            reason = one_line(f"{type(error).__name__}: {error}")
+            raise UserError(
+                f"an environment failed at {when} ({reason}): training has stopped, and the last checkpoint is kept."
+            ) from error
 
     def _check(self, what: str, values: Any, env: int | None = None) -> None:
         """Check the values of all environments, stacked, or of one."""
@@ -71,10 +86,13 @@ def check_env_id(env_id: str) -> None:
     """Raises:
     UserError: Gymnasium knows no such environment, or a package that it needs is missing.
     """
+    module, _, name = env_id.rpartition(":")
     try:
-        gymnasium.spec(env_id)
-    except (gymnasium.error.Error, ImportError) as error:
-        raise UserError(f"no environment {env_id!r}: {' '.join(str(error).split())}") from None
+        if module:
+            importlib.import_module(module)
+        gymnasium.spec(name)
+    except Exception as error:  # somebody's module can fail in any way
+        raise UserError(f"no environment {env_id!r}: {one_line(error)}") from None
 
 
 def build_envs(
@@ -110,8 +128,10 @@ def build_envs(
             wrapper_class=import_from(wrapper) if wrapper else None,
             vec_env_cls=SubprocVecEnv if subprocesses else DummyVecEnv,
         )
-    except (gymnasium.error.Error, ImportError, TypeError) as error:
-        raise UserError(f"the environment {env_id!r} cannot be built: {' '.join(str(error).split())}") from None
+    except UserError:
+        raise
+    except Exception as error:  # an environment can fail in any way
+        raise UserError(f"the environment {env_id!r} cannot be built: {one_line(error)}") from None
     envs = FiniteGuard(envs)
     return VecFrameStack(envs, frame_stack) if frame_stack > 1 else envs
 

@@ -83,6 +83,8 @@ class LRRecord:
             self.configuration()
         except (ValueError, KeyError) as error:
             raise UserError(f"an LR record that contradicts itself: {error}") from None
+        if self.outputs is not None and self.outputs < 1:
+            raise UserError(f"an LR record's layers have at least one output, not {self.outputs}.")
         if "name" not in self.optimizer:
             raise UserError("an LR record must name its optimizer.")
 
@@ -134,7 +136,9 @@ class LRRecord:
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise UserError(f"{path} is no LR record of mua_rl.")
         version = data.pop("format_version", None)
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        if type(version) is not int or version < 1:
+            raise UserError(f"the LR record {path} is corrupt: its format_version is {version!r}.")
+        if version > FORMAT_VERSION:
             raise UserError(
                 f"the LR record {path} has format version {version}, and this mua_rl reads up to {FORMAT_VERSION}: "
                 "upgrade mua_rl."

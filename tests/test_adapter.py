@@ -6,7 +6,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from mua_rl.adapter import Full, LoRA, adapter_for, fingerprint, load_adapter, lora_layers, lora_matrices
 from mua_rl.errors import UserError
@@ -43,6 +50,18 @@ def test_starting_values_have_the_papers_variance_and_the_product_is_zero(init, 
     tolerance = 5 * (2 / random.numel()) ** 0.5
     assert random.var().item() == pytest.approx(variance, rel=tolerance)
     assert abs(random.mean().item()) < 5 * (variance / random.numel()) ** 0.5
+
+
+def test_each_expert_starts_with_the_papers_variance():
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=8, **size))
+    wrapped = LoRA(4, "B", target_modules="all-linear").attach(model)
+    experts = {layer.parameter_name: layer for _, layer in lora_layers(wrapped) if hasattr(layer, "parameter_name")}
+    a, b = lora_matrices(experts["down_proj"])
+    assert (a.shape, b.shape) == ((4 * 8, 128), (64, 4 * 8))
+    assert a.abs().max() == 0
+    assert b.var().item() == pytest.approx(1 / 4, rel=5 * (2 / b.numel()) ** 0.5)
 
 
 @pytest.mark.parametrize("n", [64, 1024])

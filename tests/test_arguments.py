@@ -4,7 +4,7 @@ import pytest
 from helpers import make_record
 
 from mua_rl.adapter import LoRA, fingerprint
-from mua_rl.arguments import AdapterArguments, Base, find_record, parse_arguments, resolve_learning_rate
+from mua_rl.arguments import AdapterArguments, Base, find_record, parse_arguments, parse_rank, resolve_learning_rate
 from mua_rl.errors import UserError
 from mua_rl.models import load_model
 
@@ -52,3 +52,35 @@ def test_a_record_of_supervised_finetuning_is_refused_where_it_is_asked_for(tmp_
 def test_a_rank_exponent_that_is_none_is_refused_also_where_no_rate_depends_on_it(flags):
     with pytest.raises(UserError, match=r"takes a number from 0 .* to 1, not 2"):
         parse_arguments([AdapterArguments], [*flags, "--rank_exponent", "2"])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("rank: 0", ("full", "mlp")),
+        ("rank: 16\ntarget_modules: all-linear", ("16", "all-linear")),
+        ("target_modules: [up_proj]", ("32", ["up_proj"])),
+    ],
+)
+def test_a_yaml_value_means_what_it_means_as_a_flag(text, expected, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    (arguments,), _ = parse_arguments([AdapterArguments], ["--config", str(tmp_path / "c.yaml")])
+    rank, targets = expected
+    adapter = arguments.adapter("mlp")
+    assert (adapter.rank, adapter.target_modules) == (parse_rank(rank), targets)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rnak: 3", "unknown keys: rnak"),
+        ("init: C", "--init: invalid choice: 'C'"),
+        ("lr: fast", "--lr: invalid float value: 'fast'"),
+        ("- rank", "YAML mapping"),
+        ("", "YAML mapping"),
+    ],
+)
+def test_a_yaml_file_that_says_nothing_usable_is_refused(text, message, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        parse_arguments([AdapterArguments], ["--config", str(tmp_path / "c.yaml")])

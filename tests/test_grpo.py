@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -194,6 +195,36 @@ def poison(monkeypatch, steps):
     monkeypatch.setattr(GRPOTrainer, "training_step", poisoned)
 
 
+def test_a_step_for_which_no_reward_has_a_score_does_not_end_the_run(tmp_path, monkeypatch):
+    def none(prompts, completions, **columns):
+        return [None] * len(completions)
+
+    task = replace(get_task("arithmetic"), rewards=(none,))
+    monkeypatch.setattr(grpo, "get_task", lambda *spec: task)
+    run_ = run("--rank", 4, "--lr", 1e-3, "--max_steps", 1, "--output_dir", tmp_path / "r")
+    assert run_.result()["steps"] == 1
+
+
+def test_a_reward_that_fails_is_named_with_its_line(tmp_path, monkeypatch):
+    def broken(prompts, completions, **columns):
+        raise KeyError("gold")
+
+    task = replace(get_task("arithmetic"), rewards=(broken,))
+    monkeypatch.setattr(grpo, "get_task", lambda *spec: task)
+    with pytest.raises(
+        UserError, match=r"the reward broken of the task arithmetic failed: KeyError: 'gold' \(.*:\d+\)"
+    ):
+        run("--rank", 4, "--lr", 1e-3, "--max_steps", 1, "--output_dir", tmp_path / "r")
+
+
+def test_the_closing_lines_name_no_command_that_would_be_refused(tmp_path, capsys):
+    run("--rank", 4, "--init", "A", "--lr", 1e-6, "--max_steps", 1, "--output_dir", tmp_path / "a")
+    assert "--rank full" not in capsys.readouterr().out
+    targets = ["--target-modules", "all-linear"]
+    run("--rank", 4, "--lr", 1e-6, "--max_steps", 1, *targets, "--output_dir", tmp_path / "b")
+    assert "--target-modules all-linear --rank full" in capsys.readouterr().out
+
+
 def test_a_diverged_run_says_so_and_leaves_no_record(tmp_path, monkeypatch):
     poison(monkeypatch, range(9))
     with pytest.raises(Diverged, match="3 steps in a row, up to step 3"):
@@ -240,6 +271,22 @@ def test_one_bad_gradient_is_left_out_and_marked(tmp_path, monkeypatch):
         (["--max_steps", "many"], "invalid int value: 'many'"),
         (["--colour", "red"], "--colour"),
         (["--config=nowhere.yaml"], "--config"),
+        (["--config"], "--config takes a YAML file"),
+        (["--max_steps", "0"], "--max_steps takes a positive number, or -1"),
+        (["--max_steps", "-5"], "--max_steps takes a positive number, or -1"),
+        (["--num_train_epochs", "0"], "--num_train_epochs takes a positive number"),
+        (["--seed", "-1"], "--seed must lie between 0 and"),
+        (["--num_generations", "0"], "--num_generations must be at least 2"),
+        (["--num_iterations", "0"], "--num_iterations must be at least 1"),
+        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size must be at least 1"),
+        (["--max_completion_length", "0"], "--max_completion_length must be at least 1"),
+        (["--temperature", "0"], "--temperature takes a number above 0"),
+        (["--weight_decay", "nan"], "--weight_decay must be at least 0"),
+        (["--optim", "adamw_8bit"], "GRPO cannot be set up: You need to install `bitsandbytes`"),
+        (["--report_to", "nobody"], "GRPO cannot be set up: nobody is not supported"),
+        (["--reward_weights", "1", "2"], "GRPO cannot be set up: Number of reward weights (2)"),
+        (["--lr_scheduler_kwargs", '{"warm": 1}'], "GRPO cannot be set up"),
+        (["--model_init_kwargs", '{"no_such": 1}'], "cannot be loaded"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_writes_nothing(flags, message, tmp_path, monkeypatch, capsys):

@@ -26,13 +26,15 @@ QUICK = ["--total_timesteps", "2048", "--eval_episodes", "4", "--tensorboard_log
 
 
 class Poisoned(gymnasium.Env):
-    """Gives a non-finite observation or reward at its n-th step."""
+    """Gives a non-finite observation or reward at its n-th step, or fails there, or at the start."""
 
     observation_space = spaces.Box(-1, 1, (3,), np.float32)
     action_space = spaces.Discrete(2)
 
     def __init__(self, at=310, what="observation", value=float("nan")):
         self.at, self.what, self.value, self.steps = at, what, value, 0
+        if what == "start":
+            raise RuntimeError("poisoned")
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -45,6 +47,8 @@ class Poisoned(gymnasium.Env):
             observation[1] = self.value
         if self.steps == self.at and self.what == "reward":
             reward = self.value
+        if self.steps == self.at and self.what == "failure":
+            raise RuntimeError("poisoned")
         return observation, reward, self.steps % 20 == 0, False, {}
 
 
@@ -185,6 +189,19 @@ def test_a_non_finite_last_observation_of_an_episode_is_seen_too():
             envs.step(np.zeros(2, int))
 
 
+def test_an_environment_that_fails_is_named_with_its_step():
+    envs = build_envs("Poisoned-v0", 2, 0, {"at": 3, "what": "failure"})
+    envs.reset()
+    envs.step(np.zeros(2, int)), envs.step(np.zeros(2, int))
+    with pytest.raises(UserError, match=r"failed at its step 3 of this run \(RuntimeError: poisoned\)"):
+        envs.step(np.zeros(2, int))
+
+
+def test_a_module_that_registers_an_environment_may_be_named_with_it():
+    envs = build_envs("mua_rl.envs.control:mua_rl/CartPole-LongPole-v0", 1, 0)
+    assert envs.observation_space.shape == (4,)
+
+
 def test_a_non_finite_value_in_training_keeps_the_last_checkpoint(tmp_path):
     flags = [
         "--env_id",
@@ -225,6 +242,11 @@ def test_a_non_finite_value_in_training_keeps_the_last_checkpoint(tmp_path):
         (["--policy_kwargs", '{"net_arch": [8]}'], "--base none"),
         (["--seed", "-1"], "--seed must lie"),
         (["--n_envs", "0"], "--n_envs must be at least 1"),
+        (["--n_epochs", "0"], "--n_epochs must be at least 1"),
+        (["--gamma", "2"], "--gamma must lie between 0 and 1"),
+        (["--clip_range", "nan"], "--clip_range must not be negative, as nan is"),
+        (["--env_id", "nowhere:Nothing-v0"], "no environment 'nowhere:Nothing-v0': No module named 'nowhere'"),
+        (["--env_id", "Poisoned-v0", "--env_kwargs", '{"at": 1, "what": "start"}'], "cannot be built: poisoned"),
         (["--lr_from", "/nowhere"], "no LR record"),
         (["--start_from", "/nowhere"], "no run folder"),
         (["--resume", "/nowhere"], "no run folder"),

@@ -43,7 +43,9 @@ def edited(tmp_path, **changes):
     ("changes", "message"),
     [
         ({"format_version": 2}, "upgrade"),
-        ({"format_version": "1"}, "upgrade"),
+        ({"format_version": "1"}, "its format_version is '1'"),
+        ({"format_version": 0}, "its format_version is 0"),
+        ({"outputs": 0}, "at least one output"),
         ({"format": "something"}, "no LR record"),
         ({"learning_rate": None, "task": None}, "lacks: learning_rate, task"),
         ({"colour": "red"}, "unknown entries: colour"),

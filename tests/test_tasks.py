@@ -1,13 +1,15 @@
 """The task registry, and what becomes of bad rows."""
 
+import inspect
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 
 from mua_rl.envs import tasks
 from mua_rl.envs.rows import read_split
-from mua_rl.envs.tasks import get_task, register_task, task_names
+from mua_rl.envs.tasks import checked, get_task, register_task, task_names
 from mua_rl.errors import UserError
 
 GSM8K_ROWS = [
@@ -115,10 +117,55 @@ def test_a_broken_task_file_says_why(tmp_path):
 
 
 def test_a_later_registration_replaces_the_earlier(monkeypatch):
+    first = get_task("arithmetic")
     monkeypatch.setattr(tasks, "_TASKS", {})
-    register_task("a")(lambda: "first")
-    register_task("a")(lambda: "second")
-    assert get_task("a") == "second"
+    second = replace(first, max_completion_length=9)
+    register_task("a")(lambda: first)
+    register_task("a")(lambda: second)
+    assert get_task("a") is second
+
+
+def test_a_builder_that_fails_or_makes_no_task_is_refused(monkeypatch):
+    monkeypatch.setattr(tasks, "_TASKS", {"a": lambda: 1 / 0, "b": lambda: "b"})
+    with pytest.raises(UserError, match=r"the task 'a' failed: ZeroDivisionError: division by zero \(.*test_tasks.py:"):
+        get_task("a")
+    with pytest.raises(UserError, match="'b' returns a str, not a Task"):
+        get_task("b")
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([1.0], "gives 1 scores for 2 answers"),
+        (1.0, "gives no list of scores: 1.0"),
+        (["good", "bad"], "gives no list of scores: "),
+        ([1.0, float("nan")], "not finite"),
+    ],
+)
+def test_what_is_no_score_is_refused(scores, message):
+    with pytest.raises(UserError, match=f"the reward mine of the task t gives .*{message.removeprefix('gives ')}"):
+        checked(named("mine", scores), "t")(prompts=["", ""], completions=["a", "b"])
+
+
+def test_a_checked_reward_has_the_scores_the_name_and_the_signature_of_its_own():
+    reward = checked(named("mine", [True, None]), "t")
+    assert reward(prompts=["", ""], completions=["a", "b"]) == [1.0, None]
+    assert reward.__name__ == "mine"
+    assert set(inspect.signature(reward).parameters) == {"prompts", "completions", "columns"}
+
+
+def named(name, scores):
+    def reward(prompts, completions, **columns):
+        return scores
+
+    reward.__name__ = name
+    return reward
+
+
+def test_too_few_rows_to_hold_one_out_are_refused_with_the_cure(tmp_path):
+    task = get_task(f"jsonl:{write_jsonl(tmp_path / 'rows.jsonl', [{'prompt': '1+1=', 'answer': '2'}])}")
+    with pytest.raises(UserError, match=r"has no rows to (hold out|train on) .* a folder with train.jsonl"):
+        task.train(False), task.held_out(False)
 
 
 @pytest.mark.parametrize("layout", ["jsonl", "hub parquet", "main folder"])

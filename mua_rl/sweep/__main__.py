@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mua_rl.errors import UserError, exit_on_user_error
+from mua_rl.policy import gives_full_finetuning
 from mua_rl.run import CONFIG, RunFolder, open_run
 from mua_rl.sweep.arguments import Request, parse
 from mua_rl.sweep.arm import Arm, Outcome
@@ -65,7 +66,7 @@ def open_study(request: Request, folder: Path) -> tuple[Study, Facts]:
 
 
 def choose_runners(
-    request: Request, folder: Path, stop: threading.Event, on_step: OnStep, console: Console
+    request: Request, facts: Facts, folder: Path, stop: threading.Event, on_step: OnStep, console: Console
 ) -> list[Runner]:
     """One runner for each worker.
 
@@ -77,7 +78,7 @@ def choose_runners(
     for curve in {curve[0] is None: curve for curve in request.curves}.values():
         if mode == "off":
             continue
-        if reason := why_not(request, curve):
+        if reason := why_not(request, curve, facts.linear):
             if mode == "on":
                 raise UserError(f"--side_by_side on: {reason}")
             console.print(f"{'LoRA' if curve[0] else 'FFT'} runs go one by one: {reason}", highlight=False)
@@ -151,7 +152,7 @@ def sweep(request: Request, console: Console) -> Path:
     searches = [facts.search(curve, request) for curve in request.curves]
     announce(request, facts, searches, folder, console)
     display, stop = Display(study, console), threading.Event()
-    runners = choose_runners(request, folder, stop, display.on_step, console)
+    runners = choose_runners(request, facts, folder, stop, display.on_step, console)
 
     def write_down(arm: Arm, outcome: Outcome) -> None:
         write_csv(folder / CSV, rows_of(request.task, facts, study.outcomes(), study.machines()))
@@ -210,11 +211,12 @@ def conclude(
     record.save(folder)
     same = [f" --{key} {request.given[key]}" for key in ("model", "task", "env_id", "base") if key in request.given]
     command = f"python -m mua_rl.{request.sweep.algo}{''.join(same)}"
+    onward = f"\nfull finetuning at it: {command} --rank full --lr-from {folder}"
     console.print(
         f"LR record: {record.learning_rate:.4g} for {record.configuration()}\n"
         f"figures and tables: {folder / REPORT}; every run: {folder / CSV}\n"
-        f"the learning rate at other ranks: python -m mua_rl.lr {folder}\n"
-        f"full finetuning at it: {command} --rank full --lr-from {folder}",
+        f"the learning rate at other ranks: python -m mua_rl.lr {folder}"
+        f"{onward * gives_full_finetuning(record)}",
         highlight=False,
         markup=False,
         soft_wrap=True,

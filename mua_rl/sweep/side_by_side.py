@@ -88,8 +88,14 @@ class Chosen:
         return self.single if self.singly[arm.rank is None] else self.together
 
 
-def why_not(request: Request, curve: tuple[int | None, str, str]) -> str:
-    """Why arms of a curve cannot be trained side by side; "" where they can."""
+def why_not(request: Request, curve: tuple[int | None, str, str], linear: bool = True) -> str:
+    """Why arms of a curve cannot be trained side by side; "" where they can.
+
+    Args:
+        linear: `Facts.linear`.
+    """
+    if not linear:
+        return "the layers with LoRA are not all linear."
     arm = Arm(*curve, log2_lr=-10.0, seed=0)
     try:
         if request.sweep.algo == "grpo":
