@@ -1,10 +1,14 @@
 """The exceptions that command lines turn into a single clear line: unusable input, and a run that diverged."""
 
+import errno
+import os
 import sys
 import time
 from collections.abc import Callable
 from typing import NoReturn
 
+INTERRUPTED = 130
+"""The exit code of a command that was interrupted from the keyboard, as shells have it."""
 _MAIN_FIRST = 10.0  # seconds
 
 
@@ -23,13 +27,22 @@ def one_line(error: object, most: int = 400) -> str:
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run `main`; print a `UserError` as one line on stderr and exit with code 2, a `Diverged` likewise with code 3."""
+    """Run `main`; print a `UserError` as one line on stderr and exit with code 2, a `Diverged` likewise with code 3.
+
+    A full disk is the user's too: whatever writes says so in an exception of its own kind.
+    """
     try:
         main()
     except UserError as error:
         _leave(f"mua_rl: error: {error}", 2)
     except Diverged as error:
         _leave(f"mua_rl: the run diverged: {error}; try a quarter of the learning rate with --lr.", 3)
+    except KeyboardInterrupt:
+        _leave("mua_rl: interrupted.", INTERRUPTED)
+    except Exception as error:
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        _leave(f"mua_rl: error: {one_line(error)}: make room, and go on from what is whole (--resume).", 2)
 
 
 def _leave(message: str, code: int) -> NoReturn:

@@ -194,7 +194,10 @@ def _score(task: Task, rows: Any, completions: list[list[str]], start: int) -> l
 
 
 def _open_folder(folder: Path, settings: Settings) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be made: {error.strerror}.") from None
     path = folder / "settings.json"
     if not path.exists():
         if any(folder.iterdir()):

@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 import warnings
+import zipfile
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -230,7 +232,9 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
         Diverged: The run left the finite numbers; its folder says so and has no LR record.
     """
     if adapter_arguments.resume:
-        _check_layout(RunFolder.open(adapter_arguments.resume).last_checkpoint())
+        checkpoint = RunFolder.open(adapter_arguments.resume).last_checkpoint()
+        _check_layout(checkpoint)
+        _check_whole(checkpoint)
     setup = prepare(arguments, adapter_arguments)
     name = f"grpo-{arguments.task}-r{setup.adapter.rank or 'full'}"
     if arguments.batch_is_given:
@@ -386,6 +390,24 @@ def _check_layout(checkpoint: Path | None) -> None:
         f"{checkpoint} was written under {_SHARDING[written]}: resume with accelerate launch --config_file $(python -m "
         f"mua_rl.accelerate_configs {written}) and {number}."
     )
+
+
+def _check_whole(checkpoint: Path | None) -> None:
+    """Refuse a checkpoint with a damaged file, which transformers would stumble over.
+
+    Raises:
+        UserError: It has one.
+    """
+    files = sorted(checkpoint.iterdir()) if checkpoint else []
+    for path in files:
+        whole = path.suffix not in (".pt", ".pth") or zipfile.is_zipfile(path)  # torch.save writes zip archives
+        if path.suffix == ".safetensors":
+            try:
+                safe_open(path, "pt")
+            except (OSError, SafetensorError):
+                whole = False
+        if not whole:
+            raise UserError(f"{path} is damaged: delete {checkpoint}, and --resume goes on from the one before.")
 
 
 def _before(run: RunFolder, measure: Measure) -> float:

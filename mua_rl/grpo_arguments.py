@@ -29,7 +29,12 @@ class GRPOArguments(GRPOConfig):
     """
 
     model: str = field(default=models.EMBEDDED, metadata={"help": "embedded, smollm2, a model folder, or a hub id."})
-    task: str = field(default="arithmetic", metadata={"help": "A verifiable task; see mua_rl.envs.tasks."})
+    task: str = field(  # None until `__post_init__`: a default that is given is more than a default to --start-from
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "A verifiable task; see mua_rl.envs.tasks. Default: arithmetic, with --start-from that run's own."
+        },
+    )
     bad_rows: str = field(
         default="skip",
         metadata={"help": "Rows that cannot be scored: skip and report, or refuse.", "choices": ["skip", "refuse"]},
@@ -98,6 +103,7 @@ class GRPOArguments(GRPOConfig):
 
     def __post_init__(self) -> None:
         self._check_numbers()
+        self.task = self.task or "arithmetic"
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         if self.bf16 is None:

@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from mua_rl import plots
 from mua_rl.adapter import Adapter, fingerprint
 from mua_rl.arguments import AdapterArguments, Base, parse_run, resolve_learning_rate
-from mua_rl.errors import Diverged, UserError, exit_on_user_error
+from mua_rl.errors import INTERRUPTED, Diverged, UserError, exit_on_user_error
 from mua_rl.policy import LearningRate, gives_full_finetuning
 from mua_rl.ppo_arguments import PPOAdapterArguments, PPOArguments, limit_threads
 from mua_rl.ppo_base import SHIPPED, BasePolicy, read_base_policy, shipped_policy
@@ -327,7 +327,11 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     limit_threads()
     arguments, adapter_arguments, given = parse()
-    train(arguments, adapter_arguments, given)
+    try:
+        train(arguments, adapter_arguments, given)
+    except KeyboardInterrupt:
+        print("mua_rl: interrupted; go on with --resume and the run folder.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

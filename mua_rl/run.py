@@ -79,8 +79,16 @@ class RunFolder:
         return run
 
     def start(self, settings: dict[str, Any]) -> None:
-        """Write down what was asked and what it runs with."""
-        (self.path / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
+        """Write down what was asked and what it runs with.
+
+        Raises:
+            UserError: Another run did so since the folder was found empty.
+        """
+        try:
+            with open(self.path / CONFIG, "x") as stream:
+                stream.write(yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
+        except FileExistsError:
+            raise UserError(f"another run has just begun in {self.path}: choose another --output_dir.") from None
         versions = {
             **package_versions(),
             "command": " ".join([Path(sys.executable).name, *sys.argv]),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from datasets import Dataset, Image, load_dataset
 
-from mua_rl.errors import UserError
+from mua_rl.errors import UserError, one_line
 
 
 def read(name: str, split: str = "train", config: str | None = None, least: int = 1) -> Dataset:
@@ -27,10 +27,10 @@ def read(name: str, split: str = "train", config: str | None = None, least: int 
         else:
             rows = load_dataset(place, config, split=split)
     except Exception as error:  # the hub's errors have no common class
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        cause = error.__cause__ or error  # `datasets` says there what is wrong with a file
+        reason = one_line(f"{type(cause).__name__}: {cause}", 300)
         raise UserError(
-            f"the data set {name} cannot be read ({reason[:300]}): --dataset_name takes a hub id, a folder or a JSONL "
-            "file."
+            f"the data set {name} cannot be read ({reason}): --dataset_name takes a hub id, a folder or a JSONL file."
         ) from None
     if len(rows) < least:
         raise UserError(f"the data set {name} has too few examples in {split}: {len(rows)}, not {least} or more.")

@@ -35,7 +35,8 @@ def test_a_folder_and_a_file_are_read_alike(name):
         ("./nowhere", "train", "nowhere"),
         ("rows", "test", "test"),
         ("rows", "train[:0]", "no data"),
-        ("bad.jsonl", "train", "Error"),
+        ("bad.jsonl", "train", "JSON parse error"),
+        ("broken.jsonl", "train", "in row 1"),
         ("none.jsonl", "train", "StopIteration"),
         ("empty", "train", "empty"),
         ("no-rows", "train", "no data"),
@@ -45,6 +46,7 @@ def test_a_folder_and_a_file_are_read_alike(name):
 )
 def test_what_cannot_be_read_is_one_line_with_the_reason(name, split, reason):
     Path("bad.jsonl").write_bytes(b"\x00\xff no rows")
+    Path("broken.jsonl").write_text('{"text": "a"}\n{no json}\n')
     Path("none.jsonl").write_text("")
     Path("empty").mkdir()
     Path("no-rows").mkdir()

