@@ -22,12 +22,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mua_rl.arms.arm import Arm
 from mua_rl.arms.memory import TIMES_ONE_RUN, ArmsMemory, Parts
 from mua_rl.errors import exit_on_user_error
 from mua_rl.gpu_memory import TrainerMemory
 from mua_rl.models import model_path
 from mua_rl.record import machine, package_versions
-from mua_rl.sweep.arm import Arm
 
 TOP = {"embedded": -9.0, "smollm2": -11.5}
 """log2 of the largest learning rate, by model; the others follow in half octaves downwards."""

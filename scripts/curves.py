@@ -36,10 +36,10 @@ from transformers.utils import logging as transformers_logging
 from mua_rl import models, optim
 from mua_rl.adapter import Adapter, Full, TargetModules, fingerprint, lora_layers
 from mua_rl.arguments import AdapterArguments, Base, parse_arguments, parse_rank, resolve_learning_rate
+from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.errors import Diverged, UserError
 from mua_rl.record import LRRecord, check_learning_rate, machine, package_versions
 from mua_rl.run import MODEL_FOLDER, open_run
-from mua_rl.sweep.arm import Arm, Outcome
 from mua_rl.sweep.base import PLACEHOLDER, Facts
 from mua_rl.sweep.closing import make_record, warnings_of
 from mua_rl.sweep.measured import Context, sweeps_of

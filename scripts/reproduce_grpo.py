@@ -23,13 +23,13 @@ from pathlib import Path
 from selection import passes
 
 from mua_rl import grpo
+from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.arms.grpo import train_side_by_side
 from mua_rl.errors import UserError, exit_on_user_error
 from mua_rl.record import machine
 from mua_rl.run import RunFolder
-from mua_rl.sweep.arm import Arm, Outcome
 from mua_rl.sweep.rows import Row, append, read
-from mua_rl.sweep.runner import arm_flags, read_outcome, run_name
+from mua_rl.sweep.runner import arm_flags, read_outcome
 from mua_rl.sweep.search import Search
 
 # log2 of the learning rate around which each curve's search begins; it goes on where the optimum lies elsewhere.
@@ -74,10 +74,10 @@ def train_full(arms: Sequence[Arm], options: argparse.Namespace) -> list[Outcome
     """Each as a run of its own, several at once."""
 
     def train(arm: Arm) -> Outcome:
-        run = RunFolder(options.work / run_name(arm))
+        run = RunFolder(options.work / arm.name)
         shutil.rmtree(run.path, ignore_errors=True)
         command = [sys.executable, "-m", "mua_rl.grpo", *flags(options), *arm_flags(arm), "--output_dir", str(run.path)]
-        output = options.work / f"{run_name(arm)}.log"
+        output = options.work / f"{arm.name}.log"
         start = time.monotonic()
         with open(output, "w") as log:
             code = subprocess.run(command, stdout=log, stderr=log).returncode
@@ -130,7 +130,7 @@ def run_all(
         took = time.monotonic() - began
         slowest = max(slowest, took)
         for arm, outcome in zip(group, outcomes, strict=True):
-            print(f"{run_name(arm)}: {outcome.metric:.3f} (reward {outcome.reward_mean:.3f})", flush=True)
+            print(f"{arm.name}: {outcome.metric:.3f} (reward {outcome.reward_mean:.3f})", flush=True)
         print(f"{len(group)} runs in {took:.0f} s", flush=True)
 
 

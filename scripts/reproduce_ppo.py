@@ -22,11 +22,11 @@ import torch
 from compare_ppo import TASKS, half_octaves
 from selection import passes
 
+from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.errors import exit_on_user_error
 from mua_rl.ppo_base import BasePolicy, read_base_policy
 from mua_rl.record import machine
 from mua_rl.sweep import rows
-from mua_rl.sweep.arm import Arm, Outcome
 
 WIDTH = 256
 BASE_SEEDS = (0, 1)

@@ -10,14 +10,14 @@ from trl.trainer.utils import RepeatSampler
 
 from mua_rl import models
 from mua_rl.adapter import LoRA, load_adapter, lora_layers, lora_matrices
-from mua_rl.arms.generation import Decoder, choose, remaining
+from mua_rl.arms.arm import Arm
+from mua_rl.arms.generation import Decoder, choose, share
 from mua_rl.arms.grpo import SideBySide, prompt_order, train_side_by_side
 from mua_rl.arms.stacked import LoRAStack
 from mua_rl.errors import UserError
 from mua_rl.grpo_arguments import GRPOArguments
 from mua_rl.heldout import held_out
 from mua_rl.rules import AlphaRule
-from mua_rl.sweep.arm import Arm
 
 MIXED = [
     Arm(rank=4, init="B", alpha="1", log2_lr=-8, seed=1),
@@ -254,10 +254,24 @@ def test_a_fixed_cache_gives_what_a_growing_one_gives_and_rows_that_end_leave_it
         assert set(row[length:]) <= {0}
 
 
-def test_every_arm_keeps_as_many_rows_as_the_one_with_the_most_left():
-    ended = torch.tensor([[True, False, True, False], [True, True, True, False]])
-    assert remaining(ended).tolist() == [1, 3, 4, 7]
-    assert remaining(torch.ones(2, 4, dtype=torch.bool)).tolist() == []
+def test_completions_that_go_on_alike_share_a_place_and_every_arm_has_as_many():
+    places, tokens = torch.tensor([0, 0, 0, 1, 1, 2, 3]), torch.tensor([7, 8, 7, 7, 7, 5, 5])  # of two arms, two each
+    origins, written, new = share(places, tokens, (2, 2))
+    assert origins.tolist() == [0, 0, 1, 2, 3, 2]
+    assert written.tolist() == [7, 8, 7, 5, 5, 0]
+    assert new.tolist() == [0, 1, 0, 2, 2, 3, 4]
+    origins, written, new = share(torch.tensor([1]), torch.tensor([6]), (3, 2))  # two arms have ended
+    assert (origins.tolist(), written.tolist(), new.tolist()) == ([1, 2, 4], [6, 0, 0], [0])
+
+
+@pytest.mark.parametrize("copies", [1, 4])
+def test_equal_beginnings_of_a_prompts_completions_are_computed_once(small, copies, monkeypatch):
+    model, _ = small
+    rows, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: rows.append(len(k["input_ids"])) or forward(*a, **k))
+    answers = decoder(model, False, ends=()).answer(*padded_prompts(), copies)  # greedy, so that all copies are equal
+    assert rows == [6] * 9
+    assert torch.equal(answers.tokens[:, ::copies].repeat_interleave(copies, 1), answers.tokens)
 
 
 def test_tokens_are_drawn_with_their_probabilities():

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from mua_rl.arms.arm import Arm
 from mua_rl.arms.grpo import SideBySide
 from mua_rl.arms.packing import UNLABELLED, Completion, attention_bias, batches, completion_sums, pack
 from mua_rl.grpo_arguments import GRPOArguments
-from mua_rl.sweep.arm import Arm
 
 COMPLETIONS = [Completion((30, 31), 0.5), Completion((40,), -1.0), Completion((50, 33, 34, 35), 0.25)]
 PROMPTS = [[5, 9, 20, 7], [8]]  # of two arms
@@ -93,4 +93,5 @@ def test_batches_have_every_row_once_and_no_more_tokens_than_asked():
     assert all(batch.ids.numel() <= 200 or len(batch.ids) == 3 for batch in made)
     assert all(batch.parts is None for batch in made)
     assert len(made) > 2
+    assert [batch.ids.shape[1] % 16 for batch in batches(arms, 200, 0, aligned=16)].count(0) > 2
     assert list(batches([[], []], 200, 0)) == []

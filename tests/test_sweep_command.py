@@ -17,15 +17,15 @@ from helpers import make_record
 from rich.console import Console
 
 from mua_rl.arms import grpo
+from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.arms.checkpoint import Checkpoint, path_of
 from mua_rl.errors import UserError
 from mua_rl.record import LRRecord
 from mua_rl.run import RunFolder
 from mua_rl.sweep import rows, runner
 from mua_rl.sweep.arguments import parse, parse_scheme
-from mua_rl.sweep.arm import Arm, Outcome
 from mua_rl.sweep.base import Facts, find_facts
-from mua_rl.sweep.runner import Single, arm_flags, environments, read_outcome, run_name
+from mua_rl.sweep.runner import Single, arm_flags, environments, read_outcome
 from mua_rl.sweep.side_by_side import SideBySide
 
 command = importlib.import_module("mua_rl.sweep.__main__")
@@ -333,7 +333,7 @@ def test_a_single_run_is_asked_for_its_arm_and_read_into_an_outcome(single, tmp_
 
 def test_weights_are_kept_where_that_is_asked_for(single, tmp_path):
     single(GOOD, "--keep_weights", "true").run([ARM])
-    assert (tmp_path / "runs" / run_name(ARM) / "adapter").exists()
+    assert (tmp_path / "runs" / ARM.name / "adapter").exists()
 
 
 def test_a_run_that_had_ended_is_read_and_not_repeated(single):
@@ -343,7 +343,7 @@ def test_a_run_that_had_ended_is_read_and_not_repeated(single):
 
 
 def test_a_run_that_was_cut_off_starts_anew_or_goes_on_from_its_checkpoint(single, tmp_path):
-    folder = tmp_path / "runs" / run_name(ARM)
+    folder = tmp_path / "runs" / ARM.name
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("{}")
     assert single(GOOD).run([ARM])[0].metric == 0.75
@@ -399,7 +399,7 @@ def test_a_result_of_ppo_is_read_too(tmp_path):
 
 def test_arms_have_names_and_flags_of_their_own():
     arms = [ARM, replace(ARM, alpha="1"), replace(ARM, init="B"), replace(ARM, rank=None), replace(ARM, log2_lr=-10.0)]
-    assert len({run_name(arm) for arm in arms}) == len(arms)
+    assert len({arm.name for arm in arms}) == len(arms)
     assert arm_flags(replace(ARM, rank=None)) == ["--rank", "full", "--lr", repr(2**-10.5), "--seed", "43"]
 
 

@@ -9,9 +9,9 @@ from functools import partial
 import numpy as np
 import pytest
 
+from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.errors import UserError
 from mua_rl.sweep import report
-from mua_rl.sweep.arm import Arm, Outcome
 from mua_rl.sweep.measured import FFT, Context, curve_name, slope, sweeps_of
 from mua_rl.sweep.movements import read_movements
 from mua_rl.sweep.regret import DividedByTen, Fixed, Unchanged, regrets

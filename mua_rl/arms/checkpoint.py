@@ -14,13 +14,11 @@ from typing import Any
 import torch
 
 from mua_rl.adapter import TargetModules
+from mua_rl.arms.arm import PER_ARM, WITHOUT_EFFECT, Arm, Outcome
 from mua_rl.arms.stacked import LoRAStack
 from mua_rl.arms.state import ArmState
 from mua_rl.errors import UserError
 from mua_rl.grpo_arguments import GRPOArguments
-from mua_rl.sweep.arguments import PER_ARM, WITHOUT_EFFECT
-from mua_rl.sweep.arm import Arm, Outcome
-from mua_rl.sweep.runner import run_name
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ class Checkpoints:
 
 def path_of(folder: Path, arm: Arm) -> Path:
     """The file of an arm."""
-    return folder / f"{run_name(arm)}.pt"
+    return folder / f"{arm.name}.pt"
 
 
 def mark(folder: Path, arm: Arm) -> Hashable:

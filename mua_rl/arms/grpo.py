@@ -1,7 +1,7 @@
 """GRPO with K LoRA arms side by side on one frozen base: what K runs of `python -m mua_rl.grpo` do, in one process.
 
 The arms share the base, the task and the settings, and differ in learning rate, seed, rank, initialisation and
-multiplier (`mua_rl.sweep.arm.Arm`). Every arm has its own prompts, draws, rewards, gradient norm, optimizer and
+multiplier (`mua_rl.arms.arm.Arm`). Every arm has its own prompts, draws, rewards, gradient norm, optimizer and
 schedule, so that it does what it would do alone. Each batch of completions makes one optimizer step.
 """
 
@@ -24,6 +24,7 @@ from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 from mua_rl import models
 from mua_rl.adapter import LoRA, TargetModules
+from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.arms.checkpoint import Checkpoints
 from mua_rl.arms.generation import Answers, Decoder
 from mua_rl.arms.gradient import Gradient
@@ -41,7 +42,6 @@ from mua_rl.grpo_arguments import GRPOArguments
 from mua_rl.grpo_trainer import RunCallback
 from mua_rl.heldout import HeldOutResult, is_conversational, prompt_ids, score
 from mua_rl.optim import learning_rates
-from mua_rl.sweep.arm import Arm, Outcome
 
 KeepGoing = Callable[[Arm, list[Metrics]], str | None]
 """Why an arm shall end early, given its metrics so far; `None` lets it go on."""

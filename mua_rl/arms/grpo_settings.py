@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from mua_rl.arms.arm import Arm
 from mua_rl.arms.objective import LOSS_TYPES
 from mua_rl.errors import UserError
 from mua_rl.grpo_arguments import GRPOArguments
-from mua_rl.sweep.arm import Arm
 from mua_rl.vllm_lora import engine_rank
 
 TAKEN: dict[str, tuple] = {

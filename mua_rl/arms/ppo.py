@@ -24,6 +24,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from mua_rl.adapter import TargetModules
+from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.arms.ppo_policy import SINGLY, StackedPolicy, build_policy
 from mua_rl.arms.ppo_rollouts import Collector, GymnasiumEnvs, held_out_returns
 from mua_rl.arms.ppo_update import Options, StackedAdam, update
@@ -36,7 +37,6 @@ from mua_rl.ppo_envs import check_env_id, evaluation_envs
 from mua_rl.ppo_evaluation import Returns, evaluate
 from mua_rl.ppo_trainer import PPO
 from mua_rl.record import check_learning_rate
-from mua_rl.sweep.arm import Arm, Outcome
 
 
 def train_side_by_side(

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal
 
 from mua_rl.adapter import LoRA, TargetModules, lora_layers, lora_matrices
+from mua_rl.arms.arm import Arm
 from mua_rl.errors import UserError
 from mua_rl.ppo_base import BasePolicy
 from mua_rl.ppo_trainer import HEAD, exactly, head_role_of, resolve_layers
-from mua_rl.sweep.arm import Arm
 
 Weights = dict[str, Tensor]
 """Trained tensors by name, each `[K, …]`."""

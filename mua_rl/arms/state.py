@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.arms.scoring import Metrics
 from mua_rl.arms.stacked import LoRAStack
 from mua_rl.heldout import HeldOutResult
-from mua_rl.sweep.arm import Arm, Outcome
 
 
 @dataclass

@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.errors import UserError, exit_on_user_error
 from mua_rl.policy import gives_full_finetuning
 from mua_rl.run import CONFIG, RunFolder, open_run
 from mua_rl.sweep.arguments import Request, parse
-from mua_rl.sweep.arm import Arm, Outcome
 from mua_rl.sweep.base import Facts, find_facts
 from mua_rl.sweep.closing import CSV, make_record, rows_of, warnings_of, write_csv, write_tables
 from mua_rl.sweep.measured import curve_name

@@ -8,18 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mua_rl.arguments import AdapterArguments, parse_arguments, parse_rank
+from mua_rl.arms.arm import PER_ARM, WITHOUT_EFFECT
 from mua_rl.arms.memory import TIMES_ONE_RUN
 from mua_rl.errors import UserError
 from mua_rl.rules import AlphaRule
 from mua_rl.run import CONFIG, RunFolder, with_whole_paths
-
-PER_ARM = ("rank", "init", "alpha", "lr", "learning_rate", "lr_from", "rank_exponent", "seed", "output_dir")
-"""Settings of the trainer that each run gets from the sweep."""
-WITHOUT_EFFECT = (
-    "lr_from", "rank_exponent", "output_dir", "report_to", "tensorboard_log", "wandb", "progress_bar", "verbose",
-    "save_strategy", "save_steps", "save_total_limit",
-)  # fmt: skip
-"""Settings that may change while a study goes on: what a run reaches does not depend on them."""
 
 
 @dataclass

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.errors import UserError
 from mua_rl.record import LRRecord, package_versions
 from mua_rl.sweep import rows
-from mua_rl.sweep.arm import Arm, Outcome
 from mua_rl.sweep.base import Facts
 from mua_rl.sweep.measured import Context, Measured, Sweep, curve_name, sweeps_of
 from mua_rl.sweep.optimum import COVERAGE

@@ -14,7 +14,7 @@ from mua_rl.sweep.optimum import COVERAGE, RESOLUTION, Array, Optimum, estimate_
 from mua_rl.sweep.rows import Row
 
 Curve = tuple[int | None, str, str]
-"""(rank, init, alpha), as `mua_rl.sweep.arm.Arm.curve`."""
+"""(rank, init, alpha), as `mua_rl.arms.arm.Arm.curve`."""
 Key = tuple[str, str, str]
 """(algorithm, task, base): what learning rates can be compared in."""
 FFT: Curve = (None, "", "")

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.errors import UserError
 from mua_rl.rules import AlphaRule
-from mua_rl.sweep.arm import Arm, Outcome
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -15,10 +14,10 @@ from typing import Protocol
 
 import yaml
 
+from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.errors import UserError
 from mua_rl.run import ADAPTER_FOLDER, MODEL_FOLDER, RunFolder
 from mua_rl.sweep.arguments import Request
-from mua_rl.sweep.arm import Arm, Outcome
 from mua_rl.sweep.search import why_hopeless
 
 POLL_SECONDS = 0.5
@@ -88,7 +87,7 @@ class Single:
         return [self._run(arm) for arm in arms]
 
     def _run(self, arm: Arm) -> Outcome:
-        folder = RunFolder(self.runs / run_name(arm))
+        folder = RunFolder(self.runs / arm.name)
         started, stopped = time.monotonic(), ""
         if folder.result() is None:
             stopped = self._execute(arm, folder)
@@ -138,16 +137,10 @@ class Single:
         curve = reward_curve(folder, self.request.sweep.algo)
         if not curve or curve[-1][0] >= self.request.steps:
             return ""
-        same_curve = run_name(arm).partition("-lr")[0]
+        same_curve = arm.name.partition("-lr")[0]
         others = [RunFolder(path) for path in self.runs.glob(f"{same_curve}-lr*") if path.is_dir()]
         peers = [reward_curve(other, self.request.sweep.algo) for other in others if other.path != folder.path]
         return why_hopeless(curve, [peer for peer in peers if peer], self.request.steps)
-
-
-def run_name(arm: Arm) -> str:
-    """Of an arm's run folder."""
-    curve = f"r{arm.rank}-{arm.init}-{arm.alpha}" if arm.rank else "full"
-    return re.sub(r"[^\w.-]+", "-", f"{curve}-lr{arm.log2_lr:g}-s{arm.seed}")
 
 
 def arm_flags(arm: Arm) -> list[str]:

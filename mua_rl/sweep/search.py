@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from mua_rl.sweep.arm import Arm, Outcome
+from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.sweep.optimum import estimate_optimum
 
 LOWEST, HIGHEST = -24.0, -1.0

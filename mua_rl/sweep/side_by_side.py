@@ -9,9 +9,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.errors import UserError
 from mua_rl.sweep.arguments import Request
-from mua_rl.sweep.arm import Arm, Outcome
 from mua_rl.sweep.runner import Runner, Single, die_with_parent
 from mua_rl.sweep.search import RewardCurve, why_hopeless
 

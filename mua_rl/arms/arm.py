@@ -1,9 +1,18 @@
 """One run of a sweep and what came out of it: the two halves of a row of the sweep's CSV."""
 
 import math
+import re
 from dataclasses import dataclass
 
 from mua_rl.adapter import Adapter, TargetModules, adapter_for
+
+PER_ARM = ("rank", "init", "alpha", "lr", "learning_rate", "lr_from", "rank_exponent", "seed", "output_dir")
+"""Settings of a trainer that each arm brings along."""
+WITHOUT_EFFECT = (
+    "lr_from", "rank_exponent", "output_dir", "report_to", "tensorboard_log", "wandb", "progress_bar", "verbose",
+    "save_strategy", "save_steps", "save_total_limit",
+)  # fmt: skip
+"""Settings of a trainer that what an arm reaches does not depend on."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,12 @@ class Arm:
     def curve(self) -> tuple[int | None, str, str]:
         """What arms have in common that differ in learning rate and seed alone: one curve of the sweep's figure."""
         return (None, "", "") if self.rank is None else (self.rank, self.init, self.alpha)
+
+    @property
+    def name(self) -> str:
+        """For its folder and its files."""
+        curve = f"r{self.rank}-{self.init}-{self.alpha}" if self.rank else "full"
+        return re.sub(r"[^\w.-]+", "-", f"{curve}-lr{self.log2_lr:g}-s{self.seed}")
 
     def adapter(self, target_modules: TargetModules) -> Adapter:
         """The adapter that the arm trains."""
