@@ -160,7 +160,8 @@ def own_code(what: str) -> Iterator[None]:
 
 def checked(reward: RewardFunc, task: str) -> RewardFunc:
     """A reward whose faults, and results that are no scores, are a `UserError`; a coroutine is left as it is."""
-    if inspect.iscoroutinefunction(reward):
+    is_coroutine: bool = inspect.iscoroutinefunction(reward)
+    if is_coroutine:
         return reward
     name = getattr(reward, "__name__", type(reward).__name__)
 

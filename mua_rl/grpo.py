@@ -16,7 +16,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from datasets import Dataset
@@ -206,11 +206,9 @@ def _set_up_trainer(
     try:
         trainer, measure = make_trainer(setup, arguments, run)
         # These would fail in `train` otherwise, after the first evaluation.
-        trainer.get_optimizer_cls_and_kwargs(arguments, setup.policy)
-        some_optimizer: Any = torch.optim.SGD([torch.zeros(1)])
-        get_scheduler(
-            arguments.lr_scheduler_type, some_optimizer, 1, 2, scheduler_specific_kwargs=arguments.lr_scheduler_kwargs
-        )
+        trainer.get_optimizer_cls_and_kwargs(arguments, cast(PreTrainedModel, setup.policy))
+        some_optimizer, options = torch.optim.SGD([torch.zeros(1)]), cast(dict, arguments.lr_scheduler_kwargs)
+        get_scheduler(arguments.lr_scheduler_type, some_optimizer, 1, 2, scheduler_specific_kwargs=options)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         if is_new and processes.is_main():
             shutil.rmtree(run.path)
