@@ -264,6 +264,16 @@ def test_completions_that_go_on_alike_share_a_place_and_every_arm_has_as_many():
     assert (origins.tolist(), written.tolist(), new.tolist()) == ([1, 2, 4], [6, 0, 0], [0])
 
 
+def test_a_batch_stays_as_it_is_until_a_quarter_of_its_places_are_free_or_one_divides():
+    places, tokens = torch.tensor([0, 1, 2, 4, 5, 5, 6]), torch.tensor([3, 4, 5, 6, 7, 7, 8])  # of two arms, five each
+    origins, written, new = share(places, tokens, (2, 5))
+    assert origins is None
+    assert written.tolist() == [3, 4, 5, 0, 6, 7, 8, 0, 0, 0]
+    assert torch.equal(new, places)
+    origins, _, _ = share(torch.cat([places, places[:1]]), torch.cat([tokens, tokens[:1] + 1]), (2, 5))
+    assert origins.tolist() == [0, 0, 1, 2, 4, 5, 6, 5, 5, 5]
+
+
 @pytest.mark.parametrize("copies", [1, 4])
 def test_equal_beginnings_of_a_prompts_completions_are_computed_once(small, copies, monkeypatch):
     model, _ = small

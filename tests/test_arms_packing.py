@@ -44,7 +44,7 @@ def test_log_probs_and_gradients_are_those_of_rows_of_their_own(trainer, longest
     losses, gradients, logps = losses_and_log_probs(trainer, packed)
     expected, their_gradients, their_logps = losses_and_log_probs(trainer, alone)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradients, their_gradients, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradients, their_gradients, rtol=1e-4, atol=1e-5)  # the largest is 2
     assert gradients.norm(dim=1).min() > 1e-3
     for arm in range(2):
         assert logps[arm] == pytest.approx(their_logps[arm], abs=1e-5)

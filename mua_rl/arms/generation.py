@@ -1,8 +1,9 @@
 """Answers of all arms in one batch, token by token; in several parts one after another where memory asks for it.
 
-A prompt is computed once and its keys and values are copied to its completions. On a CPU the cache grows and rows leave
-it as they end; on a GPU it has a fixed size and the forward pass of one token for all rows is a captured CUDA graph,
-since a small model's pass is bound by the launching of its kernels.
+A prompt is computed once and its keys and values are copied to its completions. On a CPU the cache grows, completions
+leave it as they end, and those of a prompt that begin alike share a row until they differ. On a GPU it has a fixed size
+and the forward pass of one token for all rows is a captured CUDA graph, since a small model's pass is bound by the
+launching of its kernels.
 """
 
 import sys
@@ -24,7 +25,7 @@ from mua_rl.errors import UserError
 ATTENTION = "mua_rl_grouped"
 _LOOK_EVERY = 4  # steps between two looks, on a GPU, at whether all rows have ended: each look waits for the GPU
 _READ_AT_ONCE = 256  # prompts in one forward pass, which bounds its memory
-_SHRINK = 0.75  # share of the rows that are left when the others are let go: that copies the cache
+_SHRINK = 0.75  # share of a batch that is left when the rest is let go: that copies the cache
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Decoder:
         """Logits `(K·p, V)` after the prompts, and what goes on from there."""
         if not self.fixed:
             first, cache = self._prefill(prompts, mask)
-            return first, _GrowingNext(self.model, self.autocast, cache, mask.flatten(0, 1), copies)
+            return first, _GrowingNext(self.model, self.autocast, cache, mask, copies)
         arms, count, length = prompts.shape
         rows = torch.arange(arms * count, device=self.device).view(arms, count)
         at_once = max(1, _READ_AT_ONCE // arms)
@@ -191,23 +192,47 @@ class Decoder:
             if step + 1 == self.new_tokens:
                 break
             if isinstance(following, _GrowingNext):
-                kept = remaining(ended.view(arms, -1))
-                if len(kept) == 0:
+                if bool(ended.all()):
                     break
-                if len(kept) <= _SHRINK * len(rows):
-                    rows, ended, token = rows[kept], ended[kept], token[kept]
-                    following.keep(kept)
+                going = ~ended
+                rows, token, ended = rows[going], token[going], ended[going]
+                following.keep(going)
             elif step % _LOOK_EVERY == _LOOK_EVERY - 1 and bool(ended.all()):
                 break
             logits = following(token)
         return written, lengths
 
 
-def remaining(ended: torch.Tensor) -> torch.Tensor:
-    """Rows to go on with so that each arm has as many as the arm with the most that have not ended; from `(K, b)`."""
-    most = int((~ended).sum(-1).max())
-    order = ended.to(torch.int8).argsort(dim=-1, stable=True)[:, :most]
-    return (order.sort(-1).values + torch.arange(len(ended), device=ended.device)[:, None] * ended.shape[1]).flatten()
+def share(
+    places: torch.Tensor, tokens: torch.Tensor, shape: tuple[int, int]
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """One place in a batch for all completions that have the same place and go on with the same token.
+
+    Args:
+        places: `(R,)` of completions in a batch with as many places for each arm, in the arms' order.
+        tokens: `(R,)`, with which they go on.
+        shape: Of the batch: arms K and places of each.
+
+    Returns:
+        From which places those of the next batch come, again as many for each arm, `(K·n,)`, or `None` where they stay
+        as they are; with which token they go on, `(K·n,)`; and the completions' places among them, `(R,)`. A place that
+        no completion has goes on with token 0.
+    """
+    arms, size = shape
+    base = int(tokens.max()) + 1
+    pairs, numbers = (places * base + tokens).unique(return_inverse=True)
+    parents = pairs // base
+    arm = parents // size
+    counts = arm.bincount(minlength=arms)
+    most = int(counts.max())
+    origins = None
+    if most > _SHRINK * size and len(parents.unique_consecutive()) == len(parents):
+        most, new = size, parents
+    else:
+        new = arm * most + torch.arange(len(pairs), device=arm.device) - (counts.cumsum(0) - counts)[arm]
+        firsts = torch.arange(0, arms * size, size, device=arm.device)
+        origins = firsts.repeat_interleave(most).index_copy(0, new, parents)
+    return origins, tokens.new_zeros(arms * most).index_copy(0, new, pairs % base), new[numbers]
 
 
 def choose(logits: torch.Tensor, draws: torch.Tensor | None, temperature: float, pieces: int = 1) -> torch.Tensor:
@@ -270,7 +295,13 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 class _GrowingNext:
-    """From a token for each row to the logits after it, `(R,)` → `(R, V)`, with a cache that grows."""
+    """From a token for each completion to the logits after it, `(R,)` → `(R, V)`, with a cache that grows.
+
+    Args:
+        cache: Keys and values of the prompts.
+        mask: Of the prompts, `(K, p, P)`.
+        copies: Completions of each prompt.
+    """
 
     def __init__(
         self,
@@ -281,22 +312,25 @@ class _GrowingNext:
         copies: int,
     ) -> None:
         self.model, self.autocast, self.cache = model, autocast, cache
-        cache.batch_repeat_interleave(copies)
-        self.mask = mask.bool().repeat_interleave(copies, 0)
+        self.arms, self.mask = len(mask), mask.flatten(0, 1).bool()
         self.positions = self.mask.sum(-1, keepdim=True)
+        self.places = torch.arange(len(self.mask), device=mask.device).repeat_interleave(copies)
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        origins, tokens, self.places = share(self.places, tokens, (self.arms, len(self.mask) // self.arms))
+        if origins is not None:
+            self.cache.batch_select_indices(origins)
+            self.mask, self.positions = self.mask[origins], self.positions[origins]
         self.mask = nn.functional.pad(self.mask, (0, 1), value=True)
         inputs = {"input_ids": tokens[:, None], "attention_mask": self.mask[:, None, None]}
         with self.autocast():
             out = self.model(**inputs, position_ids=self.positions, past_key_values=self.cache)
         self.positions = self.positions + 1
-        return out.logits[:, -1]
+        return out.logits[:, -1][self.places]
 
-    def keep(self, rows: torch.Tensor) -> None:
-        """Let the other rows go."""
-        self.cache.batch_select_indices(rows)
-        self.mask, self.positions = self.mask[rows], self.positions[rows]
+    def keep(self, completions: torch.Tensor) -> None:
+        """Go on with some completions alone, given as `(R,)` booleans."""
+        self.places = self.places[completions]
 
 
 class _FixedNext:

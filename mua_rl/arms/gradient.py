@@ -7,7 +7,17 @@ import torch
 from transformers import PreTrainedModel
 
 from mua_rl.arms.objective import loss
-from mua_rl.arms.packing import UNLABELLED, Batch, Completion, Row, attention_bias, batches, completion_sums, pack
+from mua_rl.arms.packing import (
+    GPU_ALIGNED,
+    UNLABELLED,
+    Batch,
+    Completion,
+    Row,
+    attention_bias,
+    batches,
+    completion_sums,
+    pack,
+)
 from mua_rl.arms.scoring import Metrics, Rollout
 from mua_rl.errors import UserError
 from mua_rl.grpo_arguments import GRPOArguments
@@ -44,7 +54,8 @@ class Gradient:
         their advantages.
         """
         rows = [self._rows(rollout, k) for k in range(len(rollout.answers.tokens))]
-        return batches(rows, self.tokens, self.pad_token_id)
+        aligned = GPU_ALIGNED if self.model.device.type == "cuda" else 1
+        return batches(rows, self.tokens, self.pad_token_id, aligned)
 
     def _rows(self, rollout: Rollout, k: int) -> list[Row]:
         """Of one arm."""

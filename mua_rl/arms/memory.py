@@ -17,7 +17,7 @@ CACHE_ALIGNED = 8
 
 _FP32 = 4
 _PASS_SHARE = 0.7  # of what weights and optimizers leave, at most, for a forward and backward pass
-_CPU_PASS = 256  # completions
+_CPU_PASS = 1024  # tokens: in wider passes there is more padding, and more memory to be fetched
 
 
 @dataclass(frozen=True)
@@ -136,5 +136,6 @@ def plan_parts(size: PolicySize, work: Work, limit: float) -> Parts:
 
 
 def cpu_parts(work: Work) -> Parts:
-    """On a CPU, where programs and not arms are most of a run's memory: all completions at once, and wide passes."""
-    return Parts(work.prompts * work.group, _CPU_PASS * work.length)
+    """On a CPU, where programs and not arms are most of a run's memory: all completions at once, and the passes that are
+    fastest."""
+    return Parts(work.prompts * work.group, _CPU_PASS)

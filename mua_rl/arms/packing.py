@@ -15,7 +15,8 @@ import torch
 UNLABELLED = -100
 _PROMPT, _PADDING = 0, -1  # the part of a row that a token belongs to; completions count from 1
 _ROW = 512  # tokens: in longer rows attention to what is masked costs more than the prompt computed again
-_ALIGNED = 16  # attention kernels like lengths as a multiple of it, and are chosen anew for each length
+GPU_ALIGNED = 16
+"""A GPU's attention kernels like lengths as a multiple of it, and are chosen anew for each length."""
 
 
 class Completion(NamedTuple):
@@ -101,19 +102,20 @@ def pack(prompt: list[int], completions: Iterable[Completion], longest: int = _R
     return rows
 
 
-def batches(arms: Sequence[Sequence[Row]], tokens: int, pad_id: int) -> Iterator[Batch]:
+def batches(arms: Sequence[Sequence[Row]], tokens: int, pad_id: int, aligned: int = 1) -> Iterator[Batch]:
     """All rows of each arm, the longest first, so that a batch has little padding.
 
     Args:
         arms: Rows of each arm.
         tokens: Of one batch, with its padding, at most; more only where one row of each arm has more.
         pad_id: The padding token.
+        aligned: The length of a batch is a multiple of it.
     """
     ordered = [sorted(rows, key=len, reverse=True) for rows in arms]
     start, most = 0, max(map(len, arms))
     while start < most:
         length = max(len(rows[start]) for rows in ordered if len(rows) > start)
-        length = -(-length // _ALIGNED) * _ALIGNED
+        length = -(-length // aligned) * aligned
         count = min(most - start, max(1, tokens // (len(arms) * length)))
         yield _batch([rows[start : start + count] for rows in ordered], count, length, pad_id)
         start += count
