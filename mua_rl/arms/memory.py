@@ -136,6 +136,5 @@ def plan_parts(size: PolicySize, work: Work, limit: float) -> Parts:
 
 
 def cpu_parts(work: Work) -> Parts:
-    """On a CPU, where programs and not arms are most of a run's memory: all completions at once, and the passes that are
-    fastest."""
+    """On a CPU, where programs and not arms are most of a run's memory: all completions at once, in quick passes."""
     return Parts(work.prompts * work.group, _CPU_PASS)
