@@ -111,7 +111,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
         evaluate(toy_task(), ToyEngine(), SETTINGS, tmp_path)
-    with pytest.raises(UserError, match="thesis.txt cannot be made: File exists"):
+    with pytest.raises(UserError, match=r"thesis\.txt cannot be made: File exists"):
         evaluate(toy_task(), ToyEngine(), SETTINGS, tmp_path / "thesis.txt")
 
 
