@@ -70,6 +70,11 @@ class Task:
     max_completion_length: int = 256
     strict: RewardFunc | None = None
 
+    @property
+    def checked_rewards(self) -> list[RewardFunc]:
+        """`rewards`, each `checked`, for trainers."""
+        return [checked(reward, self.name) for reward in self.rewards]
+
 
 # Modules that register the tasks of this package, imported when one of them is asked for.
 _BUILT_IN = {

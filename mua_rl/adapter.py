@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 
-from mua_rl.errors import UserError
+from mua_rl.errors import UserError, one_line
 from mua_rl.optim import FULL, LORA_A, LORA_B
 from mua_rl.rules import ALPHA_ONE, AlphaRule, Configuration, Scheme
 
@@ -282,7 +282,7 @@ def _inject(model: nn.Module, config: LoraConfig) -> PeftModel:
     try:
         return get_peft_model(model, config)
     except (ValueError, re.error) as error:
-        raise UserError(f"LoRA cannot be attached: {' '.join(str(error).split())}") from None
+        raise UserError(f"LoRA cannot be attached: {one_line(error)}") from None
 
 
 def _widths(model: nn.Module, targets: TargetModules) -> list[int]:

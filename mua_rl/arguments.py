@@ -13,7 +13,7 @@ from trl import TrlParser
 
 from mua_rl import policy
 from mua_rl.adapter import Adapter, TargetModules, adapter_for
-from mua_rl.errors import UserError
+from mua_rl.errors import UserError, one_line
 from mua_rl.policy import LearningRate
 from mua_rl.record import LRRecord
 from mua_rl.rules import Configuration
@@ -72,7 +72,9 @@ class AdapterArguments:
     @property
     def chosen_rank(self) -> str:
         """`--rank`, or its default."""
-        return str(DEFAULT_RANK) if self.rank is None and not self.start_from else self.rank or "full"
+        if self.rank is not None:
+            return self.rank
+        return "full" if self.start_from else str(DEFAULT_RANK)
 
     def adapter(self, default_targets: TargetModules) -> Adapter:
         """The adapter that was asked for.
@@ -167,10 +169,10 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the --config file cannot be read: {error}.") from None
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(" ".join(str(error).split())) from None
+        raise UserError(one_line(error)) from None
     except Exception as error:
         if type(error).__module__.startswith("yaml"):
-            raise UserError(f"the --config file is no YAML: {' '.join(str(error).split())}.") from None
+            raise UserError(f"the --config file is no YAML: {one_line(error)}.") from None
         raise
     if "--config" in arguments:
         position = arguments.index("--config")

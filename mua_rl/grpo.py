@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 from mua_rl import models, plots, processes
 from mua_rl.adapter import Adapter, fingerprint, load_adapter
 from mua_rl.arguments import AdapterArguments, Base, resolve_learning_rate
-from mua_rl.envs.tasks import Task, checked, get_task, own_code
+from mua_rl.envs.tasks import Task, get_task, own_code
 from mua_rl.errors import Diverged, UserError, exit_on_user_error, one_line
 from mua_rl.grpo_arguments import GRPOArguments, parse
 from mua_rl.grpo_report import announce, report
@@ -183,7 +183,7 @@ def make_trainer(setup: Setup, arguments: GRPOArguments, run: RunFolder) -> tupl
         model=setup.policy,
         roles=setup.adapter.learning_rates(setup.rate.value),
         generation=generation_class(setup.adapter.rank, arguments.vllm_sync),
-        reward_funcs=[checked(reward, setup.task.name) for reward in setup.task.rewards],
+        reward_funcs=setup.task.checked_rewards,
         args=arguments,
         train_dataset=setup.train_rows,
         processing_class=setup.tokenizer,

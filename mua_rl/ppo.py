@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from mua_rl import plots
 from mua_rl.adapter import Adapter, fingerprint
 from mua_rl.arguments import AdapterArguments, Base, parse_run, resolve_learning_rate
-from mua_rl.errors import INTERRUPTED, Diverged, UserError, exit_on_user_error
+from mua_rl.errors import INTERRUPTED, Diverged, UserError, exit_on_user_error, one_line
 from mua_rl.policy import LearningRate, gives_full_finetuning
 from mua_rl.ppo_arguments import PPOAdapterArguments, PPOArguments, limit_threads
 from mua_rl.ppo_base import SHIPPED, BasePolicy, read_base_policy, shipped_policy
@@ -92,7 +92,7 @@ def set_up(arguments: PPOArguments, adapter_arguments: AdapterArguments) -> Setu
     except UserError:
         raise
     except (AssertionError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"PPO cannot be built: {' '.join(str(error).split()) or type(error).__name__}") from None
+        raise UserError(f"PPO cannot be built: {one_line(error)}") from None
     base = Base(name, fingerprint(model.policy), record)
     configuration = model.configuration()
     rate = resolve_learning_rate(adapter_arguments, configuration, base, "ppo")
@@ -306,7 +306,7 @@ def _report(
         f"learning curve: {run.path / CURVE}\n"
         f"the policy for stable_baselines3.PPO.load: {run.path / POLICY}\n"
         f"the learning rate at other ranks: python -m mua_rl.lr {run.path}"
-        f"{onward * gives_full_finetuning(LRRecord.load(run.path))}",
+        f"{onward if gives_full_finetuning(LRRecord.load(run.path)) else ''}",
         highlight=False,
         soft_wrap=True,
     )

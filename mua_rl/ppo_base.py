@@ -17,7 +17,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from torch import nn
 
 from mua_rl.envs.control import FAMILIES
-from mua_rl.errors import UserError
+from mua_rl.errors import UserError, one_line
 
 SHIPPED = Path(__file__).parent / "assets" / "policies"
 INHERITED = (
@@ -80,7 +80,7 @@ class BasePolicy:
         try:
             missing, unexpected = policy.load_state_dict(self.state_dict, strict=False)
         except RuntimeError as error:
-            raise UserError(f"the weights of {self.path} do not fit the policy: {_one_line(error)}") from None
+            raise UserError(f"the weights of {self.path} do not fit the policy: {one_line(error)}") from None
         # Before SB3 1.7 actor and critic had one feature extractor under one name.
         missing = [name for name in missing if not name.startswith(("pi_features_extractor", "vf_features_extractor"))]
         if missing or unexpected:
@@ -172,7 +172,3 @@ def _same_kind(ours: spaces.Space, theirs: spaces.Space) -> bool:
     if isinstance(ours, spaces.Box) and isinstance(theirs, spaces.Box):
         return ours.shape == theirs.shape and (ours.dtype == "uint8") == (theirs.dtype == "uint8")
     return ours == theirs
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -19,7 +19,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecNormalize
 
-from mua_rl.errors import UserError
+from mua_rl.errors import UserError, one_line
 from mua_rl.ppo_evaluation import TRAINING_SEEDS
 from mua_rl.ppo_trainer import PPO
 
@@ -93,7 +93,7 @@ def load_checkpoint(model: PPO, folder: Path) -> None:
         model.learner.load_state_dict(state["learner"])
         model.learner.optimizer.load_state_dict(state["optimizer"])
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"the checkpoint {folder} cannot be resumed from: {' '.join(str(error).split())}") from None
+        raise UserError(f"the checkpoint {folder} cannot be resumed from: {one_line(error)}") from None
     model.merge()
     model.num_timesteps = state["num_timesteps"]
     model._n_updates = state["n_updates"]

@@ -1,8 +1,7 @@
 """Building vectorised environments for PPO, with the guard that stops on a non-finite observation or reward."""
 
 import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,31 +37,25 @@ class FiniteGuard(VecEnvWrapper):
         self.steps = 0
 
     def reset(self) -> VecEnvObs:
-        with self._failures("a reset"):
+        try:
             observations = self.venv.reset()
+        except Exception as error:  # an environment can fail in any way
+            raise _failure("a reset", error) from error
         self._check("observation after a reset", observations)
         return observations
 
     def step_wait(self) -> VecEnvStepReturn:
         self.steps += 1
-        with self._failures(f"its step {self.steps} of this run"):
+        try:
             observations, rewards, dones, infos = self.venv.step_wait()
+        except Exception as error:
+            raise _failure(f"its step {self.steps} of this run", error) from error
         self._check("reward", rewards)
         self._check("observation", observations)
         # SB3 hands on the next episode's first observation and keeps the last one in the info.
         for env in map(int, np.flatnonzero(dones)):
             self._check("last observation of an episode", infos[env].get("terminal_observation"), env)
         return observations, rewards, dones, infos
-
-    @contextmanager
-    def _failures(self, when: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # an environment can fail in any way
-            reason = one_line(f"{type(error).__name__}: {error}")
-            raise UserError(
-                f"an environment failed at {when} ({reason}): training has stopped, and the last checkpoint is kept."
-            ) from error
 
     def _check(self, what: str, values: Any, env: int | None = None) -> None:
         """Check the values of all environments, stacked, or of one."""
@@ -80,6 +73,14 @@ class FiniteGuard(VecEnvWrapper):
             f"environment {env} gave a non-finite {what} at its step {self.steps} of this run ({values}): "
             "training has stopped, and the last checkpoint is kept."
         )
+
+
+def _failure(when: str, error: Exception) -> UserError:
+    """What to say of an environment that has failed."""
+    reason = one_line(f"{type(error).__name__}: {error}")
+    return UserError(
+        f"an environment failed at {when} ({reason}): training has stopped, and the last checkpoint is kept."
+    )
 
 
 def check_env_id(env_id: str) -> None:

@@ -26,7 +26,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from mua_rl import processes
 from mua_rl.adapter import lora_layers, lora_matrices
-from mua_rl.errors import UserError
+from mua_rl.errors import UserError, one_line
 from mua_rl.gpu_memory import Plan, PolicySize, plan, trainer_memory, usable
 from mua_rl.vllm_lora import (
     AdapterFolders,
@@ -325,7 +325,7 @@ class _AdapterServer(VLLMClient):
         # Not by the session, which would repeat a refusal for half a minute.
         answer = requests.post(f"{self.base_url}/v1/load_lora_adapter", json=loading, timeout=self.LOAD_SECONDS)
         if answer.status_code != 200:
-            reason = " ".join(answer.text.split())[:200]
+            reason = one_line(answer.text, 200)
             raise UserError(f"the vLLM server did not take the adapter ({reason}): start it as {self.start}")
 
 
@@ -393,7 +393,7 @@ def engine_start(options: dict[str, Any]) -> Iterator[None]:
     except (ValueError, RuntimeError, torch.OutOfMemoryError) as error:
         share = options.get("gpu_memory_utilization")
         raise UserError(
-            f"the vLLM engine cannot start with {share:.2f} of the memory ({' '.join(str(error).split())[:300]}): if "
+            f"the vLLM engine cannot start with {share:.2f} of the memory ({one_line(error, 300)}): if "
             "other programs use this GPU, or its cache is too small, set --vllm_gpu_memory_utilization."
         ) from error
 
@@ -410,5 +410,5 @@ def engine_failures(when: str) -> Iterator[None]:
     except (UserError, EngineFailed, KeyboardInterrupt):
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = one_line(f"{type(error).__name__}: {error}", 300)
         raise EngineFailed(f"the vLLM engine failed {when} ({reason})") from error

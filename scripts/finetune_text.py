@@ -39,7 +39,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from mua_rl import models
 from mua_rl.envs.tasks import get_task
-from mua_rl.errors import UserError, exit_on_user_error
+from mua_rl.errors import UserError, exit_on_user_error, one_line
 from mua_rl.heldout import is_conversational
 
 FORMATS = (["prompt", "completion"], ["messages"], ["conversations"], ["text"])
@@ -161,7 +161,7 @@ class Text:
         try:
             trainer = self.trainer(model)
         except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"TRL cannot read these examples: {' '.join(str(error).split())[:300]}") from None
+            raise UserError(f"TRL cannot read these examples: {one_line(error, 300)}") from None
         train_rows, held_out_rows = trainer.train_dataset, trainer.eval_dataset
         if not len(train_rows) or not len(held_out_rows):
             raise UserError("no completion begins within --max_length tokens.")

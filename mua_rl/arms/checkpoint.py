@@ -17,7 +17,7 @@ from mua_rl.adapter import TargetModules
 from mua_rl.arms.arm import PER_ARM, WITHOUT_EFFECT, Arm, Outcome
 from mua_rl.arms.stacked import LoRAStack
 from mua_rl.arms.state import ArmState
-from mua_rl.errors import UserError
+from mua_rl.errors import UserError, one_line
 from mua_rl.grpo_arguments import GRPOArguments
 
 
@@ -119,7 +119,7 @@ class Checkpoints:
                 os.replace(_scratch(path), path)
         except (OSError, RuntimeError) as error:
             self._clear()
-            print(f"mua_rl: no checkpoint at step {step}: {' '.join(str(error).split())}", flush=True)
+            print(f"mua_rl: no checkpoint at step {step}: {one_line(error)}", flush=True)
 
     def remove(self) -> None:
         """Delete the files: the group has ended."""

@@ -29,7 +29,7 @@ from mua_rl.arms.ppo_policy import SINGLY, StackedPolicy, build_policy
 from mua_rl.arms.ppo_rollouts import Collector, GymnasiumEnvs, held_out_returns
 from mua_rl.arms.ppo_update import Options, StackedAdam, update
 from mua_rl.envs.control.tensor import Task, TensorEnvs, tensor_task
-from mua_rl.errors import UserError
+from mua_rl.errors import UserError, one_line
 from mua_rl.ppo import bare_envs, training_envs
 from mua_rl.ppo_arguments import PPOArguments
 from mua_rl.ppo_base import BasePolicy
@@ -235,5 +235,4 @@ def _tensor_task(arguments: PPOArguments, base: BasePolicy) -> Task | None:
     try:
         return tensor_task(arguments.env_id, arguments.env_kwargs)  # type: ignore[arg-type]  # a mapping since __post_init__
     except (gymnasium.error.Error, ImportError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"the environment {arguments.env_id!r} cannot be built: {reason}") from None
+        raise UserError(f"the environment {arguments.env_id!r} cannot be built: {one_line(error)}") from None

@@ -58,7 +58,7 @@ class Scoring:
         new_tokens: int,
     ) -> None:
         self.task, self.rows, self.arguments, self.tokenizer = task, rows, arguments, tokenizer
-        self.end_ids, self.new_tokens = end_ids, new_tokens
+        self.end_ids, self.new_tokens, self.rewards = end_ids, new_tokens, task.checked_rewards
         self.weights = torch.tensor(arguments.reward_weights or task.reward_weights or [1.0] * len(task.rewards))
         if len(self.weights) != len(task.rewards):
             raise UserError(f"--reward_weights takes {len(task.rewards)} numbers for the task {task.name}.")
@@ -87,7 +87,7 @@ class Scoring:
                 "completions/clipped_ratio": truncated[k].float().mean().item(),
                 **{
                     f"rewards/{getattr(function, '__name__', i)}/mean": scores[k][:, i].nanmean().item()
-                    for i, function in enumerate(self.task.rewards)
+                    for i, function in enumerate(self.rewards)
                 },
             }
             for k in range(len(numbers))
@@ -112,8 +112,8 @@ class Scoring:
         completions: list = texts
         if not isinstance(columns["prompts"][0], str):
             completions = [[{"role": "assistant", "content": text}] for text in texts]
-        scores = [reward(completions=completions, **columns) for reward in self.task.rewards]
-        return torch.tensor([[float("nan") if s is None else float(s) for s in row] for row in scores]).T
+        scores = [reward(completions=completions, **columns) for reward in self.rewards]
+        return torch.tensor([[float("nan") if s is None else s for s in row] for row in scores]).T
 
     def _total(self, scores: torch.Tensor) -> torch.Tensor:
         """Weighted sums of scores, `(b, rewards)` → `(b,)`; NaN where no reward gave a score."""

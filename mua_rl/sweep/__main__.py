@@ -216,7 +216,7 @@ def conclude(
         f"LR record: {record.learning_rate:.4g} for {record.configuration()}\n"
         f"figures and tables: {folder / REPORT}; every run: {folder / CSV}\n"
         f"the learning rate at other ranks: python -m mua_rl.lr {folder}"
-        f"{onward * gives_full_finetuning(record)}",
+        f"{onward if gives_full_finetuning(record) else ''}",
         highlight=False,
         markup=False,
         soft_wrap=True,

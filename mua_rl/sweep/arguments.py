@@ -10,7 +10,7 @@ from typing import Any
 from mua_rl.arguments import AdapterArguments, parse_arguments, parse_rank
 from mua_rl.arms.arm import PER_ARM, WITHOUT_EFFECT
 from mua_rl.arms.memory import TIMES_ONE_RUN
-from mua_rl.errors import UserError
+from mua_rl.errors import UserError, one_line
 from mua_rl.rules import AlphaRule
 from mua_rl.run import CONFIG, RunFolder, with_whole_paths
 
@@ -224,7 +224,7 @@ def _algorithm(argv: list[str]) -> str:
         try:
             settings = yaml.safe_load(config.read_text())
         except yaml.YAMLError as error:
-            raise UserError(f"the --config file is no YAML: {' '.join(str(error).split())}.") from None
+            raise UserError(f"the --config file is no YAML: {one_line(error)}.") from None
         flags.algo = settings.get("algo") if isinstance(settings, dict) else None
     if (algorithm := flags.algo or "grpo") not in ("grpo", "ppo"):
         raise UserError(f"--algo takes grpo or ppo, not {algorithm!r}.")
