@@ -79,6 +79,7 @@ class Task:
 # Modules that register the tasks of this package, imported when one of them is asked for.
 _BUILT_IN = {
     "arithmetic": "mua_rl.envs.arithmetic",
+    "easy-arithmetic": "mua_rl.envs.arithmetic",
     "differences": "mua_rl.envs.arithmetic",
     "gsm8k": "mua_rl.envs.math_tasks",
     "math": "mua_rl.envs.math_tasks",

@@ -1,5 +1,6 @@
 """The task registry, and what becomes of bad rows."""
 
+import importlib
 import inspect
 import json
 import pickle
@@ -37,6 +38,13 @@ def test_every_built_in_task_is_listed_and_unknown_ones_are_refused():
     assert names <= set(task_names())
     with pytest.raises(UserError, match="there is no task 'nope'; the tasks are: arithmetic"):
         get_task("nope")
+
+
+def test_every_task_that_a_module_of_ours_registers_is_found_without_importing_it_first():
+    for module in set(tasks._BUILT_IN.values()):
+        importlib.import_module(module)
+    ours = {name for name, build in tasks._TASKS.items() if build.__module__.startswith("mua_rl.")}
+    assert ours == set(tasks._BUILT_IN)
 
 
 def test_arithmetic_still_builds():
