@@ -4,7 +4,7 @@
     python scripts/second_task.py --model embedded --task arithmetic --steps 2 --grid -12 -11   # in miniature, on a CPU
 
 The LR record is that of SmolLM2's Init[B] r = 16 in docs/results/reproduce_grpo.csv: the fitted optimum, as the end of
-a sweep writes it. From it `mua_rl.policy.transfer` gives the learning rates of LoRA at other ranks and of FFT. They are
+a sweep writes it. It stays beside the CSV of results, and a later call reads it from there. From it `mua_rl.policy.transfer` gives the learning rates of LoRA at other ranks and of FFT. They are
 run as they are, and FFT over a grid beside them. One line of the CSV is one run; lines that are there are not repeated.
 """
 
@@ -19,6 +19,7 @@ from reproduce_grpo import add_run_options, run_all
 from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.errors import UserError, exit_on_user_error
 from mua_rl.policy import transfer
+from mua_rl.record import LRRecord
 from mua_rl.sweep.arguments import parse
 from mua_rl.sweep.base import Facts, find_facts
 from mua_rl.sweep.closing import make_record
@@ -33,25 +34,17 @@ SOURCE_RANK = 16
 VALUES = {"metric": "held-out accuracy", "reward_last": "reward of the last tenth"}
 
 
-def transferred(options: argparse.Namespace) -> dict[Curve, float]:
-    """log2 of the learning rate that each curve gets from the record of the source task.
-
-    Rounded to hundredths, so that another machine's last digits do not make another run of it.
+def make_source_record(options: argparse.Namespace) -> LRRecord:
+    """The record of the source task, as the end of its sweep writes it.
 
     Raises:
-        UserError: The source gives no record, or a rank does not fit the model.
+        UserError: The source gives no record.
     """
-    if min(options.ranks) < 1:
-        raise UserError("--ranks takes LoRA ranks from 1 on; full finetuning is run in any case.")
-    if not all(LOWEST <= lr <= HIGHEST for lr in options.grid):
-        raise UserError(f"--grid takes exponents between {LOWEST:g} and {HIGHEST:g}, as in -14 -13 -12.")
     rows = [row for row in read(options.source) if (row.algorithm, row.base) == ("grpo", options.source_base)]
     if len({row.task for row in rows}) != 1:
         raise UserError(f"{options.source} has GRPO runs of {options.source_base} on no task, or on several.")
     [sweep] = sweeps_of(rows)
-    ranks = [str(rank) for rank in options.ranks]
-    request = parse(["--algo", "grpo", "--model", options.model, "--task", sweep.task, "--ranks", *ranks, "full"])
-    facts: Facts = find_facts(request)
+    facts = find_facts(parse(["--algo", "grpo", "--model", options.model, "--task", sweep.task, "--ranks", "full"]))
     curve = (SOURCE_RANK, "B", "1")
     if curve not in sweep.curves:
         raise UserError(f"{options.source} has no optimum of {curve_name(curve)}: name another --source.")
@@ -61,12 +54,35 @@ def transferred(options: argparse.Namespace) -> dict[Curve, float]:
     record = make_record(facts, search, measured, {row.arm: row.outcome for row in rows})
     if record is None:
         raise UserError(f"{options.source} gives no record: no run of {curve_name(curve)} got better than the base.")
-    print(f"the record of {sweep.task}: {record.note}")
+    return record
+
+
+def transferred(options: argparse.Namespace) -> dict[Curve, float]:
+    """log2 of the learning rate that each curve gets from the record of the source task.
+
+    Rounded to hundredths, so that another machine's last digits do not make another run of it.
+
+    Raises:
+        UserError: The source gives no record, the record cannot be read, or a rank does not fit the model.
+    """
+    if min(options.ranks) < 1:
+        raise UserError("--ranks takes LoRA ranks from 1 on; full finetuning is run in any case.")
+    if not all(LOWEST <= lr <= HIGHEST for lr in options.grid):
+        raise UserError(f"--grid takes exponents between {LOWEST:g} and {HIGHEST:g}, as in -14 -13 -12.")
+    path = options.output.with_suffix(".record.json")
+    record = LRRecord.load(path) if path.exists() else make_source_record(options)
+    ranks = [str(rank) for rank in options.ranks]
+    request = parse(["--algo", "grpo", "--model", options.model, "--task", record.task, "--ranks", *ranks, "full"])
+    facts: Facts = find_facts(request)
+    print(f"the record of {record.task}: {record.note}")
     found = {}
     for curve in [*((rank, "B", "1") for rank in options.ranks), FFT]:
         rate = transfer(record, facts.record_of(curve).configuration())
         found[curve] = round(math.log2(rate.value), 2)
         print(f"{curve_name(curve)}: 2^{found[curve]:g}: {rate.reason}")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record.save(path)  # more runs of the source would move its optimum, and with it what is to be run here
     return found
 
 
