@@ -497,14 +497,22 @@ def test_a_perfect_rule_stands_below_the_rules_of_each_algorithm_with_all_pairs_
     found = sweeps(rows)
     table = report.prediction_table(found, [BareRule(), EqualMovement()])
     names = [line[0] for line in table.lines]
-    assert [name for name in names if "perfect" in name] == [names[3], names[7]]
-    ceiling = dict(zip(table.columns, table.lines[3], strict=True))
+    assert [name for name in names if "perfect" in name] == [names[4], names[9]]
+    ceiling = dict(zip(table.columns, table.lines[4], strict=True))
     tests = prediction_tests(found[:1], BareRule())
     assert ceiling["all"] == f"{np.mean([test.perfect_hit for test in tests]):.0%}"
     assert ceiling["as good as the best"] == f"{np.mean([test.perfect_as_good for test in tests]):.0%}"
     assert ceiling["within Init[A]"].endswith("%")
     assert 0 < float(ceiling["mean error"]) < 0.5
     assert ceiling["in the stated interval"] == "–"
+
+
+def test_the_rule_that_ships_stands_among_the_rules_and_is_each_algorithms_own():
+    rows = [r for name in ("grpo", "ppo") for r in sweep_rows((4, 64), SCHEMES[:2], algorithm=name)]
+    table = report.prediction_table(sweeps(rows), [BareRule(), RankCorrected(0.5)])
+    cells = {line[0]: line[1:] for line in table.lines}
+    assert cells["grpo: what mua_rl does by default"] == cells["grpo: theory × (r/m)^0.5"]
+    assert cells["ppo: what mua_rl does by default"] == cells["ppo: no rule, the LR unchanged"] != cells["ppo: theory"]
 
 
 def test_predictions_as_good_as_the_best_are_counted_beside_the_width_that_noise_gives_them():

@@ -20,7 +20,6 @@ from rich.table import Table
 from rich.text import Text
 
 from mua_rl.errors import UserError, exit_on_user_error
-from mua_rl.policy import default_exponent
 from mua_rl.sweep.figure import learning_rate_curves, optimum_against_rank
 from mua_rl.sweep.measured import (
     FFT,
@@ -48,6 +47,7 @@ from mua_rl.sweep.transfer import (
     Unmoved,
     calibrated,
     leave_one_out,
+    shipped,
 )
 
 FILE_NAME = "report.md"
@@ -211,17 +211,16 @@ def prediction_table(sweeps: Sequence[Sweep], rules: Sequence[Rule]) -> ReportTa
     intervals and makes that easy: their median width stands beside, and what no rule achieves (`Unmoved`) in a row.
     Hits between two schemes are of both directions together: a ratio is off by the same octaves in either.
 
-    A rule's stated interval is from the other tasks of algorithms with the same exponent in
-    `mua_rl.policy.RANK_EXPONENTS`; that of the fitted rule from all other tasks, as its exponent is. Below an
-    algorithm's rules stands the ceiling of all its pairs: how often a perfect rule is expected to succeed
-    (`Test.perfect_hit`, `Test.perfect_as_good`).
+    A rule's stated interval is from the other tasks of algorithms with the same rule in `mua_rl.policy`; that of the
+    fitted rule from all other tasks, as its exponent is. Below an algorithm's rules stands the ceiling of all its
+    pairs: how often a perfect rule is expected to succeed (`Test.perfect_hit`, `Test.perfect_as_good`).
     """
     rules = [*rules, Unmoved()]
     by_rule: dict[str, list[Test]] = {rule.name: [] for rule in rules}
-    for exponent in {default_exponent(sweep.algorithm) for sweep in sweeps}:
-        alike = [sweep for sweep in sweeps if default_exponent(sweep.algorithm) == exponent]
-        for rule in rules:
-            by_rule[rule.name] += leave_one_out(alike, partial(calibrated, rule))
+    for default in dict.fromkeys(shipped(sweep.algorithm) for sweep in sweeps):
+        alike = [sweep for sweep in sweeps if shipped(sweep.algorithm) == default]
+        for rule in [*rules, default]:
+            by_rule.setdefault(rule.name, []).extend(leave_one_out(alike, partial(calibrated, rule)))
     by_rule[FITTED] = leave_one_out(sweeps)
     found = {
         algorithm: {name: [t for t in tests if t.sweep.algorithm == algorithm] for name, tests in by_rule.items()}

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from mua_rl.policy import Evidence, pair_kind
+from mua_rl.policy import UNMOVED, Evidence, default_exponent, pair_kind
 from mua_rl.rules import Scheme
 from mua_rl.sweep.measured import FFT, Context, Curve, Measured, Sweep, log2_ratio
 from mua_rl.sweep.optimum import COVERAGE, RESOLUTION, Optimum
@@ -111,6 +111,32 @@ class RankCorrected:
         if shift is None or correction is None:
             return None
         return moved(source.optimum, shift - self.exponent * correction)
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """What `mua_rl.policy.transfer` does of itself; from `shipped`.
+
+    Attributes:
+        exponent: c of `RankCorrected`.
+        unmoved: The schemes within which the learning rate stays as it is.
+    """
+
+    exponent: float
+    unmoved: tuple[Scheme, ...] = ()
+    name: str = "what mua_rl does by default"
+    needs_source: bool = True
+
+    def predict(self, source: Measured, target: Curve, context: Context) -> Prediction | None:
+        """See `Rule`."""
+        stays = _scheme(source.curve) == _scheme(target) in self.unmoved
+        rule: Rule = Unmoved() if stays else RankCorrected(self.exponent)
+        return rule.predict(source, target, context)
+
+
+def shipped(algorithm: str) -> Shipped:
+    """The rule of an algorithm."""
+    return Shipped(default_exponent(algorithm), UNMOVED.get(algorithm, ()))
 
 
 @dataclass(frozen=True)
