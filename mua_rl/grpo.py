@@ -29,6 +29,7 @@ from transformers import (
     ProgressCallback,
     get_scheduler,
 )
+from transformers.utils import is_liger_kernel_available
 from transformers.utils import logging as transformers_logging
 
 from mua_rl import models, plots, processes
@@ -81,12 +82,17 @@ def check(arguments: GRPOArguments) -> None:
     """Refuse what would fail later, before anything is written.
 
     Raises:
-        UserError: vLLM is asked for and is not installed, or the launcher leaves most processes without weights.
+        UserError: A package is asked for and is not installed, or the launcher leaves most processes without weights.
     """
     if processes.sharded() and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
         raise UserError(
             "every process needs the weights at the start: set fsdp_cpu_ram_efficient_loading to false in accelerate's "
             "configuration, or take the one that python -m mua_rl.accelerate_configs fsdp2 names."
+        )
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise UserError(
+            "--use_liger_kernel needs Liger's kernels, which are not installed: pip install liger-kernel, or drop the "
+            "flag."
         )
     if arguments.use_vllm:
         check_vllm()

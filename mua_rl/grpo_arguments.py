@@ -15,7 +15,17 @@ _LEAST = {
     "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "completions_per_step": 1,
     "steps_per_generation": 1, "num_iterations": 1, "num_generations": 2, "max_completion_length": 1,
     "held_out_problems": 1, "held_out_steps": 0, "beta": 0, "epsilon": 0, "weight_decay": 0, "max_grad_norm": 0,
+    "top_k": 0, "neftune_noise_alpha": 0,
 }  # fmt: skip
+_SHARES = ("top_p", "min_p", "top_entropy_quantile")
+_CHOICES = {
+    "loss_type": ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none", True, False),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+}
+"""Words that TRL's trainer compares in the midst of a step."""
 _SEEDS = 2**32  # NumPy takes no larger ones
 
 
@@ -103,6 +113,7 @@ class GRPOArguments(GRPOConfig):
 
     def __post_init__(self) -> None:
         self._check_numbers()
+        self._check_words()
         self.task = self.task or "arithmetic"
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
@@ -131,6 +142,10 @@ class GRPOArguments(GRPOConfig):
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise UserError(f"--{name} must be at least {least}, not {value}.")
+        for name in _SHARES:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UserError(f"--{name} must lie between 0 and 1, not at {value}.")
         if self.max_steps == 0 or self.max_steps < -1:
             raise UserError(f"--max_steps takes a positive number, or -1 for --num_train_epochs, not {self.max_steps}.")
         if not self.num_train_epochs > 0:
@@ -142,6 +157,17 @@ class GRPOArguments(GRPOConfig):
         for name in ("seed", "data_seed"):
             if not 0 <= (getattr(self, name) or 0) < _SEEDS:
                 raise UserError(f"--{name} must lie between 0 and {_SEEDS - 1}, not at {getattr(self, name)}.")
+
+    def _check_words(self) -> None:
+        """Refuse words that TRL would stumble over when the run has begun.
+
+        Raises:
+            UserError: An option takes certain words, and this is none of them.
+        """
+        for name, words in _CHOICES.items():
+            if getattr(self, name) not in words:
+                named = ", ".join(word for word in words if isinstance(word, str))
+                raise UserError(f"--{name} takes one of {named}, not {getattr(self, name)!r}.")
 
     def _set_batch(self, number: int) -> None:
         """Share the completions of an optimizer step among a number of processes.

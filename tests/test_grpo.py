@@ -188,6 +188,17 @@ def test_every_grpo_config_field_is_a_flag():
     }
 
 
+def test_the_words_that_options_take_are_those_of_trls_trainer():
+    import inspect
+    import re
+
+    source = inspect.getsource(trl.GRPOTrainer)
+    for name, words in grpo_arguments._CHOICES.items():
+        compared = re.findall(rf"{name} (?:==|!=|in|not in) (\[.*?\]|\".*?\")", source)
+        known = {word for text in compared for word in re.findall(r'"(\w+)"', text)}
+        assert known == {word for word in words if isinstance(word, str)}, name
+
+
 def test_defaults_are_the_papers_recipe():
     arguments, adapter_arguments, _ = grpo.parse([])
     assert adapter_arguments.adapter("mlp").rank == 32
@@ -314,6 +325,14 @@ def test_one_bad_gradient_is_left_out_and_marked(tmp_path, monkeypatch):
         (["--temperature", "0"], "--temperature takes a number above 0"),
         (["--weight_decay", "nan"], "--weight_decay must be at least 0"),
         (["--model_init_kwargs", '{"no_such": 1}'], "cannot be loaded"),
+        (["--use_liger_kernel"], "pip install liger-kernel"),
+        (["--loss_type", "foo"], "dapo, grpo, dr_grpo, bnpo, cispo, sapo, luspo, vespo, not 'foo'"),
+        (["--scale_rewards", "foo"], "--scale_rewards takes one of group, batch, none, not 'foo'"),
+        (["--importance_sampling_level", "foo"], "token, sequence, not 'foo'"),
+        (["--multi_objective_aggregation", "foo"], "sum_then_normalize, normalize_then_sum, not 'foo'"),
+        (["--vllm_importance_sampling_mode", "foo"], "token_truncate, token_mask, sequence_truncate, sequence_mask"),
+        (["--top_k", "-1"], "--top_k must be at least 0"),
+        (["--top_p", "2"], "--top_p must lie between 0 and 1"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_writes_nothing(flags, message, tmp_path, monkeypatch, capsys):
