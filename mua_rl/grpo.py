@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,11 +157,12 @@ def prepare(arguments: GRPOArguments, adapter_arguments: AdapterArguments) -> Se
     adapter = adapter_arguments.adapter("mlp")
     tokenizer = models.load_tokenizer(arguments.model)
     model, base = load_base(arguments, adapter_arguments.start_from)
+    rows = splits(task, is_conversational(tokenizer), arguments.held_out_problems)
+    check_vocabulary(model, tokenizer, rows)
     configuration = adapter.configuration(model, optimizer=str(getattr(arguments.optim, "value", arguments.optim)))
     rate = resolve_learning_rate(adapter_arguments, configuration, base, "grpo")
     policy = adapter.attach(model, seed=arguments.seed)
     widths = adapter.widths(policy)  # of a LoRA read off its layers; before, PEFT would look for them once more
-    rows = splits(task, is_conversational(tokenizer), arguments.held_out_problems)
     arguments.learning_rate = rate.value
     if arguments.max_completion_length is None:
         arguments.max_completion_length = task.max_completion_length
@@ -361,6 +362,29 @@ def splits(task: Task, conversational: bool, held_out_problems: int | None) -> t
     if held_out_problems is not None:
         held_out_rows = held_out_rows.select(range(min(held_out_problems, len(held_out_rows))))
     return train_rows, held_out_rows
+
+
+def check_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows_of_splits: Sequence[Dataset]
+) -> None:
+    """Refuse a tokenizer that writes the task in tokens for which the model has no embedding.
+
+    Tokens that no prompt needs may lack one: Gemma 3's text models have a tokenizer with a token for images.
+
+    Raises:
+        UserError: It does.
+    """
+    embeddings = len(cast(torch.Tensor, model.get_input_embeddings().weight))
+    if max(tokenizer.get_vocab().values()) < embeddings:
+        return
+    prompts = [ids for rows in rows_of_splits for ids in prompt_ids(tokenizer, rows["prompt"])]
+    last = max(tokenizer.eos_token_id, tokenizer.pad_token_id, *map(max, filter(None, prompts)))
+    if last >= embeddings:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model embeddings for {embeddings}, and "
+            f"{tokenizer.convert_ids_to_tokens(last)!r} has none: give the model its own tokenizer, or embeddings for "
+            "all tokens (model.resize_token_embeddings)."
+        )
 
 
 def _longest_prompt(tokenizer: PreTrainedTokenizerBase, rows: Dataset, most: int = 20_000) -> int | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mua_rl.errors import UserError, one_line
@@ -85,10 +86,34 @@ def load_model(name: str, dtype: str = "float32", **options: object) -> PreTrain
         options: Passed on to `from_pretrained`.
 
     Raises:
-        UserError: It cannot be loaded.
+        UserError: It cannot be loaded, or has weights that are no finite numbers.
     """
     with loading(f"the model {_named(name)}"):
-        return AutoModelForCausalLM.from_pretrained(model_path(name), dtype=getattr(torch, dtype), **options)
+        model = AutoModelForCausalLM.from_pretrained(model_path(name), dtype=getattr(torch, dtype), **options)
+    check_finite(model, name)
+    return model
+
+
+@torch.no_grad()
+def check_finite(model: nn.Module, name: str) -> None:
+    """Refuse weights that are no finite numbers; one pass of sums, which costs less than a tenth of loading.
+
+    Args:
+        name: For the message.
+
+    Raises:
+        UserError: There are some.
+    """
+    # A sum is finite only where all its terms are. Quantised weights have no NaN, or no sum.
+    weights = {k: p for k, p in model.named_parameters() if p.element_size() > 1 and not p.is_meta}
+    wrong = [k for k, p in weights.items() if not p.sum().isfinite() and not p.isfinite().all()]
+    if wrong:
+        kind = "NaN" if weights[wrong[0]].isnan().any() else "infinite values"
+        more = f" (and {len(wrong) - 1} more weights are not finite)" if len(wrong) > 1 else ""
+        raise UserError(
+            f"the model {name} has {kind} in {wrong[0]}{more}: its file is damaged, or the run that wrote it diverged; "
+            "take another copy or checkpoint."
+        )
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:

@@ -365,6 +365,34 @@ def test_what_trl_cannot_set_up_is_refused_and_leaves_no_folder(flags, message, 
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "infinite values")])
+def test_weights_that_are_no_numbers_are_refused_by_name_before_anything_is_written(value, kind, tmp_path):
+    model = models.load_model("embedded")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+        model.model.norm.weight[0] = value
+    model.save_pretrained(tmp_path / "m")
+    models.load_tokenizer("embedded").save_pretrained(tmp_path / "m")
+    with pytest.raises(UserError, match=rf"has {kind} in model.layers.1.mlp.up_proj.weight \(and 1 more"):
+        run("--model", tmp_path / "m", "--lr", 1e-3, "--output_dir", tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_tokenizer_with_tokens_that_the_model_lacks_is_refused_where_the_task_needs_them(tmp_path):
+    models.load_model("embedded").save_pretrained(tmp_path / "m")
+    tokenizer = models.load_tokenizer("embedded")
+    flags = ["--model", tmp_path / "m", "--lr", 1e-3, "--max_steps", 1, "--output_dir", tmp_path / "r"]
+    tokenizer.add_tokens([f"<image {k}>" for k in range(models.load_model("embedded").config.vocab_size)])
+    tokenizer.save_pretrained(tmp_path / "m")
+    grpo.prepare(*grpo.parse([*SMALL, *map(str, flags)])[:2])
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.pad_token = "<more>"
+    tokenizer.save_pretrained(tmp_path / "m")
+    with pytest.raises(UserError, match=r"the tokenizer has \d+ tokens, the model .*, and '<more>' has none"):
+        run(*flags)
+    assert not (tmp_path / "r").exists()
+
+
 def test_a_folder_with_something_in_it_is_never_written_over(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(UserError, match="not empty"):

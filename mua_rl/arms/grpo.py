@@ -37,7 +37,7 @@ from mua_rl.arms.vllm_rollouts import ArmsEngine, EngineSettings, engine, gpu_sh
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import UserError
 from mua_rl.gpu_memory import PolicySize
-from mua_rl.grpo import check_vllm, load_base, splits
+from mua_rl.grpo import check_vllm, check_vocabulary, load_base, splits
 from mua_rl.grpo_arguments import GRPOArguments
 from mua_rl.grpo_trainer import RunCallback
 from mua_rl.heldout import HeldOutResult, is_conversational, prompt_ids, score
@@ -93,6 +93,7 @@ class SideBySide:
         loaded = sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
         self.conversational = is_conversational(self.tokenizer)
         self.train_rows, self.held_out_rows = splits(self.task, self.conversational, arguments.held_out_problems)
+        check_vocabulary(model, self.tokenizer, [self.train_rows, self.held_out_rows])
         self.new_tokens = arguments.max_completion_length or self.task.max_completion_length
         adapters = [arm.adapter(target_modules) for arm in arms]
         self.stack = LoRAStack(self.model, [a for a in adapters if isinstance(a, LoRA)], [arm.seed for arm in arms])
