@@ -23,8 +23,8 @@ from mua_rl.errors import UserError, one_line
 from mua_rl.optim import FULL, LORA_A, LORA_B
 from mua_rl.rules import ALPHA_ONE, AlphaRule, Configuration, Scheme
 
-MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-"""The default of the paper: the MLP projections of every decoder layer."""
+MLP_PROJECTIONS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+"""The default of the paper: the MLP projections of every decoder layer, the first two fused in Phi-3 and its like."""
 
 TargetModules = str | list[str]
 """`"mlp"`, `"all-linear"` (every linear layer but the output head), a regular expression, or a list of names."""

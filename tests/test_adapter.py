@@ -1,5 +1,6 @@
 """LoRA starts as the paper defines it, on any module, and what it saves is plain PEFT."""
 
+import copy
 import json
 
 import pytest
@@ -11,6 +12,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -91,6 +94,32 @@ def test_the_default_targets_are_the_mlp_projections():
     model = LoRA(4).attach(tiny_llama())
     assert {name.rpartition(".")[2] for name, _ in lora_layers(model)} == {"gate_proj", "up_proj", "down_proj"}
     assert LoRA(4).widths(tiny_llama()) == Full().widths(tiny_llama()) == LoRA(4).widths(model) == [64, 128]
+
+
+def test_fused_mlp_projections_carry_lora_as_separate_ones_do(tmp_path):
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = Phi3ForCausalLM(Phi3Config(vocab_size=64, num_key_value_heads=2, pad_token_id=0, **size))
+    configuration = LoRA(4).configuration(base)
+    assert (configuration.width, configuration.outputs, LoRA(4).widths(base)) == (128, 64, [64, 128])
+    weights, tokens = copy.deepcopy(base.state_dict()), torch.arange(12).reshape(2, 6)
+    model = LoRA(4).attach(base, seed=1)
+    layers = {name.rpartition("layers.")[2]: lora_matrices(layer) for name, layer in lora_layers(model)}
+    assert set(layers) == {f"{k}.mlp.{name}" for k in range(2) for name in ("gate_up_proj", "down_proj")}
+    assert LoRA(4).widths(model) == [64, 128]
+    a, b = layers["0.mlp.gate_up_proj"]
+    assert (a.shape, b.shape, a.abs().max()) == ((4, 64), (2 * 128, 4), 0)
+    assert b.var().item() == pytest.approx(1 / 4, rel=5 * (2 / b.numel()) ** 0.5)
+    model(tokens, labels=tokens).loss.backward()
+    assert all(a.grad.abs().sum() > 0 for a, _ in layers.values())
+    with torch.no_grad():
+        for a, _ in layers.values():
+            a.normal_(std=0.1)
+    model.save_pretrained(tmp_path)
+    again = Phi3ForCausalLM(base.config)
+    again.load_state_dict(weights)
+    loaded = PeftModel.from_pretrained(again, str(tmp_path))
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
 
 def test_looking_for_widths_copies_no_weight(monkeypatch):
