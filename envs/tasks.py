@@ -31,7 +31,7 @@ import inspect
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,6 +162,13 @@ def own_code(what: str) -> Iterator[None]:
         last = traceback.extract_tb(error.__traceback__)[-1]
         reason = one_line(f"{type(error).__name__}: {error}")
         raise UserError(f"{what} failed: {reason} ({last.filename}:{last.lineno}).") from error
+
+
+def as_completions(prompts: Sequence, texts: Sequence[str]) -> list:
+    """A policy's answers as rewards get them in training: where prompts are chat messages, as messages too."""
+    if isinstance(prompts[0], str):
+        return list(texts)
+    return [[{"role": "assistant", "content": text}] for text in texts]
 
 
 def checked(reward: RewardFunc, task: str) -> RewardFunc:

@@ -32,7 +32,7 @@ from mua_rl.coordinate_check_report import FIXED, TOLERANCE, TRANSFERRED, Row, f
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import UserError, exit_on_user_error
 from mua_rl.feature_updates import Loss, feature_updates
-from mua_rl.heldout import is_conversational
+from mua_rl.heldout import complete, is_conversational, prompt_ids
 from mua_rl.record import check_learning_rate
 from mua_rl.rules import Configuration, best_lr_order, lr_ratio
 from mua_rl.run import RunFolder
@@ -130,30 +130,14 @@ def sample_group(
     model: Any, tokenizer: Any, prompt: str | list[dict[str, str]], size: int, length: int, seed: int
 ) -> Group:
     """A `Group` of `size` completions of `length` tokens, sampled at temperature 1; half of its advantages are −1."""
-    if isinstance(prompt, str):
-        inputs = tokenizer(prompt, return_tensors="pt")
-    else:
-        inputs = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
-    ids = inputs["input_ids"].to(model.device)
+    ids = prompt_ids(tokenizer, [prompt]) * size
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        tokens = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            num_return_sequences=size,
-            min_new_tokens=length,
-            max_new_tokens=length,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        written = complete(model, tokenizer, ids, length, temperature=1.0, min_new_tokens=length)
+    tokens = torch.cat([torch.tensor(ids, device=written.device), written], 1)
     advantages = torch.ones(size, device=tokens.device)
     advantages[: size // 2] = -1.0
-    return Group(tokens, advantages, ids.shape[1])
+    return Group(tokens, advantages, len(ids[0]))
 
 
 def at_width(config: PreTrainedConfig, width: int) -> PreTrainedConfig:

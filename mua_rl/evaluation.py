@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mua_rl.engines import Engine
-from mua_rl.envs.tasks import RewardFunc, Task, checked
+from mua_rl.envs.tasks import RewardFunc, Task, as_completions, checked
 from mua_rl.errors import UserError
 from mua_rl.statistics import Estimate, PairedDifference, mean_estimate, paired_difference, pass_at_k
 
@@ -168,7 +168,7 @@ def _score(task: Task, rows: Any, completions: list[list[str]], start: int) -> l
     samples = len(completions[0])
     columns = {name: [value for value in rows[name] for _ in range(samples)] for name in rows.column_names}
     prompts = columns.pop("prompt")
-    flat = [completion for group in completions for completion in group]
+    flat = as_completions(prompts, [completion for group in completions for completion in group])
 
     def scores_of(verifier: RewardFunc) -> list[float]:
         return [

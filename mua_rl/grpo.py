@@ -169,7 +169,7 @@ def prepare(arguments: GRPOArguments, adapter_arguments: AdapterArguments) -> Se
     if arguments.reward_weights is None and task.reward_weights is not None:
         arguments.reward_weights = list(task.reward_weights)
     if arguments.use_vllm:
-        shares = plan_engine(arguments, policy, adapter.rank, _longest_prompt(tokenizer, rows[0]))
+        shares = plan_engine(arguments, policy, adapter.rank, _longest_prompt(tokenizer, rows[0], arguments.template))
         if shares is not None and processes.is_main():
             print(f"mua_rl: GPU memory as planned: {shares}")
     return Setup(task, adapter, tokenizer, base, policy, configuration, widths, rate, *rows)
@@ -180,11 +180,10 @@ def make_trainer(setup: Setup, arguments: GRPOArguments, run: RunFolder) -> tupl
 
     def measure() -> HeldOutResult:
         assert arguments.max_completion_length is not None
-        rows = setup.held_out_rows
+        rows, new_tokens = setup.held_out_rows, arguments.max_completion_length
         own = rows.select(processes.share_of(len(rows)))
-        return gather(
-            held_out(trainer.model, setup.tokenizer, setup.task, own, arguments.max_completion_length), len(rows)
-        )
+        found = held_out(trainer.model, setup.tokenizer, setup.task, own, new_tokens, template=arguments.template)
+        return gather(found, len(rows))
 
     trainer = GRPOTrainer(
         model=setup.policy,
@@ -387,11 +386,13 @@ def check_vocabulary(
         )
 
 
-def _longest_prompt(tokenizer: PreTrainedTokenizerBase, rows: Dataset, most: int = 20_000) -> int | None:
+def _longest_prompt(
+    tokenizer: PreTrainedTokenizerBase, rows: Dataset, template: dict, most: int = 20_000
+) -> int | None:
     """Tokens of the longest prompt, or `None` where there are more rows than `most`."""
     if len(rows) > most:
         return None
-    return max(map(len, prompt_ids(tokenizer, rows["prompt"])))
+    return max(map(len, prompt_ids(tokenizer, rows["prompt"], **template)))
 
 
 def _check_layout(checkpoint: Path | None) -> None:

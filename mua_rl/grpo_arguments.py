@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from trl import GRPOConfig
@@ -26,6 +27,8 @@ _CHOICES = {
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
 }
 """Words that TRL's trainer compares in the midst of a step."""
+_DEFAULTS = {"model": models.EMBEDDED, "task": "arithmetic"}
+"""Taken in `__post_init__`: a field's default that is given by name is more than a default to --start-from."""
 _SEEDS = 2**32  # NumPy takes no larger ones
 
 
@@ -38,8 +41,13 @@ class GRPOArguments(GRPOConfig):
     there is a GPU for it. DAPO loss, β = 0, clipping at 1 and temperature 1 are TRL's own.
     """
 
-    model: str = field(default=models.EMBEDDED, metadata={"help": "embedded, smollm2, a model folder, or a hub id."})
-    task: str = field(  # None until `__post_init__`: a default that is given is more than a default to --start-from
+    model: str = field(
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "embedded, smollm2, a model folder, or a hub id. Default: embedded, with --start-from that run's own."
+        },
+    )
+    task: str = field(
         default=None,  # type: ignore[assignment]
         metadata={
             "help": "A verifiable task; see mua_rl.envs.tasks. Default: arithmetic, with --start-from that run's own."
@@ -114,7 +122,7 @@ class GRPOArguments(GRPOConfig):
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_words()
-        self.task = self.task or "arithmetic"
+        self.model, self.task = self.model or _DEFAULTS["model"], self.task or _DEFAULTS["task"]
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         if self.bf16 is None:
@@ -191,6 +199,11 @@ class GRPOArguments(GRPOConfig):
             passes = each // micro
         self.per_device_train_batch_size, self.gradient_accumulation_steps = micro, passes
 
+    @property
+    def template(self) -> dict[str, Any]:
+        """Options of the chat template."""
+        return cast(dict, self.chat_template_kwargs or {})
+
     def wider_passes(self) -> list[tuple[int, int]]:
         """Forward passes that make the same optimizer step: (completions of one, how many), the widest first.
 
@@ -228,6 +241,9 @@ def complete(arguments: GRPOArguments, adapter_arguments: AdapterArguments, give
     """
     if adapter_arguments.start_from:
         _inherit(arguments, RunFolder.open(adapter_arguments.start_from), given)
+    else:
+        for name in [name for name, default in _DEFAULTS.items() if given.get(name) == default]:
+            del given[name]  # the settings are those of a run that leaves it out
     if "num_train_epochs" in given and "max_steps" not in given:
         arguments.max_steps = -1
 

@@ -1,15 +1,16 @@
 """Held-out accuracy: a policy's answers to problems it is not trained on, scored by the task's own verifier."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from mua_rl.envs.tasks import Task, checked
+from mua_rl.envs.tasks import Task, as_completions, checked
 from mua_rl.processes import gathered
 
 
@@ -61,7 +62,53 @@ def prompt_ids(tokenizer: Any, prompts: Sequence, **options: Any) -> list[list[i
     ]
 
 
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a completion: the tokenizer's, and those of the model's generation settings, as for TRL."""
+    given = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *([] if given is None else [given] if isinstance(given, int) else given)})
+
+
 @torch.no_grad()
+def complete(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    min_new_tokens: int = 0,
+) -> torch.Tensor:
+    """What a policy itself writes, as it is trained: its softmax, not what a model's own generation settings make of it
+    (those of Qwen2.5 have a repetition penalty and a top-k).
+
+    Args:
+        prompts: Token ids of each.
+        temperature: 0 is greedy decoding.
+
+    Returns:
+        `(R, t)` token ids, filled up with the padding token after the end.
+    """
+    rows = [torch.tensor(ids, device=model.device) for ids in prompts]
+    inputs = pad_sequence(rows, True, tokenizer.pad_token_id, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side="left")
+    # What is not said here, transformers takes from the model's settings.
+    options: dict[str, Any] = {"do_sample": False}
+    if temperature != 0:
+        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        options |= {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+    settings = GenerationConfig(
+        **options,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        min_new_tokens=min_new_tokens,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=end_ids(model, tokenizer),
+    )
+    written = model.generate(input_ids=inputs, attention_mask=mask, generation_config=settings)
+    return written[:, inputs.shape[1] :]
+
+
 def generate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -70,39 +117,26 @@ def generate(
     temperature: float = 0.0,
     batch_size: int = 128,
     seed: int = 0,
+    template: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """One completion per prompt (a string or a list of messages); temperature 0 is greedy decoding.
 
-    Sampling draws from torch's global generator, seeded with `seed`; its state is put back afterwards, so that an
+    Sampling draws from torch's global generators, seeded with `seed`; their states are put back afterwards, so that an
     evaluation in mid-training changes nothing in the training.
+
+    Args:
+        template: Options of the chat template.
     """
-    generator_state = torch.get_rng_state()
     was_training = model.training
     model.eval()
-    options = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
-    if temperature != 0:
-        options |= {"top_k": 0, "top_p": 1.0}
-        set_seed(seed)
     completions: list[str] = []
-    for start in tqdm(range(0, len(prompts), batch_size), desc="held-out", leave=False, disable=None):
-        batch = list(prompts[start : start + batch_size])
-        if isinstance(batch[0], str):
-            inputs = tokenizer(batch, padding=True, padding_side="left", return_tensors="pt")
-        else:
-            inputs = tokenizer.apply_chat_template(
-                batch,
-                add_generation_prompt=True,
-                padding=True,
-                padding_side="left",
-                return_tensors="pt",
-                return_dict=True,
-            )
-        inputs = {k: v.to(model.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **options)
-        answers = output[:, inputs["input_ids"].shape[1] :]
-        completions += tokenizer.batch_decode(answers, skip_special_tokens=True)
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        for start in tqdm(range(0, len(prompts), batch_size), desc="held-out", leave=False, disable=None):
+            asked = prompt_ids(tokenizer, prompts[start : start + batch_size], **(template or {}))
+            answers = complete(model, tokenizer, asked, max_new_tokens, temperature)
+            completions += tokenizer.batch_decode(answers, skip_special_tokens=True)
     model.train(was_training)
-    torch.set_rng_state(generator_state)
     return completions
 
 
@@ -119,15 +153,21 @@ def held_out(
     problems: Dataset,
     max_new_tokens: int,
     temperature: float = 0.0,
+    template: Mapping[str, Any] | None = None,
 ) -> HeldOutResult:
-    """Answer `problems` (rows of `task`) and score the answers with `task.correct`."""
-    return score(generate(model, tokenizer, problems["prompt"], max_new_tokens, temperature), task, problems)
+    """Answer `problems` (rows of `task`) and score the answers with `task.correct`.
+
+    Args:
+        template: Options of the chat template.
+    """
+    answers = generate(model, tokenizer, problems["prompt"], max_new_tokens, temperature, template=template)
+    return score(answers, task, problems)
 
 
 def score(completions: list[str], task: Task, problems: Dataset) -> HeldOutResult:
     """Score answers to `problems` with the verifiers of their task."""
     columns = {name: problems[name] for name in problems.column_names if name != "prompt"}
-    columns |= {"prompts": problems["prompt"], "completions": completions}
+    columns |= {"prompts": problems["prompt"], "completions": as_completions(problems["prompt"], completions)}
     scores, strict = (
         [score or 0.0 for score in checked(verifier, task.name)(**columns)] if verifier else None
         for verifier in (task.correct, task.strict)

@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from trl.trainer.utils import pad, selective_log_softmax
 
 from mua_rl.adapter import Adapter
-from mua_rl.envs.tasks import Task
+from mua_rl.envs.tasks import Task, as_completions
 from mua_rl.errors import Diverged, UserError
-from mua_rl.heldout import is_conversational, prompt_ids
+from mua_rl.heldout import complete, end_ids, is_conversational, prompt_ids
 from mua_rl.optim import named_groups
 
 _ROWS_AT_ONCE = 48
@@ -67,33 +67,24 @@ def probe_batch(
     """
     rows = task.train(is_conversational(tokenizer)).shuffle(seed=seed)
     device = next(model.parameters()).device
+    ends = torch.tensor(end_ids(model, tokenizer), device=device)
     asked, answers, advantages = [], [], []
     set_seed(seed)
     for start in range(0, min(len(rows), 10 * prompts), prompts):
         piece = rows[start : start + prompts]
-        left = [torch.tensor(ids) for ids in prompt_ids(tokenizer, piece["prompt"]) for _ in range(group)]
-        inputs = pad(left, padding_value=tokenizer.pad_token_id, padding_side="left").to(device)
-        there = pad([torch.ones_like(row) for row in left], padding_side="left").to(device)
-        out = model.generate(
-            input_ids=inputs,
-            attention_mask=there,
-            max_new_tokens=new_tokens or task.max_completion_length,
-            pad_token_id=tokenizer.pad_token_id,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-        )[:, inputs.shape[1] :]
+        repeated = [ids for ids in prompt_ids(tokenizer, piece["prompt"]) for _ in range(group)]
+        out = complete(model, tokenizer, repeated, new_tokens or task.max_completion_length, temperature=1.0)
         columns = {name: [v for v in values for _ in range(group)] for name, values in piece.items()}
         columns["prompts"] = columns.pop("prompt")
-        rewards = task.rewards[0](completions=tokenizer.batch_decode(out, skip_special_tokens=True), **columns)
+        texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+        rewards = task.rewards[0](completions=as_completions(columns["prompts"], texts), **columns)
         scores = torch.tensor([float(reward or 0.0) for reward in rewards]).view(-1, group)
         spread = scores.std(1, keepdim=True)
         worth = ((scores - scores.mean(1, keepdim=True)) / (spread + 1e-4)).flatten()
         for row in (spread > 0).expand_as(scores).flatten().nonzero().flatten().tolist():
-            ended = (out[row] == tokenizer.eos_token_id).nonzero()
+            ended = torch.isin(out[row], ends).nonzero()
             length = int(ended[0]) + 1 if len(ended) else len(out[row])
-            asked.append(left[row])
+            asked.append(torch.tensor(repeated[row]))
             answers.append(out[row, :length].cpu())
             advantages.append(worth[row])
         if len(asked) >= prompts * group:

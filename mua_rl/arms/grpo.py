@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from mua_rl.gpu_memory import PolicySize
 from mua_rl.grpo import check_vllm, check_vocabulary, load_base, splits
 from mua_rl.grpo_arguments import GRPOArguments
 from mua_rl.grpo_trainer import RunCallback
-from mua_rl.heldout import HeldOutResult, is_conversational, prompt_ids, score
+from mua_rl.heldout import HeldOutResult, end_ids, is_conversational, prompt_ids, score
 from mua_rl.optim import learning_rates
 
 KeepGoing = Callable[[Arm, list[Metrics]], str | None]
@@ -293,8 +293,7 @@ class SideBySide:
     def _read(self, rows: Dataset, numbers: Sequence[int]) -> tuple[dict[int, dict], dict[int, list[int]]]:
         """Some rows of a split, and the token ids of their prompts, by number."""
         found = rows.select(numbers).to_list()
-        options = cast(dict, self.arguments.chat_template_kwargs or {})
-        ids = prompt_ids(self.tokenizer, [row["prompt"] for row in found], **options)
+        ids = prompt_ids(self.tokenizer, [row["prompt"] for row in found], **self.arguments.template)
         return dict(zip(numbers, found, strict=True)), dict(zip(numbers, ids, strict=True))
 
     def _pad(self, prompts: list[list[list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -425,9 +424,3 @@ def prompt_order(rows: Dataset, prompts: int, steps: int, seed: int, shuffle: bo
             if taken < steps:
                 yield epoch[start : start + prompts]
             taken += 1
-
-
-def end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end a completion: the tokenizer's, and those of the model's generation settings, as for TRL."""
-    given = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *([] if given is None else [given] if isinstance(given, int) else given)})

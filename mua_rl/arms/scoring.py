@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mua_rl.arms.generation import Answers
 from mua_rl.arms.objective import completion_weights, group_advantages
-from mua_rl.envs.tasks import Task
+from mua_rl.envs.tasks import Task, as_completions
 from mua_rl.errors import UserError
 from mua_rl.grpo_arguments import GRPOArguments
 
@@ -109,9 +109,7 @@ class Scoring:
         rows = [self.rows[number] for number in numbers for _ in range(self.group)]
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         columns["prompts"] = columns.pop("prompt")
-        completions: list = texts
-        if not isinstance(columns["prompts"][0], str):
-            completions = [[{"role": "assistant", "content": text}] for text in texts]
+        completions = as_completions(columns["prompts"], texts)
         scores = [reward(completions=completions, **columns) for reward in self.rewards]
         return torch.tensor([[float("nan") if s is None else s for s in row] for row in scores]).T
 
