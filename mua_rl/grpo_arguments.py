@@ -44,7 +44,7 @@ class GRPOArguments(GRPOConfig):
     model: str = field(
         default=None,  # type: ignore[assignment]
         metadata={
-            "help": "embedded, smollm2, a model folder, or a hub id. Default: embedded, with --start-from that run's own."
+            "help": "embedded, smollm2, a model folder, or a hub id. Default: embedded, with --start-from that run's."
         },
     )
     task: str = field(

@@ -114,6 +114,19 @@ def test_a_run_that_starts_from_another_has_its_task_unless_one_is_given(tmp_pat
     assert grpo.parse([])[0].task == "arithmetic"
 
 
+@pytest.mark.parametrize("config", [False, True])
+def test_a_run_that_starts_from_another_model_refuses_model_also_where_it_is_the_default(config, tmp_path):
+    earlier = RunFolder.create(str(tmp_path / "earlier"), "")
+    earlier.start({"model": "smollm2"})
+    (tmp_path / "c.yaml").write_text("model: embedded\n")
+    model = ["--config", str(tmp_path / "c.yaml")] if config else ["--model", "embedded"]
+    with pytest.raises(UserError, match="earlier brings its own model, smollm2: drop --model"):
+        grpo.parse(["--start-from", str(earlier.path), *model])
+    assert grpo.parse(["--start-from", str(earlier.path)])[0].model == "smollm2"
+    arguments, _, given = grpo.parse(["--model", "embedded", "--task", "arithmetic"])
+    assert (arguments.model, given) == ("embedded", {})
+
+
 def test_of_two_runs_that_find_the_same_folder_empty_one_has_it(tmp_path):
     first, second = (RunFolder.create(str(tmp_path / "r"), "") for _ in range(2))
     first.start({"rank": 4})
