@@ -18,7 +18,7 @@ if __name__ == "__main__" and find_spec("stable_baselines3") is None:
 from rich.console import Console
 from rich.table import Column, Table
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, MultiInputActorCriticPolicy
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv
 
 from mua_rl import plots
 from mua_rl.adapter import Adapter, fingerprint
@@ -28,7 +28,7 @@ from mua_rl.policy import LearningRate, gives_full_finetuning
 from mua_rl.ppo_arguments import PPOAdapterArguments, PPOArguments, limit_threads
 from mua_rl.ppo_base import SHIPPED, BasePolicy, read_base_policy, shipped_policy
 from mua_rl.ppo_checkpoint import Checkpoints, load_checkpoint
-from mua_rl.ppo_envs import build_envs, evaluation_envs, with_statistics
+from mua_rl.ppo_envs import build_envs, evaluation_envs, new_statistics, with_statistics
 from mua_rl.ppo_evaluation import Returns, evaluate
 from mua_rl.ppo_logging import RETURN, make_logger
 from mua_rl.ppo_trainer import PPO
@@ -111,7 +111,7 @@ def training_envs(arguments: PPOArguments, pretrained: BasePolicy | None) -> Vec
     n_envs = arguments.n_envs or (pretrained.n_envs if pretrained else 8)
     envs = bare_envs(arguments, n_envs, arguments.seed)
     if arguments.vec_normalize == "new":
-        return VecNormalize(envs, gamma=arguments.gamma or (pretrained.options["gamma"] if pretrained else 0.99))
+        return new_statistics(envs, arguments.gamma or (pretrained.options["gamma"] if pretrained else 0.99))
     if pretrained is None or pretrained.vec_normalize is None or arguments.vec_normalize == "none":
         return envs
     return with_statistics(envs, pretrained.vec_normalize)

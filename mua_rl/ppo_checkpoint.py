@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 
 from mua_rl.errors import UserError, one_line
@@ -45,6 +46,8 @@ class Checkpoints(BaseCallback):
             for old in list_checkpoints(self.folder)[: -self.keep]:
                 shutil.rmtree(old)
             restart_episodes(self.model)  # type: ignore[arg-type]
+            if self.model.use_sde:  # SB3 has drawn the rollout's noise by now, and a resumed run draws it once more
+                self.model.policy.reset_noise(self.model.n_envs)  # type: ignore[operator]
             self._last = steps
 
     def _on_step(self) -> bool:
@@ -105,7 +108,8 @@ def load_checkpoint(model: PPO, folder: Path) -> None:
     model.ep_success_buffer = deque(maxlen=model._stats_window_size)
     if isinstance(statistics := model.get_vec_normalize_env(), VecNormalize):
         saved = VecNormalize.load(str(folder / "vecnormalize.pkl"), statistics.venv)
-        statistics.obs_rms, statistics.ret_rms = saved.obs_rms, saved.ret_rms
+        for ours, theirs in zip(_moments(statistics), _moments(saved), strict=True):
+            vars(ours).update(vars(theirs))  # in place: environments to evaluate in have these very objects
     restart_episodes(model)
     _set_random_states(state["random_states"])
 
@@ -119,6 +123,12 @@ def restart_episodes(model: PPO) -> None:
     model._last_episode_starts = np.ones((model.env.num_envs,), dtype=bool)
     if (statistics := model.get_vec_normalize_env()) is not None:
         model._last_original_obs = statistics.get_original_obs()
+
+
+def _moments(statistics: VecNormalize) -> list[RunningMeanStd]:
+    """Running means and variances: of the return, and of the observations that are normalised."""
+    observed: Any = statistics.obs_rms if statistics.norm_obs else {}
+    return [statistics.ret_rms, *(observed.values() if isinstance(observed, dict) else [observed])]
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -8,7 +8,9 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import (
     DummyVecEnv,
     SubprocVecEnv,
@@ -142,6 +144,23 @@ def _make(env_id: str, **keywords: Any) -> gymnasium.Env:
     return gymnasium.make(env_id, **keywords)
 
 
+def new_statistics(envs: VecEnv, gamma: float) -> VecNormalize:
+    """Training environments normalised with statistics that begin with nothing; of dictionaries, the vectors alone.
+
+    Raises:
+        UserError: The observations are none that can be normalised.
+    """
+    space = envs.observation_space
+    keys = None
+    if isinstance(space, spaces.Dict):
+        keys = [key for key, part in space.items() if isinstance(part, spaces.Box) and not is_image_space(part)]
+    if keys == [] or not isinstance(space, (spaces.Box, spaces.Dict)):
+        raise UserError(
+            f"--vec_normalize new is for vectors of numbers, and there are none in {one_line(space)}: drop it."
+        )
+    return VecNormalize(envs, gamma=gamma, norm_obs_keys=keys)
+
+
 def with_statistics(envs: VecEnv, path: Path) -> VecNormalize:
     """Training environments normalised with saved statistics, which go on being updated.
 
@@ -163,8 +182,10 @@ def evaluation_envs(envs: VecEnv, training: VecEnv) -> VecEnv:
     statistics = unwrap_vec_normalize(training)
     if statistics is None:
         return envs
-    frozen = VecNormalize(envs, training=False, norm_obs=statistics.norm_obs, norm_reward=False)
-    frozen.obs_rms = statistics.obs_rms  # the object itself, so that later evaluations see later statistics
+    keys = statistics.norm_obs_keys
+    frozen = VecNormalize(envs, training=False, norm_obs=statistics.norm_obs, norm_reward=False, norm_obs_keys=keys)
+    if statistics.norm_obs:
+        frozen.obs_rms = statistics.obs_rms  # the object itself, so that later evaluations see later statistics
     frozen.clip_obs, frozen.epsilon = statistics.clip_obs, statistics.epsilon
     return frozen
 

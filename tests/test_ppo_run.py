@@ -16,10 +16,12 @@ import torch
 from gymnasium import spaces
 
 stable_baselines3 = pytest.importorskip("stable_baselines3")
+from stable_baselines3.common.vec_env import VecNormalize  # noqa: E402
+
 from mua_rl.errors import UserError  # noqa: E402
 from mua_rl.ppo import parse, train  # noqa: E402
 from mua_rl.ppo_arguments import DEFAULT_ENV, PPOArguments  # noqa: E402
-from mua_rl.ppo_envs import FiniteGuard, build_envs  # noqa: E402
+from mua_rl.ppo_envs import FiniteGuard, build_envs, evaluation_envs  # noqa: E402
 from mua_rl.record import LRRecord  # noqa: E402
 
 QUICK = ["--total_timesteps", "2048", "--eval_episodes", "4", "--tensorboard_log", "none", "--progress_bar", "false"]
@@ -52,7 +54,27 @@ class Poisoned(gymnasium.Env):
         return observation, reward, self.steps % 20 == 0, False, {}
 
 
+class Mixed(gymnasium.Env):
+    """A vector and a word to see; ten steps an episode."""
+
+    observation_space = spaces.Dict({"vector": spaces.Box(-100, 100, (2,), np.float32), "word": spaces.Discrete(3)})
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.observe(), {}
+
+    def observe(self):
+        return {"vector": self.np_random.normal(50, 3, 2).astype(np.float32), "word": self.steps % 3}
+
+    def step(self, action):
+        self.steps += 1
+        return self.observe(), float(action), self.steps == 10, False, {}
+
+
 gymnasium.register("Poisoned-v0", entry_point=Poisoned)
+gymnasium.register("Mixed-v0", entry_point=Mixed)
 
 
 def run(*flags):
@@ -141,10 +163,11 @@ def test_a_killed_run_ends_where_the_unbroken_one_does(tmp_path):
     assert measured(killed) == measured(unbroken)
 
 
-def test_a_resumed_run_with_normalised_observations_equals_the_unbroken_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [["--vec_normalize", "new"], ["--use_sde", "true"]], ids=["normalised", "gSDE"])
+def test_a_resumed_run_equals_the_unbroken_one_and_so_does_what_it_measures(kind, tmp_path, monkeypatch):
     import mua_rl.ppo as launcher
 
-    flags = ["--env_id", "Pendulum-v1", "--base", "none", "--vec_normalize", "new", "--lr", "0.001", "--n_steps", "64"]
+    flags = ["--env_id", "Pendulum-v1", "--base", "none", *kind, "--lr", "0.001", "--n_steps", "64"]
     flags += ["--total_timesteps", "4096", "--checkpoint_steps", "1024", "--n_envs", "4", "--n_epochs", "2"]
     unbroken = run(*flags, "--output_dir", str(tmp_path / "unbroken")).path
 
@@ -164,8 +187,25 @@ def test_a_resumed_run_with_normalised_observations_equals_the_unbroken_one(tmp_
     torch.rand(7), np.random.rand(7)  # another process would have other random states
     resumed = train(*parse(["--resume", str(tmp_path / "broken")])).path
     assert same_weights(unbroken, resumed)
+    first, second = (json.loads((folder / "result.json").read_text()) for folder in (unbroken, resumed))
+    assert first["held_out/after"] == second["held_out/after"]
     with pytest.raises(UserError, match="has ended"):
         parse(["--resume", str(resumed)])
+
+
+def test_of_a_dictionary_the_vectors_are_normalised_in_training_and_on_held_out_episodes(tmp_path):
+    flags = ["--env_id", "Mixed-v0", "--policy", "MultiInputPolicy", "--base", "none", "--vec_normalize", "new"]
+    folder = run(*flags, "--rank", "full", "--lr", "0.001", "--output_dir", str(tmp_path / "r")).path
+    statistics = VecNormalize.load(str(folder / "vecnormalize.pkl"), build_envs("Mixed-v0", 1, 0))
+    assert list(statistics.obs_rms) == ["vector"] and statistics.obs_rms["vector"].mean == pytest.approx(50, abs=1)
+    seen = evaluation_envs(build_envs("Mixed-v0", 2, 0), statistics).reset()
+    assert np.abs(seen["vector"]).max() < 9 and set(seen["word"]) == {0}
+
+
+def test_statistics_of_rewards_alone_leave_observations_as_they_are():
+    training = VecNormalize(build_envs("Pendulum-v1", 1, 0), norm_obs=False)
+    held_out, plain = evaluation_envs(build_envs("Pendulum-v1", 1, 7), training), build_envs("Pendulum-v1", 1, 7)
+    assert np.array_equal(held_out.reset(), plain.reset())
 
 
 @pytest.mark.parametrize("what", ["observation", "reward"])
@@ -247,6 +287,7 @@ def test_a_non_finite_value_in_training_keeps_the_last_checkpoint(tmp_path):
         (["--clip_range", "nan"], "--clip_range must not be negative, as nan is"),
         (["--env_id", "nowhere:Nothing-v0"], "no environment 'nowhere:Nothing-v0': No module named 'nowhere'"),
         (["--env_id", "Poisoned-v0", "--env_kwargs", '{"at": 1, "what": "start"}'], "cannot be built: poisoned"),
+        (["--env_id", "FrozenLake-v1", "--vec_normalize", "new"], "there are none in Discrete.16.: drop it"),
         (["--lr_from", "/nowhere"], "no LR record"),
         (["--start_from", "/nowhere"], "no run folder"),
         (["--resume", "/nowhere"], "no run folder"),
