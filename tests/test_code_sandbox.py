@@ -15,7 +15,7 @@ import pytest
 import mua_rl
 from mua_rl.errors import UserError
 from mua_rl.rewards.faults import BadRow, GraderFault
-from mua_rl.rewards.sandbox import selftest
+from mua_rl.rewards.sandbox import isolation, selftest
 from mua_rl.rewards.sandbox import worker as worker_module
 from mua_rl.rewards.sandbox.pool import Pool
 from mua_rl.rewards.sandbox.row import parse_row
@@ -185,6 +185,43 @@ def test_a_sandbox_with_a_hole_is_refused_by_name(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(selftest, "PROBE", hole)
     with pytest.raises(UserError, match="the network"):
         Pool(Settings(workers=1))
+
+
+def test_every_probed_way_to_signal_is_one_where_nothing_bars_it() -> None:
+    # A probe whose call fails anyway would find any sandbox safe.
+    script = selftest.PROBE + "print([i for i, way in enumerate(SIGNALS) if blocked(way)])"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert result.stdout == "[]\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    "aim",
+    ["fcntl.fcntl(a, fcntl.F_SETOWN, {pid})", "fcntl.fcntl(a, 15, struct.pack('=ii', 1, {pid}))"],
+    ids=["F_SETOWN", "F_SETOWN_EX"],
+)
+def test_the_kernel_kills_nobody_for_a_program_at_the_process_level(aim: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "PROBED", ())  # the filter itself is on trial
+    with Pool(Settings(isolation="process", workers=1, seconds=20.0)) as pool:
+        user, (worker,) = None, pool._workers
+        if os.geteuid() == 0:  # programs then have a user id of their own, which their victims must share
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: worker.programs.pid)
+                user = isolation.unused_host_id()
+        victim = subprocess.Popen(["sleep", "60"], user=user)
+        try:
+            attack = (
+                "import fcntl, os, socket, struct\na, b = socket.socketpair()\n"
+                f"for aim in (lambda: {aim.format(pid=victim.pid)}, lambda: fcntl.fcntl(a, 10, 9),\n"
+                "    lambda: fcntl.fcntl(a, fcntl.F_SETFL, os.O_ASYNC), lambda: b.send(b'x')):\n"
+                "    try: aim()\n"
+                "    except OSError: pass\n"
+            )
+            assert pool.run(attack + RIGHT, ROW).ok
+            with pytest.raises(subprocess.TimeoutExpired):
+                victim.wait(0.2)
+        finally:
+            victim.kill()
+            victim.wait()
 
 
 def test_where_namespaces_are_forbidden_strong_is_refused_and_process_works(tmp_path: Path) -> None:

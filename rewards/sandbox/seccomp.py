@@ -2,14 +2,17 @@
 
 An allow list; everything else fails with EPERM. What it leaves out on purpose: new processes and programs (`clone`
 without CLONE_THREAD, `fork`, `execve`), any socket but a connected stream pair, opening for writing, changing the
-file system, signals to others, tracing, namespaces, keys, io_uring, and memory that RLIMIT_AS does not count
-(`memfd_create`, System V shared memory). Single-threaded code, threads, timers, asyncio and reading files work.
+file system, locks and leases on files, signals to others (those too that the kernel sends for a process, as `fcntl`'s
+F_SETOWN, `timer_create`, `mq_notify` and `prctl` have it do), tracing, namespaces, keys, io_uring, and memory that
+RLIMIT_AS does not count (`memfd_create`, System V shared memory, larger pipes). Single-threaded code, threads, timers,
+asyncio and reading files work.
 """
 
 import ctypes
 import errno
 import platform
 import struct
+from collections.abc import Iterable
 from typing import Final
 
 _LOAD, _JUMP_EQ, _JUMP_SET, _AND, _RETURN = 0x20, 0x15, 0x45, 0x54, 0x06  # opcodes of linux/filter.h
@@ -20,6 +23,8 @@ _CLONE_THREAD: Final = 0x00010000
 _CLONE_NEW: Final = 0x7E020000  # every CLONE_NEW* flag
 _OPEN_FOR_WRITING: Final = 0o3 | 0o100 | 0o1000 | 0o20000000  # access mode, O_CREAT, O_TRUNC, __O_TMPFILE
 _IOCTLS: Final = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS, window size, FIONREAD, FIONBIO, FIO(N)CLEX
+_FCNTLS: Final = (0, 1, 2, 3, 1030)  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC; F_SETFL by its argument
+_SETFL, _O_ASYNC = 4, 0o20000  # the same on both architectures, as those above
 
 # Numbers of arch/x86/entry/syscalls/syscall_64.tbl and of include/uapi/asm-generic/unistd.h.
 _ALLOWED_X86_64: Final = {
@@ -28,7 +33,7 @@ _ALLOWED_X86_64: Final = {
     "pread64": 17, "readv": 19, "writev": 20, "access": 21, "pipe": 22, "select": 23, "sched_yield": 24, "mremap": 25,
     "madvise": 28, "dup": 32, "dup2": 33, "pause": 34, "nanosleep": 35, "getitimer": 36, "alarm": 37, "setitimer": 38,
     "getpid": 39, "sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmsg": 47, "shutdown": 48, "getsockname": 51,
-    "getpeername": 52, "getsockopt": 55, "exit": 60, "wait4": 61, "uname": 63, "fcntl": 72, "getcwd": 79,
+    "getpeername": 52, "getsockopt": 55, "exit": 60, "wait4": 61, "uname": 63, "getcwd": 79,
     "readlink": 89, "gettimeofday": 96, "getrlimit": 97, "getrusage": 98, "sysinfo": 99, "times": 100, "getuid": 102,
     "getgid": 104, "geteuid": 107, "getegid": 108, "getppid": 110, "getpgrp": 111, "getgroups": 115, "getresuid": 118,
     "getresgid": 120, "rt_sigpending": 127, "rt_sigtimedwait": 128, "rt_sigsuspend": 130, "sigaltstack": 131,
@@ -41,7 +46,7 @@ _ALLOWED_X86_64: Final = {
 }  # fmt: skip
 _ALLOWED_AARCH64: Final = {
     "getcwd": 17, "eventfd2": 19, "epoll_create1": 20, "epoll_ctl": 21, "epoll_pwait": 22, "dup": 23, "dup3": 24,
-    "fcntl": 25, "faccessat": 48, "close": 57, "pipe2": 59, "getdents64": 61, "lseek": 62, "read": 63, "write": 64,
+    "faccessat": 48, "close": 57, "pipe2": 59, "getdents64": 61, "lseek": 62, "read": 63, "write": 64,
     "readv": 65, "writev": 66, "pread64": 67, "pselect6": 72, "ppoll": 73, "readlinkat": 78, "newfstatat": 79,
     "fstat": 80, "exit": 93, "exit_group": 94, "waitid": 95, "set_tid_address": 96, "futex": 98, "set_robust_list": 99,
     "nanosleep": 101, "getitimer": 102, "setitimer": 103, "clock_gettime": 113, "clock_getres": 114,
@@ -56,17 +61,17 @@ _ALLOWED_AARCH64: Final = {
     "faccessat2": 439, "epoll_pwait2": 441,
 }  # fmt: skip
 
+# Calls that are allowed with some arguments only.
+_CHECKED_X86_64: Final = {
+    "open": 2, "openat": 257, "clone": 56, "clone3": 435, "fcntl": 72, "ioctl": 16, "socketpair": 53, "prlimit64": 302,
+}  # fmt: skip
+_CHECKED_AARCH64: Final = {
+    "openat": 56, "clone": 220, "clone3": 435, "fcntl": 25, "ioctl": 29, "socketpair": 199, "prlimit64": 261,
+}  # fmt: skip
+
 _ARCHITECTURES: Final = {
-    "x86_64": (
-        0xC000003E,
-        _ALLOWED_X86_64,
-        {"open": 2, "openat": 257, "clone": 56, "clone3": 435, "ioctl": 16, "socketpair": 53, "prlimit64": 302},
-    ),
-    "aarch64": (
-        0xC00000B7,
-        _ALLOWED_AARCH64,
-        {"openat": 56, "clone": 220, "clone3": 435, "ioctl": 29, "socketpair": 199, "prlimit64": 261},
-    ),
+    "x86_64": (0xC000003E, _ALLOWED_X86_64, _CHECKED_X86_64),
+    "aarch64": (0xC00000B7, _ALLOWED_AARCH64, _CHECKED_AARCH64),
 }
 
 
@@ -90,8 +95,7 @@ def build_filter() -> Program:
         _instruction(_RETURN, _KILL),
         _instruction(_LOAD, _NUMBER_OFFSET),
     ]
-    for number in allowed.values():
-        program += [_instruction(_JUMP_EQ, number, 0, 1), _instruction(_RETURN, _ALLOW)]
+    program += _allow_if_among(allowed.values())
     for name, number in checked.items():
         body = _argument_check(name)
         program += [_instruction(_JUMP_EQ, number, 0, len(body)), *body]
@@ -123,11 +127,22 @@ def _argument_check(name: str) -> list[bytes]:
         ]
     if name == "prlimit64":  # its own limits only: they can be lowered, not raised
         return [_load_argument(0), *_allow_if_equal(0)]
+    if name == "fcntl":
+        set_flags = [_load_argument(2), *_allow_if_clear(_O_ASYNC, errno.EPERM)]
+        return [
+            _load_argument(1),
+            *_allow_if_among(_FCNTLS),
+            _instruction(_JUMP_EQ, _SETFL, 0, len(set_flags)),
+            *set_flags,
+            _deny(errno.EPERM),
+        ]
     assert name == "ioctl"
-    checks: list[bytes] = [_load_argument(1)]
-    for request in _IOCTLS:
-        checks += [_instruction(_JUMP_EQ, request, 0, 1), _instruction(_RETURN, _ALLOW)]
-    return [*checks, _deny(errno.ENOTTY)]
+    return [_load_argument(1), *_allow_if_among(_IOCTLS), _deny(errno.ENOTTY)]
+
+
+def _allow_if_among(values: Iterable[int]) -> list[bytes]:
+    pairs = ([_instruction(_JUMP_EQ, value, 0, 1), _instruction(_RETURN, _ALLOW)] for value in values)
+    return [instruction for pair in pairs for instruction in pair]
 
 
 def _allow_if_clear(mask: int, error: int) -> list[bytes]:
@@ -135,7 +150,7 @@ def _allow_if_clear(mask: int, error: int) -> list[bytes]:
 
 
 def _allow_if_equal(value: int) -> list[bytes]:
-    return [_instruction(_JUMP_EQ, value, 0, 1), _instruction(_RETURN, _ALLOW), _deny(errno.EPERM)]
+    return [*_allow_if_among([value]), _deny(errno.EPERM)]
 
 
 def _load_argument(index: int) -> bytes:

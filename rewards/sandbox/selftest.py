@@ -6,12 +6,12 @@ from mua_rl.rewards.sandbox.row import Row
 
 # The probe is ours, so its answers can be believed.
 PROBE: Final = r"""
-import os, sys, socket, threading, ctypes
+import os, sys, fcntl, signal, socket, struct, threading, ctypes
 
 def blocked(action):
     try:
         action()
-    except OSError:
+    except (OSError, AttributeError):  # an older C library lacks some names
         return True
     return False
 
@@ -45,6 +45,26 @@ def call(name, *arguments):
     if getattr(ctypes.CDLL(None), name)(*arguments) < 0:
         raise OSError
 
+def flags():
+    return fcntl.fcntl(END, fcntl.F_GETFL)
+
+END, _ = socket.socketpair()
+PID = os.getpid()
+SIGNALS = [  # ways to signal, or to have the kernel do it; each is one that succeeds where it is not barred
+    lambda: os.kill(PID, 0),
+    lambda: signal.pthread_kill(threading.get_ident(), 0),
+    lambda: call("sigqueue", PID, 0, None),
+    lambda: call("timer_create", 1, None, ctypes.create_string_buffer(8)),
+    lambda: call("prctl", 1, 0, 0, 0, 0),  # PR_SET_PDEATHSIG
+    lambda: fcntl.fcntl(END, fcntl.F_SETOWN, PID),
+    lambda: fcntl.fcntl(END, fcntl.F_SETSIG, signal.SIGIO),
+    lambda: fcntl.fcntl(END, 15, struct.pack("=ii", 1, PID)),  # F_SETOWN_EX, F_OWNER_PID
+    lambda: fcntl.fcntl(END, fcntl.F_SETFL, flags() | os.O_ASYNC),
+    lambda: fcntl.ioctl(END, 0x5452, struct.pack("=i", 1)),  # FIOASYNC
+    lambda: fcntl.ioctl(END, 0x8901, struct.pack("=i", PID)),  # FIOSETOWN
+    lambda: fcntl.ioctl(END, 0x8902, struct.pack("=i", PID)),  # SIOCSPGRP
+]
+
 PROBES = {
     "new processes": lambda: blocked(fork),
     "new programs": lambda: blocked(lambda: os.execv(sys.executable, ["python"])),
@@ -53,7 +73,7 @@ PROBES = {
     "memory outside its limit": lambda: blocked(lambda: os.memfd_create("x")),
     "too much memory": big,
     "too many threads": start_threads,
-    "signals to others": lambda: blocked(lambda: os.kill(os.getpid(), 0)),
+    "signals to others": lambda: all(map(blocked, SIGNALS)),
     "tracing": lambda: blocked(lambda: call("ptrace", 0, 0, 0, 0)),
     "new namespaces": lambda: blocked(lambda: call("unshare", 0x10000000)),
     "an environment": lambda: not os.environ,
