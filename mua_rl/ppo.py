@@ -22,7 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from mua_rl import plots
 from mua_rl.adapter import Adapter, fingerprint
-from mua_rl.arguments import AdapterArguments, Base, parse_run, resolve_learning_rate
+from mua_rl.arguments import AdapterArguments, Base, find_record, parse_run, resolve_learning_rate
 from mua_rl.errors import INTERRUPTED, Diverged, UserError, exit_on_user_error, one_line
 from mua_rl.policy import LearningRate, gives_full_finetuning
 from mua_rl.ppo_arguments import PPOAdapterArguments, PPOArguments, limit_threads
@@ -30,7 +30,7 @@ from mua_rl.ppo_base import SHIPPED, BasePolicy, read_base_policy, shipped_polic
 from mua_rl.ppo_checkpoint import Checkpoints, load_checkpoint
 from mua_rl.ppo_envs import build_envs, evaluation_envs, new_statistics, with_statistics
 from mua_rl.ppo_evaluation import Returns, evaluate
-from mua_rl.ppo_logging import RETURN, make_logger
+from mua_rl.ppo_logging import RETURN, make_logger, start_wandb
 from mua_rl.ppo_trainer import PPO
 from mua_rl.record import LRRecord, check_learning_rate, package_versions
 from mua_rl.rules import Configuration
@@ -93,13 +93,21 @@ def set_up(arguments: PPOArguments, adapter_arguments: AdapterArguments) -> Setu
         raise
     except (AssertionError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"PPO cannot be built: {one_line(error)}") from None
+    if pretrained is not None and "clip_range" not in options.keys() | pretrained.options.keys():
+        clip = model.clip_range(1.0)  # type: ignore[operator]  # a schedule, once SB3 has set the model up
+        print(
+            f"mua_rl: the clip_range of {pretrained.path} changes on the way or is of an older SB3, and is not read: "
+            f"{clip:g}, SB3's default, is taken; --clip_range gives another."
+        )
     base = Base(name, fingerprint(model.policy), record)
     configuration = model.configuration()
     rate = resolve_learning_rate(adapter_arguments, configuration, base, "ppo")
     head_rate = arguments.head_lr
     if head_rate is None and adapter_arguments.lr is None:
-        source = LRRecord.load(adapter_arguments.lr_from) if adapter_arguments.lr_from else record
-        head_rate = source.other_learning_rates.get("head") if source else None
+        source, _ = find_record(adapter_arguments, base, "ppo")
+        head_rate = source.other_learning_rates.get("head")
+        if head_rate is not None and not base.is_base_of(source):  # a guess, which falls with the width as the rest's
+            head_rate *= max(source.widths) / configuration.width
     if head_rate is not None:
         check_learning_rate(head_rate, "--head_lr")
     model.attach(learning_rate=arguments.schedule(rate.value), head_learning_rate=head_rate)
@@ -169,9 +177,7 @@ def train(arguments: PPOArguments, adapter_arguments: AdapterArguments, given: d
     held_out = evaluation_envs(bare_envs(arguments, min(8, arguments.eval_episodes), 0), training)
     before = _before(run, model, held_out, arguments.eval_episodes)
     if arguments.wandb:
-        import wandb
-
-        wandb.init(project="mua_rl", name=run.path.name, dir=str(run.path), config=given, sync_tensorboard=True)
+        start_wandb(run, given)
     model.set_logger(make_logger(run, _tensorboard(arguments, run), arguments.verbose))
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)

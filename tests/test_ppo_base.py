@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import VecNormalize  # noqa: E402
 from mua_rl.adapter import LoRA, fingerprint  # noqa: E402
 from mua_rl.envs.control import FAMILIES  # noqa: E402
 from mua_rl.errors import UserError  # noqa: E402
+from mua_rl.ppo import parse, set_up  # noqa: E402
 from mua_rl.ppo_base import SHIPPED, read_base_policy, shipped_policy  # noqa: E402
 from mua_rl.ppo_envs import build_envs, evaluation_envs, with_statistics  # noqa: E402
 from mua_rl.ppo_evaluation import Returns, evaluate  # noqa: E402
@@ -61,6 +62,16 @@ def test_a_schedule_that_another_python_pickled_is_left_unread(tmp_path):
     base = read_base_policy(tmp_path / "p.zip")
     assert "clip_range" not in base.options
     PPO.from_base(base, make_vec_env("CartPole-v1"), device="cpu")
+
+
+@pytest.mark.parametrize("clip_range", [0.1, lambda progress: 0.1 * progress], ids=["constant", "scheduled"])
+def test_a_clip_range_that_is_not_read_is_told_unless_one_is_given(clip_range, tmp_path, capsys):
+    save(tmp_path / "p.zip", clip_range=clip_range)
+    flags = ["--env_id", "CartPole-v1", "--base", str(tmp_path / "p.zip"), "--lr", "0.001"]
+    set_up(*parse(flags)[:2])
+    assert ("0.2, SB3's default, is taken" in capsys.readouterr().out) is callable(clip_range)
+    model = set_up(*parse([*flags, "--clip_range", "0.05"])[:2]).model
+    assert model.clip_range(0.5) == 0.05 and not capsys.readouterr().out
 
 
 def test_the_old_form_of_net_arch_is_understood(tmp_path):

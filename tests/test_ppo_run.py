@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -19,10 +20,12 @@ stable_baselines3 = pytest.importorskip("stable_baselines3")
 from stable_baselines3.common.vec_env import VecNormalize  # noqa: E402
 
 from mua_rl.errors import UserError  # noqa: E402
-from mua_rl.ppo import parse, train  # noqa: E402
+from mua_rl.ppo import parse, set_up, train  # noqa: E402
 from mua_rl.ppo_arguments import DEFAULT_ENV, PPOArguments  # noqa: E402
 from mua_rl.ppo_envs import FiniteGuard, build_envs, evaluation_envs  # noqa: E402
+from mua_rl.ppo_logging import start_wandb  # noqa: E402
 from mua_rl.record import LRRecord  # noqa: E402
+from mua_rl.run import RunFolder  # noqa: E402
 
 QUICK = ["--total_timesteps", "2048", "--eval_episodes", "4", "--tensorboard_log", "none", "--progress_bar", "false"]
 
@@ -113,12 +116,35 @@ def test_a_run_leaves_what_it_promises_and_its_record_gives_full_finetuning_the_
 
 
 def test_head_rate_stays_where_the_rest_scales(tmp_path):
-    folder = run(
-        "--rank", "4", "--init", "A", "--lr", "0.008", "--head_lr", "0.002", "--output_dir", str(tmp_path / "a")
-    )
-    other = run("--rank", "16", "--init", "A", "--lr_from", str(folder.path), "--output_dir", str(tmp_path / "b"))
+    scaled = ["--alpha", "1/r", "--output_dir"]
+    folder = run("--rank", "4", "--lr", "0.004", "--head_lr", "0.002", *scaled, str(tmp_path / "a"))
+    other = run("--rank", "8", "--lr_from", str(folder.path), *scaled, str(tmp_path / "b"))
     record = LRRecord.load(other.path)
-    assert record.learning_rate == pytest.approx(0.004) and record.other_learning_rates == {"head": 0.002}
+    assert record.learning_rate == pytest.approx(0.008) and record.other_learning_rates == {"head": 0.002}
+
+
+def test_the_heads_rate_is_that_of_the_record_that_gives_the_rest():
+    shipped = set_up(*parse(["--rank", "8", "--alpha", "1/r"])[:2])
+    assert (shipped.rate.value, shipped.model.head_learning_rate) == (8 * 2**-8, 2**-8)
+    wide = ["--env_id", "CartPole-v1", "--base", "none", "--policy_kwargs", '{"net_arch": [1024, 1024]}']
+    guess = set_up(*parse([*wide, "--rank", "8", "--alpha", "1/r"])[:2])
+    assert "a guess" in guess.rate.reason and guess.model.head_learning_rate == guess.rate.value / 8 == 2**-11
+    assert set_up(*parse(["--lr", "0.001"])[:2]).model.head_learning_rate is None  # that of the rest
+
+
+def test_weights_and_biases_goes_on_under_the_id_in_the_run_folder(tmp_path, monkeypatch):
+    asked = []
+    fresh = iter(["first", "second"])
+
+    def init(**options):
+        asked.append((options["id"], options["resume"]))
+        return SimpleNamespace(id=options["id"] or next(fresh))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for folder in ("a", "a", "b"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        start_wandb(RunFolder(tmp_path / folder), {})
+    assert asked == [(None, "allow"), ("first", "allow"), (None, "allow")]
 
 
 def test_the_default_command_needs_no_flag(tmp_path, monkeypatch):
