@@ -5,6 +5,7 @@ on two CPU cores. The learning rate comes from an LR record; see `--lr-from`.
 """
 
 import logging
+import math
 import os
 import shutil
 import socket
@@ -232,7 +233,8 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
         given: The settings that the run folder keeps, as `parse` returns them.
 
     Raises:
-        UserError: Something that was given cannot be used (nothing has been written then), or a reward failed.
+        UserError: Something that was given cannot be used (nothing has been written then), a reward failed, or none
+            gave a score in the whole run.
         Diverged: The run left the finite numbers; its folder says so and has no LR record.
     """
     if adapter_arguments.resume:
@@ -278,12 +280,17 @@ def close(
     seconds: float,
     steps: int,
 ) -> None:
-    """Write and show what a run that has ended came to; its record last, and only where it has not got worse."""
+    """Write and show what a run that has ended came to; its record last, and only where it has not got worse.
+
+    Raises:
+        UserError: No reward gave a score in the whole run.
+    """
     run.log(steps, after.metrics())
+    scored = is_scored([line["reward"] for line in run.metrics() if "reward" in line])
     worse = after.accuracy + 2 * after.standard_error < before
     run.finish(
         {
-            "diverged": worse,
+            "diverged": worse or not scored,
             "held_out/before": before,
             "held_out/after": after.accuracy,
             "held_out/standard_error": after.standard_error,
@@ -294,6 +301,8 @@ def close(
             "steps": steps,
         }
     )
+    if not scored:
+        raise unscored(setup.task, steps)
     plots.learning_curve(
         run.metrics(),
         run.path / CURVE,
@@ -305,6 +314,20 @@ def close(
         metric = {"name": "held-out accuracy", "before": before, "after": after.accuracy}
         lr_record(arguments, setup, metric).save(run.path)
     report(run, setup.rate)
+
+
+def is_scored(rewards: Sequence[float | None]) -> bool:
+    """Whether the mean rewards of a run's steps have a number among them; true of no steps."""
+    return not rewards or any(reward is not None and not math.isnan(reward) for reward in rewards)
+
+
+def unscored(task: Task, steps: int) -> UserError:
+    """What to say of a run in which no completion had a score."""
+    names = ", ".join(getattr(reward, "__name__", "a reward without a name") for reward in task.rewards)
+    return UserError(
+        f"no completion had a score in any of {steps} steps, so nothing was learnt, and there is no LR record: see why "
+        f"the rewards of the task {task.name} ({names}) give None; --log_completions shows what they were given."
+    )
 
 
 def lr_record(arguments: GRPOArguments, setup: Setup, metric: dict) -> LRRecord:

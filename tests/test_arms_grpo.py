@@ -254,16 +254,23 @@ def test_a_fixed_cache_gives_what_a_growing_one_gives_and_rows_that_end_leave_it
         assert set(row[length:]) <= {0}
 
 
-def test_a_reward_that_gives_no_scores_is_one_line_as_in_a_single_run(tmp_path):
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ("[1.0]", "gives 1 scores for 16 answers"),
+        ("[None] * len(completions)", "no completion had a score in any of 1 "),
+    ],
+)
+def test_a_reward_that_gives_no_scores_is_one_line_as_in_a_single_run(scores, message, tmp_path):
     (tmp_path / "own.py").write_text(
         "from dataclasses import replace\n"
         "from mua_rl.envs.tasks import get_task, register_task\n"
         "@register_task('short')\n"
         "def short():\n"
-        "    return replace(get_task('arithmetic'), rewards=(lambda completions, **columns: [1.0],))\n"
+        f"    return replace(get_task('arithmetic'), rewards=(lambda completions, **columns: {scores},))\n"
     )
-    with pytest.raises(UserError, match="gives 1 scores for 16 answers"):
-        side_by_side([MIXED[0]], task=f"{tmp_path}/own.py:short").step()
+    with pytest.raises(UserError, match=message):
+        side_by_side([MIXED[0]], task=f"{tmp_path}/own.py:short", max_steps=1).train()
 
 
 def test_completions_that_go_on_alike_share_a_place_and_every_arm_has_as_many():

@@ -251,13 +251,28 @@ def poison(monkeypatch, steps):
 
 
 def test_a_step_for_which_no_reward_has_a_score_does_not_end_the_run(tmp_path, monkeypatch):
-    def none(prompts, completions, **columns):
+    scores = iter([None, 1.0])
+
+    def late(prompts, completions, **columns):
+        return [next(scores)] * len(completions)
+
+    task = replace(get_task("arithmetic"), rewards=(late,))
+    monkeypatch.setattr(grpo, "get_task", lambda *spec: task)
+    run_ = run("--rank", 4, "--lr", 1e-3, "--max_steps", 2, "--output_dir", tmp_path / "r")
+    assert [line["reward"] for line in run_.metrics() if "reward" in line] == [None, 1.0]
+    assert LRRecord.load(run_.path).learning_rate == 1e-3
+
+
+def test_a_run_whose_rewards_never_gave_a_score_says_so_and_leaves_no_record(tmp_path, monkeypatch):
+    def silent(prompts, completions, **columns):
         return [None] * len(completions)
 
-    task = replace(get_task("arithmetic"), rewards=(none,))
+    task = replace(get_task("arithmetic"), rewards=(silent,))
     monkeypatch.setattr(grpo, "get_task", lambda *spec: task)
-    run_ = run("--rank", 4, "--lr", 1e-3, "--max_steps", 1, "--output_dir", tmp_path / "r")
-    assert run_.result()["steps"] == 1
+    with pytest.raises(UserError, match=r"no completion had a score in any of 2 steps.*\(silent\) give None"):
+        run("--rank", 4, "--lr", 1e-3, "--max_steps", 2, "--output_dir", tmp_path / "r")
+    assert RunFolder(tmp_path / "r").result()["diverged"]
+    assert not (tmp_path / "r" / "lr_record.json").exists()
 
 
 def test_a_reward_that_fails_is_named_with_its_line(tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ from mua_rl.arms.vllm_rollouts import ArmsEngine, EngineSettings, engine, gpu_sh
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import UserError
 from mua_rl.gpu_memory import PolicySize
-from mua_rl.grpo import check_vllm, check_vocabulary, load_base, splits
+from mua_rl.grpo import check_vllm, check_vocabulary, is_scored, load_base, splits, unscored
 from mua_rl.grpo_arguments import GRPOArguments
 from mua_rl.grpo_trainer import RunCallback
 from mua_rl.heldout import HeldOutResult, end_ids, is_conversational, prompt_ids, score
@@ -160,6 +160,9 @@ class SideBySide:
         Returns:
             What each arm reached, in order. An arm whose gradient, or policy, is not finite in three steps in a row
             has diverged; it leaves the batch, as does one that `keep_going` ends.
+
+        Raises:
+            UserError: No reward gave a score in all that time.
         """
         start = time.perf_counter()
         taken, before = self._begin(checkpoints)
@@ -175,6 +178,8 @@ class SideBySide:
             self._drop(before, keep_going)
             if checkpoints:
                 checkpoints.save(step, before, self.states, self.ended, self.stack)
+        if not is_scored([metrics["reward"] for state in self.states for metrics in state.history]):
+            raise unscored(self.task, self.arguments.max_steps)
         start = time.perf_counter()
         results = self.measure()
         self._charge(start)
