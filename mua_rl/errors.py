@@ -42,7 +42,8 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     except Exception as error:
         if os.strerror(errno.ENOSPC) not in str(error):
             raise
-        _leave(f"mua_rl: error: {one_line(error)}: make room, and go on from what is whole (--resume).", 2)
+        cure = "make room, and go on with --resume where there are checkpoints, else by the same command"
+        _leave(f"mua_rl: error: {one_line(error)}: {cure}.", 2)
 
 
 def _leave(message: str, code: int) -> NoReturn:

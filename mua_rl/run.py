@@ -62,9 +62,12 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"the run folder {folder} cannot be made: {error.strerror}.") from None
+        run = cls(folder)
         if any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty: choose another --output_dir, or go on with --resume {folder}.")
-        return cls(folder)
+            broken_off = run.last_checkpoint() is not None and run.result() is None
+            onward = f", or go on with --resume {folder}" * broken_off
+            raise UserError(f"{folder} is not empty: choose another --output_dir{onward}.")
+        return run
 
     @classmethod
     def open(cls, path: str) -> "RunFolder":

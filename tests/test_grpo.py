@@ -423,9 +423,20 @@ def test_a_tokenizer_with_tokens_that_the_model_lacks_is_refused_where_the_task_
 
 def test_a_folder_with_something_in_it_is_never_written_over(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match=r"is not empty: choose another --output_dir\.$"):
         run("--output_dir", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_resume_is_advised_where_it_would_go_on_alone(lora_run, tmp_path):
+    broken_off, finetuned = tmp_path / "broken", RunFolder.create(str(tmp_path / "sft"), "")
+    shutil.copytree(lora_run.path, broken_off)
+    (broken_off / "result.json").unlink()
+    finetuned.start({"rank": "4"})  # as scripts/finetune_text.py, which has no --resume
+    for folder, advised in (broken_off, True), (finetuned.path, False), (lora_run.path, False):
+        with pytest.raises(UserError, match="choose another --output_dir") as error:
+            RunFolder.create(str(folder), "")
+        assert ("--resume" in str(error.value)) == advised
 
 
 def test_two_runs_started_together_get_folders_of_their_own(tmp_path, monkeypatch):
