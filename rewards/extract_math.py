@@ -97,7 +97,8 @@ _CLOSING = re.compile(r"(?:[\s.!*$`}]|\\\]|\\\)|</answer>|<\|[a-z_]{1,20}\|>|</s
 
 
 def _is_closing(rest: str) -> bool:
-    return _CLOSING.fullmatch(rest[: _TAIL_CHARS + 1]) is not None
+    """Whether nothing but closing punctuation follows; what is too long to be looked through counts as more."""
+    return len(rest) <= _TAIL_CHARS and _CLOSING.fullmatch(rest) is not None
 
 
 _NUMBER_IN_PROSE = re.compile(

@@ -68,6 +68,8 @@ def test_no_answer_is_made_up(text):
         ("<think>3</think> <answer>5</answer>\n", True),
         ("reasons\n#### 5\n", True),
         ("\\boxed{5} or 6", False),
+        ("\\boxed{5}" + " " * 2001 + "or maybe 6", False),
+        ("#### 5\n" + "\n" * 2001 + "or maybe 6", False),
         ("\\boxed{4} \\boxed{5}", False),
         ("#### 4\n#### 5", False),
         ("<answer>5</answer> more", False),
