@@ -19,6 +19,7 @@ from tqdm import tqdm
 from mua_rl.envs.rows import Row, keep_good_rows
 from mua_rl.envs.tasks import Task, register_task
 from mua_rl.errors import UserError
+from mua_rl.rewards import reasoning_worker
 from mua_rl.rewards.format import THINK_ANSWER_INSTRUCTION, WatchedFormatReward
 from mua_rl.rewards.reasoning import ANSWER_READERS, packed, reasoning_correct, reasoning_reward, reasoning_scores
 
@@ -37,6 +38,7 @@ def reasoning(argument: str | None = None, bad_rows: str = "skip") -> Task:
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise UserError("reasoning-gym is not installed: pip install 'mua-rl[tasks]'") from error
+    reasoning_worker.check_version()
     if argument is None:
         raise UserError(f"say which generator: reasoning-gym:NAME, one of {', '.join(sorted(DATASETS))}.")
     name, options = parse_options(argument)

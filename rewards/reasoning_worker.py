@@ -1,11 +1,13 @@
 """The process in which reasoning-gym scores answers with its own scorers.
 
-Some of its scorers (reasoning-gym 0.1.25) give the policy's text to Python's `eval` or to SymPy's `parse_expr`, which
-is `eval` too. Those get only text that can do no harm there; other text scores 0, as it does when it does not parse.
-tests/test_tasks_reasoning.py holds the two lists against the library's source.
+Some of its scorers give the policy's text to Python's `eval` or to SymPy's `parse_expr`, which is `eval` too. Those
+get only text that can do no harm there; other text scores 0, as it does when it does not parse. The two lists of them
+were made by reading one version's source, and tests/test_tasks_reasoning.py holds them against it; another version,
+whose scorers may evaluate more, is refused.
 """
 
 import base64
+import importlib.metadata
 import math
 import pickle
 import re
@@ -13,7 +15,11 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+from mua_rl.errors import UserError
 from mua_rl.rewards.worker_loop import serve
+
+READ_VERSION = "0.1.25"
+"""The version of reasoning-gym whose scorers have been read. pyproject.toml asks for the same."""
 
 EVALUATE_PYTHON = frozenset({"string_insertion", "spiral_matrix", "binary_matrix", "n_queens"})
 """Generators whose scorer calls `eval` on the answer."""
@@ -45,8 +51,26 @@ def is_harmless(name: str, answer: str) -> bool:
     return True
 
 
+def check_version() -> None:
+    """Refuse a reasoning-gym whose scorers nobody has read.
+
+    Raises:
+        UserError: It is another version than `READ_VERSION`.
+    """
+    installed = importlib.metadata.version("reasoning-gym")
+    if installed != READ_VERSION:
+        raise UserError(
+            f"reasoning-gym {installed} is installed, whose scorers may run a policy's text as code; those of "
+            f"{READ_VERSION} have been checked: pip install reasoning-gym=={READ_VERSION}"
+        )
+
+
 def load() -> Callable[[list[Any]], float]:
     """Import reasoning-gym; the returned function scores `[generator, configuration, entry, answer]`."""
+    try:
+        check_version()
+    except UserError as error:
+        raise SystemExit(str(error)) from None  # the pool passes on what a worker that does not start has said
     import reasoning_gym
 
     @lru_cache(maxsize=16)

@@ -1,6 +1,8 @@
 """reasoning-gym's generators as tasks, and its scorers kept from evaluating a policy's text."""
 
+import importlib.metadata
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,9 @@ from mua_rl.envs import reasoning_tasks
 from mua_rl.envs.reasoning_tasks import parse_options
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import UserError
+from mua_rl.rewards import reasoning_worker
 from mua_rl.rewards.completions import last_number
-from mua_rl.rewards.reasoning_worker import EVALUATE_PYTHON, EVALUATE_SYMPY, is_harmless
+from mua_rl.rewards.reasoning_worker import EVALUATE_PYTHON, EVALUATE_SYMPY, READ_VERSION, is_harmless
 
 
 def score(reward, split, completions, **extra):
@@ -119,6 +122,16 @@ def test_the_lists_of_evaluating_scorers_are_complete():
         if re.search(r"\b(?:eval|exec|parse_expr|sympify)\(\s*(?:\w*answer|ans|user_\w+|response)\b", file.read_text())
     }
     assert evaluating == EVALUATE_PYTHON | EVALUATE_SYMPY
+
+
+def test_a_version_whose_scorers_nobody_has_read_is_refused_by_the_task_and_by_the_worker(monkeypatch):
+    pinned = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    assert f"reasoning-gym=={READ_VERSION}" in pinned["project"]["optional-dependencies"]["tasks"]
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1.26")
+    with pytest.raises(UserError, match=r"0\.1\.26 is installed.*pip install reasoning-gym=="):
+        get_task("reasoning-gym:chain_sum")
+    with pytest.raises(SystemExit, match=r"0\.1\.26 is installed"):
+        reasoning_worker.load()
 
 
 HOSTILE = [
