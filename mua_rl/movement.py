@@ -7,7 +7,7 @@ take account of it (`mua_rl.sweep.transfer`).
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -163,23 +163,3 @@ def _logits(model: Any, piece: ProbeBatch) -> torch.Tensor:
     positions = (piece.mask.cumsum(-1) - 1).clamp(min=0)
     out = model(input_ids=piece.ids, attention_mask=piece.mask, position_ids=positions, use_cache=False)
     return out.logits[:, :-1].float()
-
-
-def rate_of_movement(learning_rates: Sequence[float], divergences: Sequence[float], target: float) -> float:
-    """The learning rate at which a divergence is reached, by a straight line through log KL against log η.
-
-    Args:
-        learning_rates: At least two.
-        divergences: KL at each, positive.
-        target: KL to be reached, in nats per token.
-
-    Raises:
-        UserError: There are too few, or KL does not rise with the learning rate.
-    """
-    if len(learning_rates) < 2 or min(divergences) <= 0:
-        raise UserError("the movement of a policy needs two learning rates or more at which it moved.")
-    x, y = (torch.tensor(list(v), dtype=torch.float64).log2() for v in (learning_rates, divergences))
-    slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
-    if slope <= 0:
-        raise UserError("the policy moves less at larger learning rates: probe at smaller ones.")
-    return 2.0 ** float(x.mean() + (torch.tensor(target).log2() - y.mean()) / slope)

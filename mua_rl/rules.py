@@ -82,11 +82,6 @@ class AlphaRule:
             gamma = float(match["exponent"] or 0.0)
         return cls(float(match["constant"] or 1.0), gamma)
 
-    @classmethod
-    def from_peft(cls, lora_alpha: float, use_rslora: bool = False) -> "AlphaRule":
-        """The multiplier that PEFT applies at a fixed `lora_alpha`: `lora_alpha / r`, with rsLoRA `lora_alpha / √r`."""
-        return cls(float(lora_alpha), 0.5 if use_rslora else 1.0)
-
 
 ALPHA_ONE = AlphaRule()
 

@@ -140,11 +140,6 @@ class WorkerPool:
         for worker in workers:
             worker.kill()
 
-    def process_ids(self) -> list[int]:
-        """Process ids of the idle workers."""
-        with self._lock:
-            return [worker.process.pid for worker in self._idle]
-
     def _ask_one(self, request: Any) -> Any:
         with self._slots:
             reply: Any = Failure.KILLED

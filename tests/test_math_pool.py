@@ -41,6 +41,10 @@ def alive(pid):
         return False
 
 
+def idle_processes(pool):
+    return [worker.process.pid for worker in pool._idle]
+
+
 def gone_within(pids, seconds):
     deadline = time.monotonic() + seconds
     while any(map(alive, pids)) and time.monotonic() < deadline:
@@ -63,7 +67,7 @@ def test_hostile_answers_are_not_right_and_end_in_time(tmp_path, monkeypatch):
     assert "right" not in verdicts
     assert time.monotonic() - start < 5.0 * len(HOSTILE)  # half a second each, and a new worker after each kill
     assert os.listdir(tmp_path) == []
-    pids = pool.process_ids()
+    pids = idle_processes(pool)
     pool.close()
     assert gone_within(pids, 5)
 
@@ -114,7 +118,7 @@ def test_many_threads_share_one_pool(pool):
 
 def test_a_worker_killed_from_outside_costs_no_verdict(pool):
     pool.ask([("2x", "x+x")])
-    for pid in pool.process_ids():
+    for pid in idle_processes(pool):
         os.kill(pid, signal.SIGKILL)
     assert pool.ask([("2x", "x+x"), ("x", "y")]) == ["right", "wrong"]
 
@@ -122,7 +126,7 @@ def test_a_worker_killed_from_outside_costs_no_verdict(pool):
 def test_closing_leaves_no_process():
     pool = WorkerPool(WORKER_MODULE, workers=1)
     pool.ask([("2x", "x+x")])
-    pids = pool.process_ids()
+    pids = idle_processes(pool)
     assert pids and all(map(alive, pids))
     pool.close()
     assert gone_within(pids, 5)
@@ -136,7 +140,7 @@ def test_a_trainer_killed_with_kill_9_leaves_no_orphan(answer):
         "from mua_rl.rewards.worker_pool import WorkerPool\n"
         "pool = WorkerPool('mua_rl.rewards.math_worker', workers=1, seconds=2.0)\n"
         "pool.ask([('2x', 'x+x')])\n"
-        "print(pool.process_ids()[0], flush=True)\n"
+        "print(pool._idle[0].process.pid, flush=True)\n"
         "pool.ask([('2x', sys.argv[1])])\n"
         "time.sleep(60)\n"
     )
@@ -182,7 +186,7 @@ def test_memory_is_bounded():
     pool = WorkerPool(WORKER_MODULE, workers=1, seconds=20.0)
     worker_limit = worker_pool.WORKER_MEMORY_BYTES
     pool.ask([("2x", "x+x")])
-    with open(f"/proc/{pool.process_ids()[0]}/limits") as limits:
+    with open(f"/proc/{idle_processes(pool)[0]}/limits") as limits:
         line = next(line for line in limits if line.startswith("Max address space"))
     assert line.split()[3] == str(worker_limit)
     pool.close()

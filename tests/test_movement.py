@@ -7,7 +7,7 @@ from mua_rl import models
 from mua_rl.adapter import Full, LoRA, fingerprint
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import UserError
-from mua_rl.movement import divergence, movement, probe_batch, rate_of_movement
+from mua_rl.movement import divergence, movement, probe_batch
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +47,6 @@ def test_more_steps_move_further_and_the_divergence_of_a_policy_from_itself_is_z
     first, second = movement(model, LoRA(8), 2**-12, batch, steps=2)
     assert first < second
     assert divergence(model, model, batch) == 0.0
-
-
-def test_the_rate_of_a_movement_is_read_off_a_power_law():
-    rates = [2.0**-k for k in (14, 13, 12)]
-    divergences = [3e3 * rate**2 for rate in rates]
-    assert rate_of_movement(rates, divergences, 3e3 * (2**-10) ** 2) == pytest.approx(2**-10)
-    with pytest.raises(UserError, match="two learning rates"):
-        rate_of_movement([1e-3], [0.1], 0.1)
-    with pytest.raises(UserError, match="smaller ones"):
-        rate_of_movement([1e-3, 1e-2], [0.2, 0.1], 0.1)
 
 
 def test_a_task_whose_answers_are_all_wrong_has_no_gradient_to_probe_with(model):

@@ -129,11 +129,6 @@ def test_other_text_is_no_alpha_rule(text):
         AlphaRule.parse(text)
 
 
-def test_pefts_multiplier_is_a_rule():
-    assert AlphaRule.from_peft(32)(8) == 4.0
-    assert AlphaRule.from_peft(8, use_rslora=True)(16) == 2.0
-
-
 @pytest.mark.parametrize("rank", [0, -1, N + 1])
 def test_a_rank_outside_the_width_is_refused(rank):
     with pytest.raises(ValueError, match="rank"):
