@@ -1,5 +1,6 @@
 """Held-out return of a control policy: mean, standard deviation and interquartile mean over episodes."""
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,10 +8,16 @@ import numpy as np
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv
 
+from mua_rl.errors import UserError
+
 HELD_OUT_SEED = 1_000_000
 """Evaluation environment i is seeded with this plus i."""
 TRAINING_SEEDS = 900_000
 """Training environment i is seeded with a number below this plus i, so that the two never meet."""
+
+LONG_EPISODE, LONGEST_EPISODE = 10_000, 120_000
+"""Steps after which an episode is waited for aloud, and not waited for any more, where its environment has no limit of
+its own. An Atari game ends after 108,000 frames, which are 27,000 steps or, without frame skipping, as many."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,12 @@ def evaluate(model: Any, envs: VecEnv, episodes: int) -> Returns:
         model: Anything with SB3's `predict`.
         envs: Monitored environments; with VecNormalize, `training` and `norm_reward` must be off.
         episodes: How many, shared out over the environments.
+
+    Raises:
+        UserError: An episode does not end.
     """
     envs.seed(HELD_OUT_SEED)
-    returns, _ = evaluate_policy(model, envs, n_eval_episodes=episodes, return_episode_rewards=True)
+    returns, _ = evaluate_policy(
+        model, envs, n_eval_episodes=episodes, return_episode_rewards=True, callback=_watch_length
+    )
     return Returns([float(value) for value in returns])  # type: ignore[union-attr]

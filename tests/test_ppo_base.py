@@ -14,6 +14,7 @@ stable_baselines3 = pytest.importorskip("stable_baselines3")
 from stable_baselines3.common.env_util import make_vec_env  # noqa: E402
 from stable_baselines3.common.vec_env import VecNormalize  # noqa: E402
 
+from mua_rl import ppo_evaluation  # noqa: E402
 from mua_rl.adapter import LoRA, fingerprint  # noqa: E402
 from mua_rl.envs.control import FAMILIES  # noqa: E402
 from mua_rl.errors import UserError  # noqa: E402
@@ -23,6 +24,22 @@ from mua_rl.ppo_envs import build_envs, evaluation_envs, with_statistics  # noqa
 from mua_rl.ppo_evaluation import Returns, evaluate  # noqa: E402
 from mua_rl.ppo_trainer import PPO  # noqa: E402
 from mua_rl.record import LRRecord  # noqa: E402
+
+
+class Endless(gymnasium.Env):
+    """No episode ends."""
+
+    observation_space, action_space = spaces.Box(-1, 1, (3,), np.float32), spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(3, np.float32), 1.0, False, False, {}
+
+
+gymnasium.register("Endless-v0", entry_point=Endless)
 
 
 class Images(gymnasium.Env):
@@ -207,6 +224,18 @@ def test_evaluation_uses_the_training_statistics_and_leaves_them_alone():
     assert first.mean < -100  # raw rewards, not normalised ones
     assert training.obs_rms.count == count
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_an_episode_without_end_is_refused_and_one_with_a_limit_of_its_own_waited_for(monkeypatch, capsys):
+    monkeypatch.setattr(ppo_evaluation, "LONG_EPISODE", 20)
+    monkeypatch.setattr(ppo_evaluation, "LONGEST_EPISODE", 50)
+    model = PPO("MlpPolicy", make_vec_env("Endless-v0"), device="cpu")
+    limited = build_envs("Endless-v0", 2, 0, {"max_episode_steps": 60})
+    assert evaluate(model, limited, 2).values == [60.0, 60.0]
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match=r'not ended an episode in 50 steps: .*"max_episode_steps": 1000'):
+        evaluate(model, build_envs("Endless-v0", 2, 0), 2)
+    assert capsys.readouterr().err.count("an episode is 20 steps long") == 1
 
 
 def test_interquartile_mean_by_hand():
