@@ -14,7 +14,6 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -33,12 +32,13 @@ from transformers import (
 from transformers.utils import is_liger_kernel_available
 from transformers.utils import logging as transformers_logging
 
-from mua_rl import models, plots, processes
-from mua_rl.adapter import Adapter, fingerprint, load_adapter
+from mua_rl import plots, processes
+from mua_rl.adapter import Adapter
 from mua_rl.arguments import AdapterArguments, Base, resolve_learning_rate
 from mua_rl.envs.tasks import Task, get_task, own_code
 from mua_rl.errors import Diverged, UserError, exit_on_user_error, one_line
 from mua_rl.grpo_arguments import GRPOArguments, parse
+from mua_rl.grpo_base import load_base, load_tokenizer
 from mua_rl.grpo_report import announce, report
 from mua_rl.grpo_trainer import GRPOTrainer, ProgressBar, RunCallback, Start
 from mua_rl.heldout import HeldOutResult, gather, held_out, is_conversational, prompt_ids
@@ -46,37 +46,10 @@ from mua_rl.policy import LearningRate
 from mua_rl.record import LRRecord, package_versions
 from mua_rl.rollouts import EngineFailed, generation_class, plan_engine
 from mua_rl.rules import Configuration
-from mua_rl.run import ADAPTER_FOLDER, CURVE, MODEL_FOLDER, RunFolder, open_run
+from mua_rl.run import CURVE, RunFolder, open_run
 
 Measure = Callable[[], HeldOutResult]
 _SHARDING = {"fsdp2": "FSDP2", "zero3": "ZeRO-3"}
-
-
-def load_base(arguments: GRPOArguments, start_from: str | None) -> tuple[PreTrainedModel, Base]:
-    """The model to start from: `--model`, or what the run `--start-from` ended with, its LoRA merged.
-
-    Raises:
-        UserError: A model or a run that cannot be used.
-    """
-    if start_from is None:
-        with processes.whole_weights(arguments):
-            model = models.load_model(
-                arguments.model, arguments.dtype, **(cast(dict, arguments.model_init_kwargs) or {})
-            )
-        return model, Base(arguments.model, fingerprint(model))
-    run = RunFolder.open(start_from)
-    record = LRRecord.load(run.path)
-    settings = run.settings()
-    if (run.path / MODEL_FOLDER).is_dir():
-        with processes.whole_weights(arguments):
-            model = models.load_model(str(run.path / MODEL_FOLDER))
-    else:
-        first = copy(arguments)  # new ones would take the place of these in transformers' integration of DeepSpeed
-        first.model, first.dtype, first.model_init_kwargs = settings.get("model", models.EMBEDDED), "float32", None
-        earlier, _ = load_base(first, settings.get("start_from"))
-        model = load_adapter(earlier, run.path / ADAPTER_FOLDER).merge_and_unload()
-        model.name_or_path = ""  # what it was loaded from is no longer what it is
-    return model, Base(f"{record.base_model} after {start_from}", fingerprint(model), record)
 
 
 def check(arguments: GRPOArguments) -> None:
@@ -156,7 +129,7 @@ def prepare(arguments: GRPOArguments, adapter_arguments: AdapterArguments) -> Se
     check(arguments)
     task = get_task(arguments.task, arguments.bad_rows, arguments.isolation)
     adapter = adapter_arguments.adapter("mlp")
-    tokenizer = models.load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(arguments)
     model, base = load_base(arguments, adapter_arguments.start_from)
     rows = splits(task, is_conversational(tokenizer), arguments.held_out_problems)
     check_vocabulary(model, tokenizer, rows)

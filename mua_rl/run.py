@@ -28,7 +28,7 @@ from mua_rl.record import package_versions
 
 CONFIG, VERSIONS, METRICS, RESULT, CURVE = "config.yaml", "versions.json", "metrics.jsonl", "result.json", "curve.png"
 ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
-PATHS = ("model", "base", "vec_normalize", "lr_from", "start_from")
+PATHS = ("model", "tokenizer_name", "base", "vec_normalize", "lr_from", "start_from")
 
 
 class RunFolder:

@@ -191,6 +191,7 @@ def test_every_grpo_config_field_is_a_flag():
     assert ours - {f.name for f in fields(trl.GRPOConfig)} == {
         "model",
         "task",
+        "tokenizer_name",
         "dtype",
         "bad_rows",
         "isolation",

@@ -22,7 +22,6 @@ from torch import nn
 from transformers import get_scheduler
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
-from mua_rl import models
 from mua_rl.adapter import LoRA, TargetModules
 from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.arms.checkpoint import Checkpoints
@@ -37,8 +36,9 @@ from mua_rl.arms.vllm_rollouts import ArmsEngine, EngineSettings, engine, gpu_sh
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import UserError
 from mua_rl.gpu_memory import PolicySize
-from mua_rl.grpo import check_vllm, check_vocabulary, is_scored, load_base, splits, unscored
+from mua_rl.grpo import check_vllm, check_vocabulary, is_scored, splits, unscored
 from mua_rl.grpo_arguments import GRPOArguments
+from mua_rl.grpo_base import load_base, load_tokenizer
 from mua_rl.grpo_trainer import RunCallback
 from mua_rl.heldout import HeldOutResult, end_ids, is_conversational, prompt_ids, score
 from mua_rl.optim import learning_rates
@@ -86,7 +86,7 @@ class SideBySide:
         self.arguments, self.arms = arguments, list(arms)
         self.task = get_task(arguments.task, arguments.bad_rows, arguments.isolation)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer = models.load_tokenizer(arguments.model)
+        self.tokenizer = load_tokenizer(arguments)
         model, self.base = load_base(arguments, start_from)
         written = self._write(model) if arguments.use_vllm and not model.name_or_path else None
         self.model = model.to(self.device).eval()  # type: ignore[arg-type]

@@ -1,0 +1,76 @@
+"""What a GRPO run starts from: the base with its tokenizer, or the policy that an earlier run ended with."""
+
+from copy import copy
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mua_rl import models, processes
+from mua_rl.adapter import fingerprint, load_adapter
+from mua_rl.arguments import Base
+from mua_rl.errors import UserError
+from mua_rl.grpo_arguments import GRPOArguments, model_init_kwargs
+from mua_rl.record import LRRecord
+from mua_rl.run import ADAPTER_FOLDER, MODEL_FOLDER, RunFolder
+
+_PLACES = ("gguf_file", "subfolder", "variant")
+"""Options of `from_pretrained` that say where in its folder a model is."""
+
+
+def load_tokenizer(arguments: GRPOArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer of `--tokenizer_name`, or else of `--model`.
+
+    Raises:
+        UserError: It cannot be loaded.
+    """
+    if arguments.tokenizer_name is None:
+        return models.load_tokenizer(arguments.model, **arguments.load_options)
+    return models.load_tokenizer(arguments.tokenizer_name, trust_remote_code=arguments.trust_remote_code)
+
+
+def load_base(arguments: GRPOArguments, start_from: str | None) -> tuple[PreTrainedModel, Base]:
+    """The model to start from: `--model`, or what the run `--start-from` ended with, its LoRA merged.
+
+    Raises:
+        UserError: A model or a run that cannot be used.
+    """
+    if start_from is None:
+        model = _load(arguments, arguments.model)
+        return model, Base(arguments.model, fingerprint(model))
+    run = RunFolder.open(start_from)
+    record = LRRecord.load(run.path)
+    if (run.path / MODEL_FOLDER).is_dir():
+        model = _load(arguments, run.path / MODEL_FOLDER, _PLACES)
+    else:
+        model = _merged(arguments, run, record)
+        for weight in model.parameters():  # buffers stay: rotary frequencies are fp32 in a model of any precision
+            weight.data = weight.data.to(getattr(torch, arguments.dtype))
+    return model, Base(f"{record.base_model} after {start_from}", fingerprint(model), record)
+
+
+def _load(arguments: GRPOArguments, name: str | Path, without: tuple[str, ...] = ()) -> PreTrainedModel:
+    options = {option: value for option, value in arguments.load_options.items() if option not in without}
+    with processes.whole_weights(arguments):
+        return models.load_model(str(name), arguments.dtype, **options)
+
+
+def _merged(arguments: GRPOArguments, run: RunFolder, record: LRRecord) -> PreTrainedModel:
+    """A run's base, loaded as that run did, with its LoRA in the weights.
+
+    Raises:
+        UserError: The base has other weights by now.
+    """
+    settings = run.settings()
+    first = copy(arguments)  # new ones would take the place of these in transformers' integration of DeepSpeed
+    first.model, first.dtype = settings.get("model", models.EMBEDDED), "float32"
+    first.model_init_kwargs = model_init_kwargs(settings)
+    model, base = load_base(first, settings.get("start_from"))
+    if base.fingerprint != record.base_fingerprint:
+        raise UserError(
+            f"{run.path} holds a LoRA for other weights than {base.name} has now: bring those back that it was trained "
+            "on, or start from another run."
+        )
+    merged = load_adapter(model, run.path / ADAPTER_FOLDER).merge_and_unload()
+    merged.name_or_path = ""  # what it was loaded from is no longer what it is
+    return merged
