@@ -69,3 +69,27 @@ def evaluate(model: Any, envs: VecEnv, episodes: int) -> Returns:
         model, envs, n_eval_episodes=episodes, return_episode_rewards=True, callback=_watch_length
     )
     return Returns([float(value) for value in returns])  # type: ignore[union-attr]
+
+
+def _watch_length(variables: dict[str, Any], _: dict[str, Any]) -> None:
+    """What `evaluate_policy` calls after each step of an environment, with its own variables.
+
+    Raises:
+        UserError: An episode is longer than any is meant to be.
+    """
+    number, envs = variables["i"], variables["env"]
+    steps = variables["current_lengths"][number]
+    if steps not in (LONG_EPISODE, LONGEST_EPISODE) or variables["done"]:
+        return
+    spec = envs.get_attr("spec", number)[0]  # asked for so late, since not every spec gets out of a subprocess
+    if spec is not None and spec.max_episode_steps is not None:
+        return
+    cure = "limit its episodes, as in --env_kwargs '{\"max_episode_steps\": 1000}' (gymnasium's TimeLimit)"
+    if steps == LONGEST_EPISODE:
+        raise UserError(f"environment {number} has not ended an episode in {steps:,} steps: {cure}.")
+    if number == 0:
+        print(
+            f"mua_rl: an episode is {steps:,} steps long, and waited for up to {LONGEST_EPISODE:,}: if it has no end, "
+            f"{cure}.",
+            file=sys.stderr,
+        )
