@@ -2,7 +2,7 @@
 
 - `one-liners`: 91 functions of one line, embedded, 68 to train on and 23 held out; for small models and first runs.
 - `mbpp`: the published columns `text` or `prompt`, `code`, `test_list`, and `test_setup_code` or `test_imports`. Train
-  on `train`, held out `test`.
+  on `train`, held out `test`; of a lone file one row in eight, or all of one named after a held-out split.
 - `humaneval`: the published columns `prompt`, `canonical_solution`, `test`, `entry_point`. It has one split, held out:
   a benchmark, not training data.
 
@@ -125,7 +125,7 @@ def mbpp(argument: str | None = None, bad_rows: str = "skip", isolation: str = "
     """Mostly Basic Python Problems (Austin et al. 2021)."""
 
     def split(name: str, conversational: bool) -> Dataset:
-        rows = read_split(argument or MBPP_HUB, (name,), config="full")
+        rows = read_split(argument or MBPP_HUB, (name,), config="full", key=("text", "prompt"))
         return code_dataset(
             convert_rows(rows, lambda row: _mbpp_problem(row, conversational)), "mbpp", bad_rows, isolation
         )

@@ -11,13 +11,12 @@ prompt), or a folder with `train.jsonl` and `test.jsonl` (or `held_out.jsonl`). 
 All rows have the same of the two.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
-from mua_rl.envs.rows import Row, RowFault, column, convert_rows, is_held_out, keep_good_rows, read_split
+from mua_rl.envs.rows import Row, RowFault, column, convert_rows, keep_good_rows, part_of_file, read_split
 from mua_rl.envs.tasks import Task, register_task
 from mua_rl.errors import UserError
 from mua_rl.rewards.math import gold_faults, math_reward, strict_math_reward
@@ -69,34 +68,20 @@ def as_prompt(prompt: str | list[dict[str, str]], conversational: bool) -> str |
     return prompt
 
 
-def _read(path: str, held_out: bool) -> list[Row]:
-    if Path(path).expanduser().is_dir():
-        return read_split(path, ("held_out", "test", "validation") if held_out else ("train",))
-    rows = read_split(path, ())
-    return [row for row in rows if is_held_out(_key(row)) == held_out]
-
-
 def _split(path: str, held_out: bool) -> list[Row]:
-    """As `_read`; a split is not empty where the other is not.
+    """The rows of one split.
 
     Raises:
-        UserError: It is.
+        UserError: They cannot be read, or one split of a file is empty.
     """
-    rows = _read(path, held_out)
-    if not rows and _read(path, not held_out):
-        raise UserError(
-            f"{path} has no rows {'to hold out' if held_out else 'to train on'} (of a file, one in eight is held out, "
-            "by a hash of its prompt): give more rows, or a folder with train.jsonl and test.jsonl."
-        )
-    return rows
-
-
-def _key(row: Row) -> str:
-    return json.dumps(row.columns.get("prompt"), sort_keys=True, default=str)
+    if Path(path).expanduser().is_dir():
+        return read_split(path, ("held_out", "test", "validation") if held_out else ("train",))
+    return part_of_file(path, read_split(path, ()), held_out, ("prompt",))
 
 
 def _has_tests(path: str) -> bool:
-    rows = _read(path, False) or _read(path, True)
+    is_folder = Path(path).expanduser().is_dir()
+    rows = (_split(path, False) or _split(path, True)) if is_folder else read_split(path, ())
     kinds = {"tests" in row.columns for row in rows if "prompt" in row.columns}
     if len(kinds) == 2:
         raise UserError(f"{path} mixes rows with `tests` and rows without: make two tasks of them.")

@@ -3,6 +3,9 @@ r"""GSM8K and MATH, in their published formats, with the math reward and the pap
 - `gsm8k`: columns `question`, `answer`; the gold answer follows the last `####`. Train on `train`, held out `test`.
 - `math`: columns `problem` and `answer` (MATH-500), or `solution`, whose last `\boxed{}` is the gold answer. Train on
   `train`, held out `test`.
+
+Of a lone file, as in `gsm8k:/data/rows.jsonl`, one row in eight is held out, always the same ones; one that is named
+after a held-out split (`test.jsonl`) is held out whole, for evaluation.
 """
 
 from collections.abc import Callable, Sequence
@@ -76,7 +79,7 @@ def gsm8k(argument: str | None = None, bad_rows: str = "skip") -> Task:
     """Grade-school word problems (Cobbe et al. 2021)."""
 
     def split(names: tuple[str, ...], conversational: bool) -> Dataset:
-        rows = read_split(argument or GSM8K_HUB, names, config="main")
+        rows = read_split(argument or GSM8K_HUB, names, config="main", key=("question",))
         return math_dataset(rows, gsm8k_problem, "gsm8k", bad_rows, conversational)
 
     return math_task(
@@ -92,7 +95,7 @@ def math(argument: str | None = None, bad_rows: str = "skip") -> Task:
     """Competition problems (Hendrycks et al. 2021)."""
 
     def split(names: tuple[str, ...], conversational: bool) -> Dataset:
-        rows = read_split(argument or MATH_HUB, names)
+        rows = read_split(argument or MATH_HUB, names, key=("problem",))
         return math_dataset(rows, math_problem, "math", bad_rows, conversational)
 
     return math_task(

@@ -19,6 +19,7 @@ FAULT_COLUMN = "_fault"
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 _SHOWN_FAULTS = 10
 _HELD_OUT_ONE_IN = 8
+_HELD_OUT_SPLITS = ("test", "validation", "held_out")
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,34 @@ class RowFault(ValueError):
     """Why one row cannot be scored."""
 
 
-def read_split(source: str, split_names: Sequence[str], config: str | None = None) -> list[Row]:
+def read_split(
+    source: str, split_names: Sequence[str], config: str | None = None, key: Sequence[str] = ()
+) -> list[Row]:
     """The rows of one split of a dataset.
 
     Args:
-        source: A file of that split; a folder with its files, in any of the published layouts (`test.jsonl`,
-            `data/test-00000-of-00001.parquet`, `test/algebra/1.json`); or an id on the hub.
+        source: A file (see `key`); a folder with the files of the splits, in any of the published layouts
+            (`test.jsonl`, `data/test-00000-of-00001.parquet`, `test/algebra/1.json`); or an id on the hub.
         split_names: Names that the split may go by, best first.
         config: The hub dataset's configuration; in a folder, its subfolder if there is one.
+        key: The column that tells problems apart: the first of these that a row has. With it a lone file is shared
+            between training and held-out split (`part_of_file`), unless its name is that of a held-out split: then all
+            of it is held out. Without, it is the split that was asked for.
 
     Raises:
-        UserError: Nothing is there, or it cannot be read.
+        UserError: Nothing is there, or it cannot be read, or a lone file has nothing for the split.
     """
     path = Path(source).expanduser()
     if path.is_file():
-        return list(_read_file(path))
+        rows, held_out = list(_read_file(path)), "train" not in split_names
+        if not key or (held_out and _is_held_out_file(path)):
+            return rows
+        if _is_held_out_file(path):
+            raise UserError(
+                f"{path} is a held-out split by its name, with nothing to train on: give the folder that has train.* "
+                "too, or a file with another name, of which one row in eight is held out."
+            )
+        return part_of_file(path, rows, held_out, key)
     if path.is_dir():
         folder = path / config if config and (path / config).is_dir() else path
         for name in split_names:
@@ -63,9 +77,35 @@ def read_split(source: str, split_names: Sequence[str], config: str | None = Non
     return _read_hub(source, split_names, config)
 
 
-def is_held_out(key: str) -> bool:
-    """Whether a row belongs to the held-out split of data that has no splits: one in eight does, always the same."""
-    return zlib.crc32(key.encode("utf-8", "surrogatepass")) % _HELD_OUT_ONE_IN == 0
+def part_of_file(path: Path | str, rows: Sequence[Row], held_out: bool, key: Sequence[str]) -> list[Row]:
+    """The training or the held-out rows of data that has no splits: one in eight is held out, always the same ones.
+
+    Args:
+        path: For the message.
+        rows: All rows.
+        held_out: Which part.
+        key: As for `read_split`; equal problems fall into one part.
+
+    Raises:
+        UserError: The part is empty, and the other is not.
+    """
+    part = [row for row in rows if _is_held_out(row, key) == held_out]
+    if rows and not part:
+        raise UserError(
+            f"{path} has no rows {'to hold out' if held_out else 'to train on'} (of a file, one in eight is held out, "
+            f"by a hash of its {key[0]}): give more rows, or a folder with train.jsonl and test.jsonl."
+        )
+    return part
+
+
+def _is_held_out(row: Row, key: Sequence[str]) -> bool:
+    value = next((row.columns[name] for name in key if name in row.columns), None)
+    text = json.dumps(value, sort_keys=True, default=str)
+    return zlib.crc32(text.encode("utf-8", "surrogatepass")) % _HELD_OUT_ONE_IN == 0
+
+
+def _is_held_out_file(path: Path) -> bool:
+    return any(_is_of_split(path, name) for name in _HELD_OUT_SPLITS)
 
 
 def keep_good_rows(
@@ -131,12 +171,14 @@ def convert_rows(rows: Sequence[Row], convert: Callable[[Row], dict[str, Any]]) 
 
 def _split_files(folder: Path, name: str) -> list[Path]:
     for parent in (folder, folder / "data"):
-        files = sorted(
-            file for file in parent.glob(f"{name}*") if file.name.endswith(_SUFFIXES) and file.name[len(name)] in "-_."
-        )
+        files = sorted(file for file in parent.glob(f"{name}*") if _is_of_split(file, name))
         if files:
             return files
     return sorted((folder / name).rglob("*.json")) if (folder / name).is_dir() else []
+
+
+def _is_of_split(file: Path, name: str) -> bool:
+    return file.name.startswith(name) and file.name.endswith(_SUFFIXES) and file.name[len(name)] in "-_."
 
 
 def _read_file(path: Path) -> Iterable[Row]:

@@ -8,10 +8,12 @@ A spec is a name, and for some tasks a colon and an argument:
 | `differences` | differences, which the embedded model has not learnt; embedded |
 | `one-liners` | one-line Python functions with tests; embedded |
 | `gsm8k`, `math`, `mbpp`, `humaneval` | the published datasets from the hub |
-| `gsm8k:PATH`, `math:PATH`, … | the same from a local file or folder (JSONL, JSON, parquet), or from the hub id PATH |
+| `gsm8k:PATH`, `math:PATH`, … | the same from a local folder or file (JSONL, JSON, parquet), or from the hub id PATH |
 | `jsonl:PATH` | rows of `prompt` and `answer`, or of `prompt` and `tests`, of your own |
 | `reasoning-gym:NAME`, `reasoning-gym:NAME,key=value,…` | a generator of that library, scored by its own scorer |
 | `path/to/file.py:NAME` | a task of your own: what `@register_task("NAME")` decorates in that file |
+
+Of a lone file one row in eight is held out, always the same ones.
 
 A task is prompts plus the verifier that scores completions. Adding one takes a function and a decorator:
 

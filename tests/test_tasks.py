@@ -287,6 +287,29 @@ def test_jsonl_holds_out_the_same_rows_always_and_no_prompt_twice(tmp_path):
     assert task.train(True)["prompt"][0] == [{"role": "user", "content": train["prompt"][0]}]
 
 
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("gsm8k", lambda i: {"question": f"What is {i % 40}?", "answer": f"#### {i}"}),
+        ("math", lambda i: {"problem": f"What is {i % 40}?", "answer": i}),
+        ("mbpp", lambda i: {"text": f"Double {i % 40}.", "code": "pass", "test_list": ["assert double(2) == 4"]}),
+    ],
+)
+def test_of_a_lone_file_no_problem_is_both_trained_on_and_held_out(tmp_path, monkeypatch, name, row):
+    monkeypatch.setattr("mua_rl.envs.code_tasks._faults", lambda rows, isolation: [None] * len(rows))
+    monkeypatch.setattr("mua_rl.envs.math_tasks.gold_faults", lambda golds: [None] * len(golds))
+    task = get_task(f"{name}:{write_jsonl(tmp_path / 'train.jsonl', map(row, range(80)))}")
+    train, held_out = task.train(False)["prompt"], task.held_out(False)["prompt"]
+    assert not set(train) & set(held_out) and len(train) + len(held_out) == 80 and held_out
+
+
+def test_a_lone_file_named_after_the_held_out_split_is_held_out_whole(tmp_path):
+    task = get_task(f"gsm8k:{write_jsonl(tmp_path / 'test.jsonl', GSM8K_ROWS * 9)}")
+    assert len(task.held_out(False)) == 9 * len(GSM8K_ROWS)
+    with pytest.raises(UserError, match="nothing to train on: give the folder"):
+        task.train(False)
+
+
 def test_jsonl_messages_need_a_chat_template(tmp_path):
     rows = [{"prompt": [{"role": "user", "content": f"{i}?"}], "answer": i} for i in range(40)]
     task = get_task(f"jsonl:{write_jsonl(tmp_path / 'rows.jsonl', rows)}")
