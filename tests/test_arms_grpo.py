@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import RepeatSampler
 
 from mua_rl import models
@@ -13,6 +13,7 @@ from mua_rl.adapter import LoRA, load_adapter, lora_layers, lora_matrices
 from mua_rl.arms.arm import Arm
 from mua_rl.arms.generation import Decoder, choose, share
 from mua_rl.arms.grpo import SideBySide, prompt_order, train_side_by_side
+from mua_rl.arms.grpo_settings import check_dropout, device_of
 from mua_rl.arms.stacked import LoRAStack
 from mua_rl.errors import UserError
 from mua_rl.grpo_arguments import GRPOArguments
@@ -310,3 +311,30 @@ def test_tokens_are_drawn_with_their_probabilities():
     torch.testing.assert_close(shares, (logits[0] / 2).softmax(-1), atol=1e-4, rtol=0)
     assert choose(logits[:4], None, 1.0).tolist() == [0] * 4
     assert choose(torch.full((2, 4), math.nan), torch.tensor([0.3, 0.9999]), 1.0).max() <= 3
+
+
+@pytest.mark.parametrize("where", ["layer", "settings"])
+def test_a_base_with_dropout_is_refused_unless_it_can_be_turned_off(where, tmp_path):
+    if where == "layer":
+        small = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=100, bos_token_id=1, eos_token_id=2, **small))
+    else:
+        model = models.load_model("embedded")
+        model.config.attention_dropout = 0.3
+    model.save_pretrained(tmp_path)
+    models.load_tokenizer("embedded").save_pretrained(tmp_path)
+    for disabled in (False, True):
+        loaded = models.load_model(str(tmp_path))
+        if disabled and where == "layer":
+            check_dropout(loaded, disabled)
+        else:
+            with pytest.raises(UserError, match="dropout, which .* has: " + ("run" if disabled else "set")):
+                check_dropout(loaded, disabled)
+    with pytest.raises(UserError, match=r"dropout, which .* has: set --disable_dropout true, or run the arms singly"):
+        side_by_side(MIXED, model=str(tmp_path))
+
+
+def test_arms_stay_on_the_cpu_where_that_is_asked_for(monkeypatch):
+    given = arguments(use_cpu=True), arguments()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [device_of(asked).type for asked in given] == ["cpu", "cuda"]

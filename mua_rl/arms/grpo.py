@@ -27,7 +27,7 @@ from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.arms.checkpoint import Checkpoints
 from mua_rl.arms.generation import Answers, Decoder
 from mua_rl.arms.gradient import Gradient
-from mua_rl.arms.grpo_settings import check
+from mua_rl.arms.grpo_settings import check, check_dropout, device_of
 from mua_rl.arms.memory import TIMES_ONE_RUN, ArmsMemory, Parts, Work, arms_memory, cpu_parts, one_run, plan_parts
 from mua_rl.arms.scoring import Metrics, Rollout, Scoring
 from mua_rl.arms.stacked import LoRAStack
@@ -85,11 +85,12 @@ class SideBySide:
             check_vllm()
         self.arguments, self.arms = arguments, list(arms)
         self.task = get_task(arguments.task, arguments.bad_rows, arguments.isolation)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device_of(arguments)
         self.tokenizer = load_tokenizer(arguments)
         model, self.base = load_base(arguments, start_from)
         written = self._write(model) if arguments.use_vllm and not model.name_or_path else None
-        self.model = model.to(self.device).eval()  # type: ignore[arg-type]
+        self.model = model.to(self.device)  # type: ignore[arg-type]
+        check_dropout(self.model, arguments.disable_dropout)
         loaded = sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
         self.conversational = is_conversational(self.tokenizer)
         self.train_rows, self.held_out_rows = splits(self.task, self.conversational, arguments.held_out_problems)

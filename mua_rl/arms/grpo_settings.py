@@ -2,6 +2,10 @@
 
 from collections.abc import Sequence
 
+import torch
+from transformers import PreTrainedModel
+from trl.trainer.utils import disable_dropout_in_model
+
 from mua_rl.arms.arm import Arm
 from mua_rl.arms.objective import LOSS_TYPES
 from mua_rl.errors import UserError
@@ -74,3 +78,31 @@ def check(arguments: GRPOArguments, arms: Sequence[Arm]) -> None:
         )
     if arguments.max_steps < 1:
         raise UserError("arms side by side need --max_steps.")
+
+
+def device_of(arguments: GRPOArguments) -> torch.device:
+    """Where arms train: the GPU where there is one, unless `--use_cpu` is given."""
+    return torch.device("cuda" if torch.cuda.is_available() and not arguments.use_cpu else "cpu")
+
+
+@torch.no_grad()
+def check_dropout(model: PreTrainedModel, disabled: bool) -> None:
+    """Refuse a model with dropout, which a single run trains with; leaves the model in evaluation mode.
+
+    Found by what the model does, as some have layers for it and others a number among their settings.
+
+    Args:
+        disabled: Whether `--disable_dropout` is given.
+
+    Raises:
+        UserError: In training mode the model computes something else.
+    """
+    if disabled:
+        disable_dropout_in_model(model)
+    ids = torch.arange(8, device=model.device)[None]
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        training = model.train()(input_ids=ids).logits
+    evaluating = model.eval()(input_ids=ids).logits
+    if not torch.allclose(training, evaluating, rtol=0.01, atol=0.01 * float(evaluating.abs().max())):
+        cure = "run the arms singly" if disabled else "set --disable_dropout true, or run the arms singly"
+        raise UserError(f"arms side by side do not know dropout, which {type(model).__name__} has: {cure}.")
