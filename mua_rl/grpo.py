@@ -236,6 +236,8 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
                 {"diverged": True, "reason": str(error), "held_out/before": start.accuracy, "learning_rate": rate}
             )
         raise
+    finally:
+        cast(ProgressBar, trainer.pop_callback(ProgressBar)).close()
     seconds = time.perf_counter() - start.time
     after = measure()
     trainer.save_model(str(run.path / setup.adapter.saved_as))

@@ -171,3 +171,8 @@ class ProgressBar(ProgressCallback):
             self.training_bar.set_postfix(
                 reward=f"{logs['reward']:.3f}", tokens=f"{logs.get('completions/mean_length', 0):.0f}", refresh=False
             )
+
+    def close(self) -> None:
+        """End the bar's line where training was cut short, so that what is said of it comes after the bar."""
+        if self.training_bar is not None:
+            self.training_bar.close()

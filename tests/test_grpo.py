@@ -276,7 +276,7 @@ def test_a_run_whose_rewards_never_gave_a_score_says_so_and_leaves_no_record(tmp
     assert not (tmp_path / "r" / "lr_record.json").exists()
 
 
-def test_a_reward_that_fails_is_named_with_its_line(tmp_path, monkeypatch):
+def test_a_reward_that_fails_is_named_with_its_line_below_the_progress_bar(tmp_path, monkeypatch, capsys):
     def broken(prompts, completions, **columns):
         raise KeyError("gold")
 
@@ -286,6 +286,8 @@ def test_a_reward_that_fails_is_named_with_its_line(tmp_path, monkeypatch):
         UserError, match=r"the reward broken of the task arithmetic failed: KeyError: 'gold' \(.*:\d+\)"
     ):
         run("--rank", 4, "--lr", 1e-3, "--max_steps", 1, "--output_dir", tmp_path / "r")
+    drawn = capsys.readouterr().err
+    assert "| 0/1 [" in drawn and drawn.endswith("\n")
 
 
 def test_the_closing_lines_name_no_command_that_would_be_refused(tmp_path, capsys):
