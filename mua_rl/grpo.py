@@ -287,7 +287,7 @@ def close(
     )
     if not worse:
         metric = {"name": "held-out accuracy", "before": before, "after": after.accuracy}
-        lr_record(arguments, setup, metric).save(run.path)
+        lr_record(arguments, setup, metric, steps).save(run.path)
     report(run, setup.rate)
 
 
@@ -305,8 +305,8 @@ def unscored(task: Task, steps: int) -> UserError:
     )
 
 
-def lr_record(arguments: GRPOArguments, setup: Setup, metric: dict) -> LRRecord:
-    """The LR record of a run that has ended well."""
+def lr_record(arguments: GRPOArguments, setup: Setup, metric: dict, steps: int) -> LRRecord:
+    """The LR record of a run that has ended well, after so many optimizer steps."""
     assert arguments.generation_batch_size and arguments.num_generations and arguments.steps_per_generation
     assert arguments.gradient_accumulation_steps
     passes = arguments.steps_per_generation // arguments.gradient_accumulation_steps * arguments.num_iterations
@@ -332,7 +332,7 @@ def lr_record(arguments: GRPOArguments, setup: Setup, metric: dict) -> LRRecord:
             "name": str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)),
             "options": arguments.lr_scheduler_kwargs or {},
             "warmup": arguments.warmup_steps,
-            "steps": arguments.max_steps,
+            "steps": steps,
         },
         batch={
             "prompts": arguments.generation_batch_size // arguments.num_generations,

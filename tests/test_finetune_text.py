@@ -70,6 +70,19 @@ def test_grpo_goes_on_from_a_finetuned_policy_at_the_rate_of_its_own_record(tmp_
     assert after.result()["reason"].startswith(f"the shipped record arithmetic-1m (that of {sft} is of sft)")
 
 
+def test_grpo_goes_on_with_the_tokenizer_of_the_finetuned_policy(tmp_path, monkeypatch):
+    tokenizer = load_tokenizer("embedded")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    load_model("embedded").config.save_pretrained(tmp_path / "chat")
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "--tokenizer_name", "./chat", "--rank", 4, "--lr", 2**-7, "--output_dir", tmp_path / "sft")
+    monkeypatch.chdir("/")
+    setup = grpo.prepare(*grpo.parse(["--start-from", str(tmp_path / "sft"), "--rank", "4"])[:2])
+    assert setup.tokenizer.chat_template == tokenizer.chat_template
+    assert setup.held_out_rows["prompt"][0][0]["role"] == "user"
+
+
 def test_grpo_wants_a_task_after_a_data_set(tmp_path, monkeypatch):
     rows = [{"prompt": f"{i}-1=", "completion": str(i - 1)} for i in range(40)]
     path = tmp_path / "rows.jsonl"

@@ -10,6 +10,7 @@ from mua_rl import grpo, models
 from mua_rl.errors import UserError
 from mua_rl.grpo_arguments import GRPOArguments
 from mua_rl.grpo_base import load_base, load_tokenizer
+from mua_rl.record import LRRecord
 from mua_rl.run import RunFolder
 
 SMALL = ["--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1", "--report_to", "none"]
@@ -113,3 +114,9 @@ def test_the_tokenizer_is_of_the_models_revision(base_folder, monkeypatch):
 def test_a_precision_has_a_flag_of_its_own(name):
     with pytest.raises(UserError, match=f"--model_init_kwargs takes no {name}: give --dtype"):
         parsed("--model_init_kwargs", f'{{"{name}": "bfloat16"}}')
+
+
+def test_the_record_of_a_run_by_epochs_says_how_many_steps_it_took(base_folder, tmp_path):
+    flags = ["--model", base_folder, "--rank", 4, "--lr", 2**-8, "--num_train_epochs", 0.0005]  # of 8192 / 2 steps
+    record = LRRecord.load(grpo.train(*parsed(*flags, "--output_dir", tmp_path / "r")).path)
+    assert record.schedule["steps"] == 3

@@ -260,6 +260,12 @@ def test_a_heads_given_rate_is_never_taken_for_one_that_follows_the_rest(rate):
     assert template.learning_rate != rate
 
 
+def test_a_record_of_runs_by_epochs_says_how_many_steps_these_were(sweep, monkeypatch):
+    monkeypatch.setattr(command, "find_facts", lambda request: facts(schedule={"name": "cosine", "steps": -1}))
+    _, folder, _ = sweep()
+    assert LRRecord.load(folder).schedule == {"name": "cosine", "steps": 300}
+
+
 def test_a_head_without_a_rate_of_its_own_gets_the_tuned_one(sweep, monkeypatch):
     monkeypatch.setattr(command, "find_facts", lambda request: facts(other_learning_rates={"head": 1e-3, "x": 0.5}))
     _, folder, _ = sweep()

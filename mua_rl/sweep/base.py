@@ -87,7 +87,7 @@ def find_facts(request: Request) -> Facts:
         from mua_rl import grpo
 
         grpo_setup = grpo.prepare(arguments, adapter)
-        base, template = grpo_setup.base, grpo.lr_record(arguments, grpo_setup, metric)
+        base, template = grpo_setup.base, grpo.lr_record(arguments, grpo_setup, metric, arguments.max_steps)
         linear = all(isinstance(layer.get_base_layer(), nn.Linear) for _, layer in lora_layers(grpo_setup.policy))
     else:
         from mua_rl import ppo

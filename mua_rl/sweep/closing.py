@@ -76,6 +76,9 @@ def make_record(
     beside = [outcome for arm, outcome in good.items() if arm.log2_lr == nearest]
     template, learning_rate = facts.record_of(search.curve), 2.0**optimum.log2_lr
     seeds, tried = sorted({arm.seed for arm in good}), {log2_lr for log2_lr, _, _ in measured.points}
+    schedule = template.schedule
+    if schedule.get("steps") == -1:  # as many as the epochs made
+        schedule = {**schedule, "steps": beside[0].steps}
     note = (
         f"a sweep: optimum of a fit to {len(measured.points)} runs at {len(tried)} learning rates with "
         f"up to {len(seeds)} seed{'s'[: len(seeds) > 1]}; log2 of it {optimum.log2_lr:.2f}, {COVERAGE:.0%} interval "
@@ -93,6 +96,7 @@ def make_record(
             "before": statistics.fmean(outcome.before for outcome in beside),
             "after": statistics.fmean(outcome.metric for outcome in beside),
         },
+        schedule=schedule,
         seeds=seeds,
         versions=package_versions(),
         note=f"{note}; {warning}" if warning else note,
