@@ -66,8 +66,8 @@ def jobs(folder, *names):
 
         return trainer, measured
 
-    def uneven(model, tokenizer, task, rows, length):
-        return held_out(model, tokenizer, task, rows, 2 + 2 * processes.rank())
+    def uneven(model, tokenizer, task, rows, length, **options):
+        return held_out(model, tokenizer, task, rows, 2 + 2 * processes.rank(), **options)
 
     grpo.prepare, grpo.make_trainer = prepared, made
     step = GRPOTrainer.training_step
