@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -115,7 +115,13 @@ def parse_rank(text: str | int) -> int | None:
 
 
 class _Parser(TrlParser):
-    """TRL's parser, which says what is wrong without printing some hundred flags before it."""
+    """TRL's parser, which says what is wrong without printing some hundred flags before it.
+
+    Attributes:
+        configured: The keys of the `--config` file.
+    """
+
+    configured: Set[str] = frozenset()
 
     def error(self, message: str) -> NoReturn:
         """What argparse calls for a flag that it cannot use."""
@@ -126,6 +132,7 @@ class _Parser(TrlParser):
         actions = {action.dest: action for action in reversed(self._actions)}  # `--no_KEY` comes after `--KEY`
         if unknown := sorted(config.keys() - actions.keys()):
             raise UserError(f"the --config file has unknown keys: {', '.join(unknown)} (--help lists the flags).")
+        self.configured = config.keys()
         try:
             return super().set_defaults_with_config(**{k: self._read(actions[k], v) for k, v in config.items()})
         except argparse.ArgumentError as error:
@@ -148,8 +155,8 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     """Parse flags and `--config file.yaml` into the dataclasses.
 
     Returns:
-        The instances, and the settings that were given and differ from the defaults (they make a `--config` file
-        that says the same).
+        The instances, and the settings that were given, by a flag or in the file, also where they are the defaults
+        (they make a `--config` file that says the same). A null where the default is one says nothing.
 
     Raises:
         UserError: The YAML file is missing, is none or has unknown keys, or a value cannot be used.
@@ -177,8 +184,11 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     if "--config" in arguments:
         position = arguments.index("--config")
         del arguments[position : position + 2]
-    given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v != defaults[k]}
-    return instances, given
+    unsaid = object()
+    flags = vars(parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(defaults, unsaid))))
+    said = {k for k, v in flags.items() if v is not unsaid} | parser.configured
+    values = vars(parser.parse_args(arguments))
+    return instances, {k: v for k, v in values.items() if k in said and (v, defaults[k]) != (None, None)}
 
 
 def parse_run(adapter_type: type, arguments_type: type, argv: Sequence[str] | None = None) -> tuple[Any, Any, dict]:

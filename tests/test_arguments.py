@@ -1,11 +1,13 @@
 """Which record a learning rate comes from."""
 
 import pytest
+import yaml
 from helpers import make_record
 
 from mua_rl.adapter import LoRA, fingerprint
 from mua_rl.arguments import AdapterArguments, Base, find_record, parse_arguments, parse_rank, resolve_learning_rate
 from mua_rl.errors import UserError
+from mua_rl.grpo_arguments import parse as parse_grpo
 from mua_rl.models import load_model
 
 
@@ -84,3 +86,27 @@ def test_a_yaml_file_that_says_nothing_usable_is_refused(text, message, tmp_path
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         parse_arguments([AdapterArguments], ["--config", str(tmp_path / "c.yaml")])
+
+
+@pytest.mark.parametrize("config", [False, True])
+def test_what_is_given_counts_as_given_also_where_it_is_the_default(config, tmp_path):
+    (tmp_path / "c.yaml").write_text("init: B\nlr: null\n")
+    argv = ["--config", str(tmp_path / "c.yaml")] if config else ["--init", "B"]
+    assert parse_arguments([AdapterArguments], argv)[1] == {"init": "B"}
+    assert parse_arguments([AdapterArguments], [])[1] == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        (["--num_train_epochs", "3"], -1),  # HF's default
+        (["--num_train_epochs", "2"], -1),
+        (["--num_train_epochs", "2", "--max_steps", "300"], 300),  # ours
+        ([], 300),
+    ],
+)
+def test_epochs_that_are_given_are_trained_for_unless_steps_are(flags, steps, tmp_path):
+    arguments, _, given = parse_grpo(flags)
+    assert arguments.max_steps == steps
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(given))
+    assert parse_grpo(["--config", str(tmp_path / "config.yaml")])[0].max_steps == steps

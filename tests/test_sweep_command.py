@@ -94,6 +94,7 @@ def test_every_flag_of_the_trainer_is_passed_on_and_the_sweeps_own_are_not():
     pytest.importorskip("stable_baselines3")
     request = parse(["--algo", "ppo", "--env_id", "CartPole-v1", "--n_epochs", "3", "--grid", "-9", "-7"])
     assert request.given == {"env_id": "CartPole-v1", "n_epochs": 3}
+    assert parse(["--max_steps", "300", "--init", "B"]).comparable() == parse([]).comparable() == {"algo": "grpo"}
     assert request.curves == [(8, "B", "1")]
 
 

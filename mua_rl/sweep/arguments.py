@@ -3,7 +3,7 @@
 import argparse
 import math
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +115,11 @@ class Request:
         return tuple(range(self.trainer.seed, self.trainer.seed + self.sweep.seeds))
 
     def comparable(self) -> dict[str, Any]:
-        """What all runs of a study must have in common."""
+        """What all runs of a study must have in common; a setting that is given as its default is none."""
+        defaults = {f.name: f.default for arguments in (self.adapter, self.trainer) for f in fields(arguments)}
         own = {f.name for f in fields(SweepArguments)} | {"rank", "init", "alpha"}
         settings = {k: v for k, v in self.everything.items() if k not in own and k not in WITHOUT_EFFECT}
-        return {"algo": self.sweep.algo, **settings}
+        return {"algo": self.sweep.algo, **{k: v for k, v in settings.items() if v != defaults.get(k, MISSING)}}
 
 
 def parse(argv: list[str] | None = None) -> Request:
