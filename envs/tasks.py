@@ -91,6 +91,7 @@ _BUILT_IN = {
     "one-liners": "mua_rl.envs.code_tasks",
     "jsonl": "mua_rl.envs.jsonl_tasks",
 }
+_READ_FILES = ("gsm8k", "math", "mbpp", "humaneval", "jsonl")  # their argument may be a path
 _TASKS: dict[str, Callable[..., Task]] = {}
 
 
@@ -198,6 +199,17 @@ def checked(reward: RewardFunc, task: str) -> RewardFunc:
         return scores
 
     return score
+
+
+def with_whole_path(spec: str) -> str:
+    """A spec that means the same from any folder: the path in it, if there is one, made absolute."""
+    file, found, name = spec.rpartition(".py:")
+    if found and (path := Path(f"{file}.py")).exists():
+        return f"{path.resolve()}:{name}"
+    name, _, argument = spec.partition(":")
+    if name in _READ_FILES and argument and (path := Path(argument).expanduser()).exists():
+        return f"{name}:{path.resolve()}"
+    return spec
 
 
 def _split_spec(spec: str) -> tuple[str, str | None]:

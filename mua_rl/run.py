@@ -171,6 +171,10 @@ def open_run(
 def with_whole_paths(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings that mean the same from any folder."""
     paths = {k: str(Path(str(v)).resolve()) for k, v in settings.items() if k in PATHS and Path(str(v)).exists()}
+    if task := settings.get("task"):
+        from mua_rl.envs.tasks import with_whole_path  # here, since control runs have no task and do without datasets
+
+        paths["task"] = with_whole_path(task)
     return {**settings, **paths}
 
 

@@ -12,6 +12,7 @@ from mua_rl.envs import tasks
 from mua_rl.envs.rows import read_split
 from mua_rl.envs.tasks import checked, get_task, register_task, task_names
 from mua_rl.errors import UserError
+from mua_rl.run import with_whole_paths
 
 GSM8K_ROWS = [
     {"question": "What is 2+3?", "answer": "It is 2+3=<<2+3=5>>5.\n#### 5"},
@@ -301,6 +302,22 @@ def test_of_a_lone_file_no_problem_is_both_trained_on_and_held_out(tmp_path, mon
     task = get_task(f"{name}:{write_jsonl(tmp_path / 'train.jsonl', map(row, range(80)))}")
     train, held_out = task.train(False)["prompt"], task.held_out(False)["prompt"]
     assert not set(train) & set(held_out) and len(train) + len(held_out) == 80 and held_out
+
+
+def test_a_spec_that_a_run_keeps_finds_its_file_from_any_folder(tmp_path, monkeypatch):
+    for name in ("rows.jsonl", "mine.py", "chain_sum"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    specs = [
+        "jsonl:rows.jsonl",
+        "gsm8k:.",
+        "mine.py:NAME",
+        "gsm8k:openai/gsm8k",
+        "arithmetic",
+        "reasoning-gym:chain_sum",
+    ]
+    kept = [with_whole_paths({"task": spec})["task"] for spec in specs]
+    assert kept == [f"jsonl:{tmp_path}/rows.jsonl", f"gsm8k:{tmp_path}", f"{tmp_path}/mine.py:NAME", *specs[3:]]
 
 
 def test_a_lone_file_named_after_the_held_out_split_is_held_out_whole(tmp_path):
