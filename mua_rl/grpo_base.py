@@ -52,7 +52,10 @@ def load_base(arguments: GRPOArguments, start_from: str | None) -> tuple[PreTrai
 def _load(arguments: GRPOArguments, name: str | Path, without: tuple[str, ...] = ()) -> PreTrainedModel:
     options = {option: value for option, value in arguments.load_options.items() if option not in without}
     with processes.whole_weights(arguments):
-        return models.load_model(str(name), arguments.dtype, **options)
+        model = models.load_model(str(name), arguments.dtype, **options)
+    if options.keys() & {"revision", *_PLACES}:
+        model.name_or_path = ""  # an engine that loads by the name alone would have other weights
+    return model
 
 
 def _merged(arguments: GRPOArguments, run: RunFolder, record: LRRecord) -> PreTrainedModel:

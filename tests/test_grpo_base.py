@@ -110,6 +110,12 @@ def test_the_tokenizer_is_of_the_models_revision(base_folder, monkeypatch):
     assert "attn_implementation" not in asked[0]
 
 
+def test_an_engine_is_not_sent_to_a_name_that_stands_for_another_revision(base_folder):
+    named = load_base(parsed("--model", base_folder)[0], None)[0]
+    revised = load_base(parsed("--model", base_folder, "--model_init_kwargs", '{"revision": "v1"}')[0], None)[0]
+    assert (named.name_or_path, revised.name_or_path) == (str(base_folder), "")  # "": it gets the weights themselves
+
+
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 def test_a_precision_has_a_flag_of_its_own(name):
     with pytest.raises(UserError, match=f"--model_init_kwargs takes no {name}: give --dtype"):
