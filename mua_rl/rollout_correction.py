@@ -19,6 +19,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import pad
 
 from mua_rl.errors import UserError
+from mua_rl.rollouts import output_layer_called
 
 WARN_KL = 0.02
 """Nats per token above which rollouts are off-policy enough to say so."""
@@ -158,8 +159,9 @@ class CorrectedGRPOTrainer(trl.GRPOTrainer):
         finally:
             self._correcting = None
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
-        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> tuple:
+        with output_layer_called(model):
+            result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         inputs = self._correcting
         if inputs is not None:
             logps, engine, mask = result[0].detach(), inputs["sampling_per_token_logps"], _scored(inputs)

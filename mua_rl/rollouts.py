@@ -340,6 +340,31 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+@contextlib.contextmanager
+def output_layer_called(model: nn.Module) -> Iterator[None]:
+    """Within the block, each forward pass calls FSDP2's output layer, on no rows, when the layers before it are done.
+
+    TRL reads the weight of that layer and never calls it, while FSDP2 gathers and gives back weights where layers are
+    called. A layer on its own that never was, as under LoRA, breaks the first backward pass that leaves gradients
+    where they are, as all passes of a step but the last do. One that was wrapped with the last norm would, before
+    torch 2.13, keep both from being sharded again for an engine.
+    """
+    head = model.get_output_embeddings() if isinstance(model, FSDPModule) else None
+    if not isinstance(head, FSDPModule):
+        yield
+        return
+    backbone = getattr(model, "get_base_model", lambda: model)().base_model
+
+    def call(module: nn.Module, inputs: Any, output: Any) -> None:
+        head(output.last_hidden_state[:, :0])
+
+    handle = backbone.register_forward_hook(call)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def compute_dtype(generation: VLLMGeneration) -> str:
     """The precision that the trainer computes in, so that the engine rounds as the trainer does."""
     precision = generation.accelerator.mixed_precision

@@ -16,17 +16,22 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import TrainerCallback
 from trl.generation.vllm_generation import DistributedBackend
 
-from mua_rl import grpo, processes
+from mua_rl import grpo, models, processes
 from mua_rl.errors import exit_on_user_error
 from mua_rl.grpo_trainer import GRPOTrainer
-from mua_rl.rollouts import FullRollouts
+from mua_rl.rollouts import FullRollouts, reshard
+from mua_rl.run import RunFolder
 
 STEPS, SAVED, DEATH = 5, 2, 4  # steps of a run; of its first checkpoint; the one in which a process of "killed" dies
 FLAGS = ["--completions_per_step", "16", "--num_generations", "2", "--max_steps", str(STEPS), "--report_to", "none"]
 FLAGS += ["--held_out_steps", "3", "--held_out_problems", "33", "--save_steps", str(SAVED), "--seed", "3"]
-RANKS = {"lora": "8", "fft": "full", "killed": "8", "diverged": "8", "resumed": None}
+RANKS = {"lora": "8", "fft": "full", "passes-lora": "8", "passes-fft": "full", "killed": "8", "diverged": "8"}
+# Three steps of eight passes in all.
+PASSES = ["--per_device_train_batch_size", "2", "--max_steps", "3", "--held_out_steps", "0", "--save_strategy", "no"]
 
 
 def score(prompts, completions, **kwargs):
@@ -79,10 +84,53 @@ def jobs(folder, *names):
                 flags = ["--resume", str(Path(folder) / name.removeprefix("resume:"))]
             else:
                 flags = [*FLAGS, "--rank", RANKS[name], "--lr", "0.001", "--output_dir", str(Path(folder) / name)]
-            grpo.train(*grpo.parse(flags))
+            if name.startswith("passes"):
+                train_unmeasured([*flags, *PASSES, "--model", str(untied(Path(folder) / "untied"))])
+            else:
+                grpo.train(*grpo.parse(flags))
     finally:
         grpo.prepare, grpo.make_trainer, grpo.held_out = prepare, make_trainer, held_out
         GRPOTrainer.training_step = step
+
+
+def untied(folder):
+    """The embedded model with an output layer of its own, written to a folder."""
+
+    def make(empty):
+        model = models.load_model(models.EMBEDDED)
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(1.1 * model.lm_head.weight.detach())
+        model.save_pretrained(empty)
+        models.load_tokenizer(models.EMBEDDED).save_pretrained(empty)
+
+    return models.made_once(folder, make)
+
+
+def train_unmeasured(flags):
+    """Train as a resumed run does: none of the trainer's own generation, which calls every layer, comes before.
+
+    What a GPU's bf16 and an engine bring is there without their rounding: gradients are reduced in fp32, and the
+    engine's check looks at log-probs before the first step.
+    """
+    arguments, adapter_arguments, _ = grpo.parse(flags)
+    setup = grpo.prepare(arguments, adapter_arguments)
+    run = RunFolder(arguments.requested_output_dir)
+    trainer, _ = grpo.make_trainer(setup, arguments, run)
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+
+    class Check(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            with torch.no_grad():
+                trainer._logps([[1, 5, 6]], [[7, 8]])
+            if setup.adapter.rank is None:
+                push(trainer, run.path / "pushed.safetensors")
+            reshard(trainer.model)  # as the next sync does
+
+    trainer.add_callback(Check())
+    trainer.train()
+    trainer.save_model(str(run.path / setup.adapter.saved_as))
 
 
 def push(trainer, path):
