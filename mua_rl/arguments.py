@@ -241,6 +241,8 @@ def resolve_learning_rate(
 ) -> LearningRate:
     """The learning rate of a run: `--lr`, else `--lr-from`, else the record of `--start-from`, else a shipped record.
 
+    A run that is resumed keeps its own: its optimizer has it, whatever a newer version or another record would give.
+
     Raises:
         UserError: Both flags are given, the record is of another base model or algorithm, or the theory does not
             give the learning rate of `target`.
@@ -249,6 +251,8 @@ def resolve_learning_rate(
         if arguments.lr_from:
             raise UserError("--lr and --lr-from exclude each other: give one of them.")
         return policy.given(arguments.lr)
+    if arguments.resume and (written := RunFolder(arguments.resume).learning_rate()):
+        return policy.kept(written)
     record, source = find_record(arguments, base, algorithm)
     rate = policy.transfer(record, target, source, arguments.rank_exponent)
     if base.is_base_of(record):

@@ -219,7 +219,7 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
     if arguments.batch_is_given:
         given = {**given, "completions_per_step": arguments.completions_per_step}
     run, checkpoint = processes.on_main(
-        lambda: open_run(adapter_arguments.resume, arguments.requested_output_dir, name, given)
+        lambda: open_run(adapter_arguments.resume, arguments.requested_output_dir, name, given, setup.rate.as_dict())
     )
     arguments.output_dir = str(run.path)
     if processes.is_main():

@@ -120,7 +120,7 @@ class GRPOArguments(GRPOConfig):
     vllm_gpu_memory_utilization: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Share of the GPU for a colocated engine. Default: planned from the sizes."}
     )
-    report_to: None | str | list[str] = field(  # noqa: RUF036  # the order in which the parser takes a list
+    report_to: list[str] | None | str = field(  # noqa: RUF036  # the order by which the parser takes several words
         default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, none, or several."}
     )
 

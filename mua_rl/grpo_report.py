@@ -3,9 +3,11 @@
 import shlex
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 from torch import nn
 
+from mua_rl.commands import from_policy, full_finetuning
 from mua_rl.policy import LearningRate, gives_full_finetuning
 from mua_rl.record import LRRecord
 from mua_rl.rules import Configuration
@@ -43,15 +45,12 @@ def report(run: RunFolder, rate: LearningRate) -> None:
         _print("[bold red]The policy got worse[/]: this learning rate is too large, and no LR record was written.")
         _print("Try a quarter of it with --lr.")
         return
-    settings = run.settings()
-    same = "".join(f" --{key} {settings[key]}" for key in ("model", "task") if key in settings)
-    if targets := settings.get("target_modules"):
-        same += f" --target-modules {shlex.join([targets] if isinstance(targets, str) else targets)}"
     _print(f"learning curve: {run.path / CURVE}")
-    _print(f"the learning rate at other ranks: python -m mua_rl.lr {run.path}")
+    _print(f"the learning rate at other ranks: python -m mua_rl.lr {shlex.quote(str(run.path))}")
     if gives_full_finetuning(LRRecord.load(run.path)):
-        _print(f"full finetuning at this rate: python -m mua_rl.grpo{same} --rank full --lr-from {run.path}")
-        _print(f"… from this policy: python -m mua_rl.grpo --start-from {run.path}")
+        settings = run.settings()
+        _print(f"full finetuning at this rate: {escape(full_finetuning('grpo', settings, run.path))}")
+        _print(f"… from this policy: {escape(from_policy('grpo', settings, run.path))}")
 
 
 def _print(text: str) -> None:

@@ -4,6 +4,7 @@ Without flags it adapts the shipped CartPole policy to a pole three times as lon
 rate comes from an LR record; see `--lr_from`.
 """
 
+import shlex
 import sys
 import time
 import warnings
@@ -23,9 +24,10 @@ from stable_baselines3.common.vec_env import VecEnv
 from mua_rl import plots
 from mua_rl.adapter import Adapter, fingerprint
 from mua_rl.arguments import AdapterArguments, Base, find_record, parse_run, resolve_learning_rate
+from mua_rl.commands import from_policy, full_finetuning
 from mua_rl.errors import INTERRUPTED, Diverged, UserError, exit_on_user_error, one_line
 from mua_rl.policy import LearningRate, gives_full_finetuning
-from mua_rl.ppo_arguments import PPOAdapterArguments, PPOArguments, limit_threads
+from mua_rl.ppo_arguments import PPOAdapterArguments, PPOArguments, complete, limit_threads
 from mua_rl.ppo_base import SHIPPED, BasePolicy, read_base_policy, shipped_policy
 from mua_rl.ppo_checkpoint import Checkpoints, load_checkpoint
 from mua_rl.ppo_envs import build_envs, evaluation_envs, new_statistics, with_statistics
@@ -102,8 +104,9 @@ def set_up(arguments: PPOArguments, adapter_arguments: AdapterArguments) -> Setu
     base = Base(name, fingerprint(model.policy), record)
     configuration = model.configuration()
     rate = resolve_learning_rate(adapter_arguments, configuration, base, "ppo")
-    head_rate = arguments.head_lr
-    if head_rate is None and adapter_arguments.lr is None:
+    written = RunFolder(adapter_arguments.resume).learning_rate() if adapter_arguments.resume else None
+    head_rate = written["head"] if written else arguments.head_lr
+    if written is None and head_rate is None and adapter_arguments.lr is None:
         source, _ = find_record(adapter_arguments, base, "ppo")
         head_rate = source.other_learning_rates.get("head")
         if head_rate is not None and not base.is_base_of(source):  # a guess, which falls with the width as the rest's
@@ -154,7 +157,8 @@ def train(arguments: PPOArguments, adapter_arguments: AdapterArguments, given: d
     model = setup.model
     task = arguments.env_id.rpartition(":")[2]
     name = f"ppo-{task}-r{adapter_arguments.rank or 'full'}"
-    run, checkpoint = open_run(adapter_arguments.resume, arguments.output_dir, name, given)
+    rate = {**setup.rate.as_dict(), "head": model.head_learning_rate}
+    run, checkpoint = open_run(adapter_arguments.resume, arguments.output_dir, name, given, rate)
     console = Console()
     trained = sum(p.numel() for p in model.learner.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.policy.parameters())
@@ -304,16 +308,18 @@ def _report(
             "Try a quarter of it with --lr."
         )
         return
+    settings = run.settings()
     onward = (
-        f"\nfull finetuning at this rate: python -m mua_rl.ppo --rank full --lr_from {run.path}"
-        f"\n… from this policy: python -m mua_rl.ppo --start_from {run.path}"
+        f"\nfull finetuning at this rate: {full_finetuning('ppo', settings, run.path)}"
+        f"\n… from this policy: {from_policy('ppo', settings, run.path)}"
     )
     console.print(
         f"learning curve: {run.path / CURVE}\n"
         f"the policy for stable_baselines3.PPO.load: {run.path / POLICY}\n"
-        f"the learning rate at other ranks: python -m mua_rl.lr {run.path}"
+        f"the learning rate at other ranks: python -m mua_rl.lr {shlex.quote(str(run.path))}"
         f"{onward if gives_full_finetuning(LRRecord.load(run.path)) else ''}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 
@@ -322,9 +328,10 @@ def parse(argv: list[str] | None = None) -> tuple[PPOArguments, AdapterArguments
     """Command line to arguments.
 
     Raises:
-        UserError: As `parse_run`.
+        UserError: As `parse_run`; or `--start_from` contradicts `--base`.
     """
     adapter_arguments, arguments, given = parse_run(PPOAdapterArguments, PPOArguments, argv)
+    complete(arguments, adapter_arguments, given)
     return arguments, adapter_arguments, given
 
 

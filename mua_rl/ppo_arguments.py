@@ -11,8 +11,10 @@ from mua_rl.arguments import AdapterArguments
 from mua_rl.errors import UserError
 from mua_rl.ppo_envs import import_from
 from mua_rl.ppo_evaluation import TRAINING_SEEDS
+from mua_rl.run import RunFolder
 
 DEFAULT_ENV = "mua_rl/CartPole-LongPole-v0"
+ENVIRONMENT = ("env_id", "env_kwargs", "wrapper", "frame_stack")
 FINETUNING: dict[str, Any] = {"target_kl": 0.03}
 """Defaults that differ from SB3's: an update stops at this KL (SB3: never), and the LR decays (SB3: constant)."""
 INHERIT = "Default: what the base policy was trained with, else SB3's."
@@ -22,7 +24,13 @@ INHERIT = "Default: what the base policy was trained with, else SB3's."
 class PPOArguments:
     """PPO on a Gymnasium environment, from a pretrained policy. Every field is a flag and a YAML key."""
 
-    env_id: str = field(default=DEFAULT_ENV, metadata={"help": "Gymnasium id; see mua_rl.envs.control for ours."})
+    env_id: str = field(  # None until `__post_init__`: a default that is given is more than a default to --start_from
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "Gymnasium id; see mua_rl.envs.control for ours. Default: a CartPole with a long pole, with "
+            "--start_from that run's own."
+        },
+    )
     base: str = field(
         default="auto",
         metadata={
@@ -94,6 +102,7 @@ class PPOArguments:
     output_dir: str | None = field(default=None, metadata={"help": "Run folder. Default: a new one under runs/."})
 
     def __post_init__(self) -> None:
+        self.env_id = self.env_id or DEFAULT_ENV
         for name in ("env_kwargs", "policy_kwargs", "rollout_buffer_kwargs"):
             setattr(self, name, _mapping(getattr(self, name), name))
         if not 0 <= self.seed < TRAINING_SEEDS:
@@ -148,6 +157,27 @@ class PPOAdapterArguments(AdapterArguments):
         super().__post_init__()
         if self.rank is None and self.start_from is None:
             self.rank = "8"
+
+
+def complete(arguments: PPOArguments, adapter_arguments: AdapterArguments, given: dict[str, Any]) -> None:
+    """Fill in, and note among what was given, the environment of the run that `--start_from` names.
+
+    Another one may be given; it comes without the first one's keywords and wrappers.
+
+    Raises:
+        UserError: `--start_from` names no run, or contradicts `--base`.
+    """
+    if adapter_arguments.start_from is None:
+        return
+    settings = RunFolder.open(adapter_arguments.start_from).settings()
+    if "base" in given:
+        raise UserError(f"--start_from {adapter_arguments.start_from} brings its own policy: drop --base.")
+    same = {"env_id": DEFAULT_ENV, **{name: settings[name] for name in ENVIRONMENT if name in settings}}
+    if given.get("env_id", same["env_id"]) != same["env_id"]:
+        return
+    for name in same.keys() - given.keys():
+        given[name] = same[name]
+        setattr(arguments, name, _mapping(same[name], name) if name == "env_kwargs" else same[name])
 
 
 def linear_decay(peak: float) -> LinearSchedule:

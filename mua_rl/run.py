@@ -1,6 +1,7 @@
 """The run folder: what a run was asked, what it ran with, what it measured, and what it made.
 
 config.yaml       the settings that were given; `--config` of the same command runs it again
+rate.json         the learning rate and why it is that: what `--resume` goes on with, whatever the records say then
 versions.json     package versions, git commit, command line, machine
 metrics.jsonl     one line a step: reward, loss, gradient norm, learning rate read back from the optimizer, …
 checkpoint-N/     where `--resume` goes on
@@ -27,6 +28,7 @@ from mua_rl.errors import UserError
 from mua_rl.record import package_versions
 
 CONFIG, VERSIONS, METRICS, RESULT, CURVE = "config.yaml", "versions.json", "metrics.jsonl", "result.json", "curve.png"
+RATE = "rate.json"
 ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
 PATHS = ("model", "tokenizer_name", "base", "vec_normalize", "lr_from", "start_from")
 
@@ -81,8 +83,12 @@ class RunFolder:
             raise UserError(f"{path} is no run folder: it has no {CONFIG}.")
         return run
 
-    def start(self, settings: dict[str, Any]) -> None:
+    def start(self, settings: dict[str, Any], rate: dict[str, Any] | None = None) -> None:
         """Write down what was asked and what it runs with.
+
+        Args:
+            settings: What was asked.
+            rate: The learning rate, as `learning_rate` gives it back.
 
         Raises:
             UserError: Another run did so since the folder was found empty.
@@ -92,6 +98,8 @@ class RunFolder:
                 stream.write(yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
         except FileExistsError:
             raise UserError(f"another run has just begun in {self.path}: choose another --output_dir.") from None
+        if rate is not None:
+            (self.path / RATE).write_text(json.dumps(rate, indent=2, ensure_ascii=False) + "\n")
         versions = {
             **package_versions(),
             "command": " ".join([Path(sys.executable).name, *sys.argv]),
@@ -104,6 +112,11 @@ class RunFolder:
     def settings(self) -> dict[str, Any]:
         """What the run was asked."""
         return yaml.safe_load((self.path / CONFIG).read_text()) or {}
+
+    def learning_rate(self) -> dict[str, Any] | None:
+        """What `start` wrote down of the learning rate; `None` in the folder of an older version, which wrote none."""
+        path = self.path / RATE
+        return json.loads(path.read_text()) if _is_json(path) else None
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Append one line to the metrics."""
@@ -147,7 +160,7 @@ class RunFolder:
 
 
 def open_run(
-    resume: str | None, output_dir: str | None, name: str, settings: dict[str, Any]
+    resume: str | None, output_dir: str | None, name: str, settings: dict[str, Any], rate: dict[str, Any] | None = None
 ) -> tuple[RunFolder, Path | None]:
     """A new run folder with its settings written down, or the one to resume with its last checkpoint.
 
@@ -156,10 +169,11 @@ def open_run(
         output_dir: Where a new one goes; `None`: under `runs/`, called after `name`.
         name: Algorithm, task and rank; what a file name cannot hold is replaced.
         settings: What was given. Paths in it are kept whole, so that the run resumes from any folder.
+        rate: The learning rate, which a new run writes down.
     """
     if resume is None:
         run = RunFolder.create(output_dir, re.sub(r"[^\w.-]+", "-", name))
-        run.start({**with_whole_paths(settings), "output_dir": str(run.path.resolve())})
+        run.start({**with_whole_paths(settings), "output_dir": str(run.path.resolve())}, rate)
         return run, None
     run = RunFolder.open(resume)
     checkpoint = run.last_checkpoint()

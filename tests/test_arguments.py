@@ -1,5 +1,7 @@
 """Which record a learning rate comes from."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
 from helpers import make_record
@@ -9,6 +11,7 @@ from mua_rl.arguments import AdapterArguments, Base, find_record, parse_argument
 from mua_rl.errors import UserError
 from mua_rl.grpo_arguments import parse as parse_grpo
 from mua_rl.models import load_model
+from mua_rl.run import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,21 @@ def test_a_record_of_supervised_finetuning_is_refused_where_it_is_asked_for(tmp_
     record.save(tmp_path)
     with pytest.raises(UserError, match="record of a sft run, not of grpo"):
         find_record(AdapterArguments(lr_from=str(tmp_path)), after(record), "grpo")
+
+
+def test_a_run_that_is_resumed_keeps_its_rate_though_the_record_is_gone_or_another(tmp_path, embedded):
+    record, (fingerprint_, configuration) = make_record(algorithm="grpo", base_fingerprint="f" * 16), embedded
+    base = Base("embedded after RUN", fingerprint_, record)
+    rate = resolve_learning_rate(AdapterArguments(start_from="RUN"), configuration, base, "grpo")
+    run = RunFolder.create(str(tmp_path / "run"), "")
+    run.start({}, rate.as_dict())
+    changed = Base(base.name, fingerprint_, replace(record, learning_rate=record.learning_rate / 8))
+    for resumed in (
+        AdapterArguments(start_from="RUN", resume=str(run.path)),
+        AdapterArguments(lr_from=str(tmp_path / "gone"), resume=str(run.path)),
+    ):
+        again = resolve_learning_rate(resumed, configuration, changed, "grpo")
+        assert (again.value, again.reason, again.warning) == (rate.value, rate.reason, rate.warning)
 
 
 @pytest.mark.parametrize("flags", [[], ["--lr", "0.001"]])

@@ -47,6 +47,7 @@ def greedy_answers(model):
 
 def test_a_run_folder_holds_what_is_needed_to_judge_and_repeat_it(lora_run):
     names = {path.name for path in lora_run.path.iterdir()}
+    assert lora_run.learning_rate() == {"learning_rate": 2**-8, "reason": "given by --lr", "warning": ""}
     assert {"config.yaml", "versions.json", "metrics.jsonl", "result.json", "lr_record.json", "curve.png"} <= names
     assert lora_run.settings()["rank"] == "8"
     versions = json.loads((lora_run.path / "versions.json").read_text())

@@ -71,10 +71,12 @@ def test_intervals_calibrated_on_other_tasks_cover_as_often_as_they_say(measured
         assert 0.85 <= np.mean(covered) <= 1, exponent
 
 
-def test_on_tasks_that_had_no_part_in_choosing_it_the_rule_is_right_four_times_in_five_and_the_theory_once(measured):
-    unseen = [sweep for sweep in measured[RANK_EXPONENT] if sweep.algorithm != "grpo"]
+def test_on_sweeps_that_had_no_part_in_choosing_it_the_rule_is_right_four_times_in_five_twice_as_often_as_theory(
+    measured,
+):
+    unseen = [sweep for sweep in measured[RANK_EXPONENT] if (sweep.algorithm, sweep.base) != ("grpo", "smollm2")]
     hits, bare = (np.mean([t.is_hit for t in prediction_tests(unseen, RankCorrected(c))]) for c in (RANK_EXPONENT, 0))
-    assert round(hits, 1) >= 0.8 > 3 * bare
+    assert hits >= 0.8 > 2 * bare
 
 
 @pytest.mark.parametrize("algorithm", RANK_EXPONENTS)
@@ -114,7 +116,7 @@ def test_the_records_own_rate_and_a_given_one_are_no_predictions():
         ({}, lora(16), 0.25, "measured with --rank_exponent 0.5"),
         ({}, lora(16, width=1024), None, "between widths"),
         ({"scheme": "FFT", "rank": None}, Configuration(Scheme.FFT, 64, optimizer="adamw_torch"), None, "FFT to FFT"),
-        ({"schedule": {"steps": 5000}}, FULL, None, "took 5,000 steps, and those .* 60"),
+        ({"schedule": {"steps": 5000}}, FULL, None, "took 5,000 steps, and those .* 120"),
         ({"schedule": {"env_steps": 10**6}, "algorithm": "ppo"}, FULL, None, "took 1,000,000 steps"),
     ],
 )

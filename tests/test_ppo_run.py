@@ -219,6 +219,22 @@ def test_a_resumed_run_equals_the_unbroken_one_and_so_does_what_it_measures(kind
         parse(["--resume", str(resumed)])
 
 
+def test_a_resumed_run_trains_and_records_the_rates_that_it_began_with(tmp_path, monkeypatch):
+    """Whatever the record that they came from says by then, and also where there is none any more."""
+    import mua_rl.arguments as arguments
+    import mua_rl.ppo as launcher
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(launcher.PPO, "learn", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+        run(*QUICK, "--output_dir", str(tmp_path / "run"))
+    began = RunFolder(tmp_path / "run").learning_rate()
+    for module in (arguments, launcher):
+        monkeypatch.delattr(module, "find_record")
+    setup = launcher.set_up(*parse(["--resume", str(tmp_path / "run")])[:2])
+    assert (setup.rate.value, setup.rate.reason) == (began["learning_rate"], began["reason"])
+    assert setup.model.head_learning_rate == began["head"] is not None
+
+
 def test_of_a_dictionary_the_vectors_are_normalised_in_training_and_on_held_out_episodes(tmp_path):
     flags = ["--env_id", "Mixed-v0", "--policy", "MultiInputPolicy", "--base", "none", "--vec_normalize", "new"]
     folder = run(*flags, "--rank", "full", "--lr", "0.001", "--output_dir", str(tmp_path / "r")).path

@@ -4,6 +4,8 @@ import importlib
 import io
 import json
 import math
+import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -16,6 +18,7 @@ import torch
 from helpers import make_record
 from rich.console import Console
 
+from mua_rl import grpo_arguments
 from mua_rl.arms import grpo
 from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.arms.checkpoint import Checkpoint, path_of
@@ -91,10 +94,10 @@ def test_every_flag_of_the_trainer_is_passed_on_and_the_sweeps_own_are_not():
     request = parse(["--max_steps", "7", "--model", "smollm2", "--workers", "2", "--seed", "5", "--lr-from", "x"])
     assert request.given == {"max_steps": 7, "model": "smollm2"}
     assert request.seeds == (5, 6)
+    assert parse(["--max_steps", "300", "--init", "B"]).comparable() == parse([]).comparable() == {"algo": "grpo"}
     pytest.importorskip("stable_baselines3")
     request = parse(["--algo", "ppo", "--env_id", "CartPole-v1", "--n_epochs", "3", "--grid", "-9", "-7"])
     assert request.given == {"env_id": "CartPole-v1", "n_epochs": 3}
-    assert parse(["--max_steps", "300", "--init", "B"]).comparable() == parse([]).comparable() == {"algo": "grpo"}
     assert request.curves == [(8, "B", "1")]
 
 
@@ -170,6 +173,18 @@ def test_a_sweep_ends_with_csv_report_figure_and_a_record_of_the_first_lora_curv
     assert list(folder.glob("*-curves.png"))
     assert f"--rank full --lr-from {folder}" in text
     assert "Init[B] α=1 r=8" in text
+
+
+def test_the_command_after_a_sweep_is_accepted_and_trains_on_what_the_sweep_was_about(sweep, tmp_path):
+    (tmp_path / "my model").mkdir()
+    own = ["--model", str(tmp_path / "my model"), "--target-modules", "(.*[kq]_proj|up)", "--seed", "5"]
+    own += ["--max_steps", "7", "--lr-from", str(tmp_path), "--ranks", "8", "--seeds", "1"]
+    text, folder, _ = sweep(*own, "--output_dir", str(tmp_path / "a sweep"))
+    line = re.search("python -m mua_rl.grpo (.*)", text)[1]
+    arguments, adapter, given = grpo_arguments.parse(shlex.split(line))
+    assert (arguments.model, arguments.max_steps, arguments.seed) == (str(tmp_path / "my model"), 7, 5)
+    assert (adapter.rank, adapter.lr_from, adapter.target_modules) == ("full", str(folder), ["(.*[kq]_proj|up)"])
+    assert given.keys() == {"model", "max_steps", "seed", "rank", "lr_from", "target_modules"}
 
 
 def test_a_record_that_a_sweep_wrote_gives_other_runs_their_rate(sweep):

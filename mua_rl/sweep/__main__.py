@@ -8,6 +8,7 @@ a study.
 
 import math
 import os
+import shlex
 import shutil
 import sys
 import threading
@@ -21,6 +22,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mua_rl.arms.arm import Arm, Outcome
+from mua_rl.commands import command, full_finetuning
 from mua_rl.errors import UserError, exit_on_user_error
 from mua_rl.policy import gives_full_finetuning
 from mua_rl.run import CONFIG, RunFolder, open_run
@@ -197,7 +199,8 @@ def conclude(
     for warning in [warning for search in searches for warning in warnings_of(search, outcomes)]:
         console.print(f"[yellow]{escape(warning)}[/]", soft_wrap=True, highlight=False)
     if not complete:
-        console.print(f"Time is up: python -m mua_rl.sweep --resume {folder} goes on.", soft_wrap=True)
+        again = escape(command("sweep", {"resume": str(folder)}))
+        console.print(f"Time is up: {again} goes on.", soft_wrap=True)
         return
     first = next((search for search in searches if search.rank is not None), searches[0])
     found = measured.curves.get(first.curve) if measured else None
@@ -209,13 +212,12 @@ def conclude(
         )
         return
     record.save(folder)
-    same = [f" --{key} {request.given[key]}" for key in ("model", "task", "env_id", "base") if key in request.given]
-    command = f"python -m mua_rl.{request.sweep.algo}{''.join(same)}"
-    onward = f"\nfull finetuning at it: {command} --rank full --lr-from {folder}"
+    settings = {name: value for name, value in request.everything.items() if name in {*request.given, "seed"}}
+    onward = f"\nfull finetuning at it: {full_finetuning(request.sweep.algo, settings, folder)}"
     console.print(
         f"LR record: {record.learning_rate:.4g} for {record.configuration()}\n"
         f"figures and tables: {folder / REPORT}; every run: {folder / CSV}\n"
-        f"the learning rate at other ranks: python -m mua_rl.lr {folder}"
+        f"the learning rate at other ranks: python -m mua_rl.lr {shlex.quote(str(folder))}"
         f"{onward if gives_full_finetuning(record) else ''}",
         highlight=False,
         markup=False,

@@ -144,8 +144,9 @@ def parse(argv: list[str] | None = None) -> Request:
         raise UserError("a sweep finds the learning rate: drop --lr; --grid says where to look, and --lr-from too.")
     if algorithm == "grpo":
         from mua_rl.grpo_arguments import complete
-
-        complete(trainer, adapter, given)
+    else:
+        from mua_rl.ppo_arguments import complete  # type: ignore[assignment]
+    complete(trainer, adapter, given)
     given = with_whole_paths(given)
     return Request(
         sweep=sweep,
