@@ -2,7 +2,7 @@
 
     python scripts/reproduce_grpo.py --only rank=4,16 --time-limit 500      # LoRA: many arms in one process
     python scripts/reproduce_grpo.py --only rank=full --parallel 5          # FFT: runs of their own, five at once
-    python scripts/reproduce_grpo.py --model embedded --steps 10 --per-group 4 --only rank=4   # in miniature, on a CPU
+    python scripts/reproduce_grpo.py --model embedded --steps 120 --per-group 12 --parallel 1  # a small model, on a CPU
     python -m mua_rl.sweep.report docs/results/reproduce_grpo.csv --out docs/results/reproduce_grpo
 
 Each curve is searched as `python -m mua_rl.sweep` does (`mua_rl.sweep.search`). One line of the CSV is one run; lines
@@ -33,23 +33,21 @@ from mua_rl.sweep.runner import arm_flags, read_outcome
 from mua_rl.sweep.search import Search
 
 # log2 of the learning rate around which each curve's search begins; it goes on where the optimum lies elsewhere.
-CENTRES = {
-    ("B", "1"): {4: -12, 16: -12, 64: -13, 256: -13},
-    ("A", "1"): {4: -10, 16: -10, 64: -11, 256: -12},
-    ("A", "1/r"): {4: -9, 16: -9, 64: -8, 256: -8},
+SCHEMES = (("B", "1"), ("A", "1"), ("A", "1/r"))
+CENTRES: dict[str, dict[int | None, tuple[float, ...]]] = {
+    # model: {rank: one for each of SCHEMES}; None: FFT
+    "smollm2": {4: (-12, -10, -9), 16: (-12, -10, -9), 64: (-13, -11, -8), 256: (-13, -12, -8), None: (-14,)},
+    "embedded": {4: (-9, -8, -7), 16: (-10, -9, -7), 64: (-11, -10, -7), None: (-11,)},
 }
-FFT_CENTRE = -14
 SPAN = 2
 
 
-def searches(seeds: Sequence[int], resolution: float) -> list[Search]:
-    """One for each curve."""
-    curves = [(rank, *scheme, centre) for scheme, ranks in CENTRES.items() for rank, centre in ranks.items()]
+def searches(seeds: Sequence[int], resolution: float, model: str = "smollm2") -> list[Search]:
+    """One for each curve; another model than those of `CENTRES` begins where SmolLM2 does."""
     return [
-        Search(
-            rank, init, alpha, tuple(float(centre + k) for k in range(-SPAN, SPAN + 1)), 1.0, resolution, tuple(seeds)
-        )
-        for rank, init, alpha, centre in [*curves, (None, "", "", FFT_CENTRE)]
+        Search(rank, *scheme, tuple(float(centre + k) for k in range(-SPAN, SPAN + 1)), 1.0, resolution, tuple(seeds))
+        for rank, centres in CENTRES.get(model, CENTRES["smollm2"]).items()
+        for scheme, centre in zip(SCHEMES if rank else [("", "")], centres, strict=True)
     ]
 
 
@@ -155,7 +153,9 @@ def main() -> None:
     add_run_options(parser, "reproduce_grpo")
     options = parser.parse_args()
 
-    curves = [search for search in searches(options.seeds, options.resolution) if wanted(search, options.only)]
+    curves = [
+        search for search in searches(options.seeds, options.resolution, options.model) if wanted(search, options.only)
+    ]
     if not curves:
         raise UserError(f"--only {' '.join(options.only)} leaves no curve: see the script's CENTRES.")
     if not 0 < options.resolution <= 1:

@@ -4,8 +4,9 @@
     python scripts/second_task.py --model embedded --task arithmetic --steps 2 --grid -12 -11   # in miniature, on a CPU
 
 The LR record is that of SmolLM2's Init[B] r = 16 in docs/results/reproduce_grpo.csv: the fitted optimum, as the end of
-a sweep writes it. It stays beside the CSV of results, and a later call reads it from there. From it `mua_rl.policy.transfer` gives the learning rates of LoRA at other ranks and of FFT. They are
-run as they are, and FFT over a grid beside them. One line of the CSV is one run; lines that are there are not repeated.
+a sweep writes it. It stays beside the CSV of results, and a later call reads it from there. From it
+`mua_rl.policy.transfer` gives the learning rates of LoRA at other ranks and of FFT. They are run as they are, and FFT
+over a grid beside them. One line of the CSV is one run; lines that are there are not repeated.
 """
 
 import argparse
