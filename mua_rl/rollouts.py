@@ -349,14 +349,14 @@ def output_layer_called(model: nn.Module) -> Iterator[None]:
     where they are, as all passes of a step but the last do. One that was wrapped with the last norm would, before
     torch 2.13, keep both from being sharded again for an engine.
     """
-    head = model.get_output_embeddings() if isinstance(model, FSDPModule) else None
+    head: Any = model.get_output_embeddings() if isinstance(model, FSDPModule) else None  # type: ignore[operator]
     if not isinstance(head, FSDPModule):
         yield
         return
-    backbone = getattr(model, "get_base_model", lambda: model)().base_model
+    backbone: Any = getattr(model, "get_base_model", lambda: model)().base_model
 
     def call(module: nn.Module, inputs: Any, output: Any) -> None:
-        head(output.last_hidden_state[:, :0])
+        head(output.last_hidden_state[:, :0])  # type: ignore[operator]
 
     handle = backbone.register_forward_hook(call)
     try:
