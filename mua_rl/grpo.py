@@ -307,9 +307,7 @@ def unscored(task: Task, steps: int) -> UserError:
 
 def lr_record(arguments: GRPOArguments, setup: Setup, metric: dict, steps: int) -> LRRecord:
     """The LR record of a run that has ended well, after so many optimizer steps."""
-    assert arguments.generation_batch_size and arguments.num_generations and arguments.steps_per_generation
-    assert arguments.gradient_accumulation_steps
-    passes = arguments.steps_per_generation // arguments.gradient_accumulation_steps * arguments.num_iterations
+    assert arguments.generation_batch_size and arguments.num_generations
     return LRRecord(
         learning_rate=setup.rate.value,
         scheme=setup.configuration.scheme.value,
@@ -337,7 +335,7 @@ def lr_record(arguments: GRPOArguments, setup: Setup, metric: dict, steps: int) 
         batch={
             "prompts": arguments.generation_batch_size // arguments.num_generations,
             "completions_per_prompt": arguments.num_generations,
-            "optimizer_steps_per_batch": passes,
+            "optimizer_steps_per_batch": arguments.optimizer_steps_per_batch,
         },
         metric=metric,
         seeds=[arguments.seed],

@@ -146,6 +146,10 @@ class GRPOArguments(GRPOConfig):
         if precision := {"dtype", "torch_dtype"} & self.load_options.keys():
             raise UserError(f"--model_init_kwargs takes no {precision.pop()}: give --dtype.")
         self._n_gpu = min(self.n_gpu, 1)  # a process is for one GPU: no torch.nn.DataParallel over all that it sees
+        if self.save_steps >= 1:  # a resumed run draws a batch, so that a checkpoint belongs where one has been used up
+            batch, step = cast(int, self.steps_per_generation) * self.num_iterations, self.gradient_accumulation_steps
+            each = math.lcm(batch, step) // step
+            self.save_steps = each * math.ceil(self.save_steps / each)
 
     def _check_numbers(self) -> None:
         """Refuse what TRL and transformers would take silently, or stumble over when the run has begun.
@@ -205,6 +209,12 @@ class GRPOArguments(GRPOConfig):
                 self.steps_per_generation = max(1, self.steps_per_generation * (each // micro) // passes)
             passes = each // micro
         self.per_device_train_batch_size, self.gradient_accumulation_steps = micro, passes
+
+    @property
+    def optimizer_steps_per_batch(self) -> int:
+        """Optimizer steps that a batch of completions is used for; 1 also where a step takes several batches."""
+        assert self.steps_per_generation and self.gradient_accumulation_steps
+        return max(1, self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps)
 
     @property
     def load_options(self) -> dict[str, Any]:

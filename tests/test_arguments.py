@@ -128,3 +128,21 @@ def test_epochs_that_are_given_are_trained_for_unless_steps_are(flags, steps, tm
     assert arguments.max_steps == steps
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(given))
     assert parse_grpo(["--config", str(tmp_path / "config.yaml")])[0].max_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("flags", "every"),
+    [
+        ([], 50),
+        (["--num_iterations", "3"], 51),
+        (["--num_iterations", "3", "--save_steps", "6"], 6),
+        (["--steps_per_generation", "8", "--save_steps", "5"], 6),
+        (["--steps_per_generation", "6", "--save_steps", "4"], 6),
+        (["--steps_per_generation", "2"], 50),
+        (["--save_steps", "0.5", "--num_iterations", "3"], 0.5),
+    ],
+)
+def test_a_checkpoint_is_written_where_a_batch_of_completions_has_been_used_up(flags, every):
+    """Steps of four passes: TRL draws a new batch when it resumes."""
+    batch = ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "4"]
+    assert parse_grpo([*batch, *flags])[0].save_steps == every
