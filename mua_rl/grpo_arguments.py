@@ -147,8 +147,9 @@ class GRPOArguments(GRPOConfig):
             raise UserError(f"--model_init_kwargs takes no {precision.pop()}: give --dtype.")
         self._n_gpu = min(self.n_gpu, 1)  # a process is for one GPU: no torch.nn.DataParallel over all that it sees
         if self.save_steps >= 1:  # a resumed run draws a batch, so that a checkpoint belongs where one has been used up
-            batch, step = cast(int, self.steps_per_generation) * self.num_iterations, self.gradient_accumulation_steps
-            each = math.lcm(batch, step) // step
+            assert self.steps_per_generation and self.gradient_accumulation_steps
+            passes = self.gradient_accumulation_steps
+            each = math.lcm(self.steps_per_generation * self.num_iterations, passes) // passes
             self.save_steps = each * math.ceil(self.save_steps / each)
 
     def _check_numbers(self) -> None:
