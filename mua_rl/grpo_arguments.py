@@ -121,7 +121,7 @@ class GRPOArguments(GRPOConfig):
         default=None, metadata={"help": "Share of the GPU for a colocated engine. Default: planned from the sizes."}
     )
     report_to: list[str] | None | str = field(  # noqa: RUF036  # the order by which the parser takes several words
-        default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, none, or several."}
+        default_factory=lambda: ["tensorboard"], metadata={"help": "tensorboard, wandb, trackio, none, or several."}
     )
 
     def __post_init__(self) -> None:

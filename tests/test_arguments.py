@@ -146,3 +146,21 @@ def test_a_checkpoint_is_written_where_a_batch_of_completions_has_been_used_up(f
     """Steps of four passes: TRL draws a new batch when it resumes."""
     batch = ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "4"]
     assert parse_grpo([*batch, *flags])[0].save_steps == every
+
+
+@pytest.mark.parametrize(
+    ("flags", "integrations"),
+    [
+        ([], ["tensorboard"]),
+        (["--report_to", "none"], []),
+        (["--report_to", "tensorboard", "wandb"], ["tensorboard", "wandb"]),
+    ],
+)
+def test_a_run_reports_to_tensorboard_unless_it_is_told_otherwise(flags, integrations):
+    assert parse_grpo(flags)[0].report_to == integrations
+
+
+def test_a_yaml_file_names_one_integration_or_several(tmp_path):
+    for text, integrations in (("none", []), ("wandb", ["wandb"]), ("[tensorboard, wandb]", ["tensorboard", "wandb"])):
+        (tmp_path / "c.yaml").write_text(f"report_to: {text}\n")
+        assert parse_grpo(["--config", str(tmp_path / "c.yaml")])[0].report_to == integrations

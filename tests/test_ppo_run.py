@@ -224,8 +224,11 @@ def test_a_resumed_run_trains_and_records_the_rates_that_it_began_with(tmp_path,
     import mua_rl.arguments as arguments
     import mua_rl.ppo as launcher
 
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(launcher.PPO, "learn", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+        patch.setattr(launcher.PPO, "learn", interrupt)
         run(*QUICK, "--output_dir", str(tmp_path / "run"))
     began = RunFolder(tmp_path / "run").learning_rate()
     for module in (arguments, launcher):
