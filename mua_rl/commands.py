@@ -12,6 +12,11 @@ OF_THE_BASE = ("start_from", "model", "base", "vec_normalize", "policy", "policy
 """Settings whose place the policy of `--start-from` takes."""
 
 
+def other_ranks(folder: Path) -> str:
+    """The command that prints the learning rate of the record in a folder at other ranks."""
+    return shlex.join(["python", "-m", "mua_rl.lr", str(folder)])
+
+
 def full_finetuning(algorithm: str, settings: Mapping[str, Any], folder: Path) -> str:
     """The command that trains all weights of the same base, at the learning rate of the record in a folder."""
     kept = {name: value for name, value in settings.items() if name not in OF_ONE_RUN}

@@ -1,13 +1,11 @@
 """What a GRPO run shows on the terminal: what it is about to do, and the closing table with what to do next."""
 
-import shlex
-
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 from torch import nn
 
-from mua_rl.commands import from_policy, full_finetuning
+from mua_rl.commands import from_policy, full_finetuning, other_ranks
 from mua_rl.policy import LearningRate, gives_full_finetuning
 from mua_rl.record import LRRecord
 from mua_rl.rules import Configuration
@@ -46,7 +44,7 @@ def report(run: RunFolder, rate: LearningRate) -> None:
         _print("Try a quarter of it with --lr.")
         return
     _print(f"learning curve: {run.path / CURVE}")
-    _print(f"the learning rate at other ranks: python -m mua_rl.lr {shlex.quote(str(run.path))}")
+    _print(f"the learning rate at other ranks: {escape(other_ranks(run.path))}")
     if gives_full_finetuning(LRRecord.load(run.path)):
         settings = run.settings()
         _print(f"full finetuning at this rate: {escape(full_finetuning('grpo', settings, run.path))}")

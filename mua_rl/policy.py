@@ -209,7 +209,7 @@ def transfer(
         stays = f"in {record.algorithm} {target.scheme}'s best LR was measured to stay, whatever the rank and α"
         reason = stays if resized == source else f"{reason}; {stays}"
     exponent = default_exponent(record.algorithm) if rank_exponent is None else check_exponent(rank_exponent)
-    correction = rank_correction(source, target, exponent)
+    correction = rank_correction(source, resized, exponent)
     if correction != 1:
         reason += f"; in short runs a larger rank wants less, (r/m)^-{exponent:g}: times {correction:.4g}"
     value = record.learning_rate * ratio * correction

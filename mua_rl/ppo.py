@@ -4,7 +4,6 @@ Without flags it adapts the shipped CartPole policy to a pole three times as lon
 rate comes from an LR record; see `--lr_from`.
 """
 
-import shlex
 import sys
 import time
 import warnings
@@ -24,7 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from mua_rl import plots
 from mua_rl.adapter import Adapter, fingerprint
 from mua_rl.arguments import AdapterArguments, Base, find_record, parse_run, resolve_learning_rate
-from mua_rl.commands import from_policy, full_finetuning
+from mua_rl.commands import from_policy, full_finetuning, other_ranks
 from mua_rl.errors import INTERRUPTED, Diverged, UserError, exit_on_user_error, one_line
 from mua_rl.policy import LearningRate, gives_full_finetuning
 from mua_rl.ppo_arguments import PPOAdapterArguments, PPOArguments, complete, limit_threads
@@ -316,7 +315,7 @@ def _report(
     console.print(
         f"learning curve: {run.path / CURVE}\n"
         f"the policy for stable_baselines3.PPO.load: {run.path / POLICY}\n"
-        f"the learning rate at other ranks: python -m mua_rl.lr {shlex.quote(str(run.path))}"
+        f"the learning rate at other ranks: {other_ranks(run.path)}"
         f"{onward if gives_full_finetuning(LRRecord.load(run.path)) else ''}",
         highlight=False,
         markup=False,

@@ -32,8 +32,8 @@ from mua_rl.sweep.rows import Row, append, read
 from mua_rl.sweep.runner import arm_flags, read_outcome
 from mua_rl.sweep.search import Search
 
-# log2 of the learning rate around which each curve's search begins; it goes on where the optimum lies elsewhere.
 SCHEMES = (("B", "1"), ("A", "1"), ("A", "1/r"))
+# log2 of the learning rate around which each curve's search begins; it goes on where the optimum lies elsewhere.
 CENTRES: dict[str, dict[int | None, tuple[float, ...]]] = {
     # model: {rank: one for each of SCHEMES}; None: FFT
     "smollm2": {4: (-12, -10, -9), 16: (-12, -10, -9), 64: (-13, -11, -8), 256: (-13, -12, -8), None: (-14,)},

@@ -8,7 +8,6 @@ a study.
 
 import math
 import os
-import shlex
 import shutil
 import sys
 import threading
@@ -22,7 +21,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mua_rl.arms.arm import Arm, Outcome
-from mua_rl.commands import command, full_finetuning
+from mua_rl.commands import command, full_finetuning, other_ranks
 from mua_rl.errors import UserError, exit_on_user_error
 from mua_rl.policy import gives_full_finetuning
 from mua_rl.run import CONFIG, RunFolder, open_run
@@ -217,7 +216,7 @@ def conclude(
     console.print(
         f"LR record: {record.learning_rate:.4g} for {record.configuration()}\n"
         f"figures and tables: {folder / REPORT}; every run: {folder / CSV}\n"
-        f"the learning rate at other ranks: python -m mua_rl.lr {shlex.quote(str(folder))}"
+        f"the learning rate at other ranks: {other_ranks(folder)}"
         f"{onward if gives_full_finetuning(record) else ''}",
         highlight=False,
         markup=False,
