@@ -19,6 +19,8 @@ from mua_rl.errors import UserError
 from mua_rl.grpo_arguments import GRPOArguments
 from mua_rl.heldout import held_out
 from mua_rl.rules import AlphaRule
+from mua_rl.run import RunFolder
+from mua_rl.sweep.runner import read_outcome
 
 MIXED = [
     Arm(rank=4, init="B", alpha="1", log2_lr=-8, seed=1),
@@ -168,6 +170,28 @@ def test_arms_learn_and_a_hopeless_one_is_ended_by_name(tmp_path):
     assert math.isnan(outcomes[1].metric)
     assert seen == [(k, [0, 1] if k <= 5 else [0]) for k in range(1, 41)]
     assert [path.name for path in tmp_path.iterdir()] == ["arm-0"]
+
+
+def test_a_step_without_a_score_counts_in_no_mean_as_in_a_single_run(tmp_path):
+    trainer, calls = side_by_side([Arm(4, "B", "1", -8, 1)], max_steps=12), []
+    (reward,) = trainer.scoring.rewards
+
+    def scores_but_for_two_steps(completions, **columns):
+        calls.append(len(completions))
+        return [None] * len(completions) if len(calls) in (3, 12) else reward(completions=completions, **columns)
+
+    trainer.scoring.rewards = [scores_but_for_two_steps]
+    history = trainer.states[0].history
+    (outcome,) = trainer.train()
+    assert [step for step, metrics in enumerate(history, 1) if math.isnan(metrics["reward"])] == [3, 12]
+    run = RunFolder.create(str(tmp_path / "run"), "x")
+    for step, metrics in enumerate(history, 1):  # TRL logs None where there is no score
+        run.log(step, {"loss": 0.0, "reward": None if math.isnan(metrics["reward"]) else metrics["reward"]})
+    result = {"held_out/before": outcome.before, "held_out/after": outcome.metric}
+    run.finish({**result, "held_out/standard_error": outcome.error, "diverged": outcome.diverged})
+    assert math.isfinite(outcome.reward_mean)
+    assert math.isfinite(outcome.reward_last)
+    assert read_outcome(run, "grpo", "", outcome.seconds) == outcome
 
 
 def test_prompts_come_in_the_order_of_trls_sampler_epoch_after_epoch():

@@ -1,12 +1,16 @@
 """Which arms of a sweep go side by side, and which singly, where that depends on the model."""
 
+import math
+
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mua_rl import models
+from mua_rl.arms import grpo
+from mua_rl.arms.arm import Arm
 from mua_rl.sweep.arguments import parse
 from mua_rl.sweep.base import find_facts
-from mua_rl.sweep.side_by_side import why_not
+from mua_rl.sweep.side_by_side import SideBySide, why_not
 
 
 @pytest.fixture
@@ -31,3 +35,18 @@ def test_arms_on_linear_layers_go_side_by_side():
     facts = find_facts(request)
     assert facts.linear
     assert why_not(request, request.curves[0], facts.linear) == ""
+
+
+def test_a_hopeless_arm_is_seen_through_steps_without_a_score(tmp_path, monkeypatch):
+    arms, asked = [Arm(2, "B", "1", -8.0, 1), Arm(2, "B", "1", -9.0, 1)], {}
+
+    def train(arguments, arms, targets, keep_going, **options):
+        never, falling = [{"reward": math.nan}] * 12, [{"reward": 0.5 - 0.02 * step} for step in range(12)]
+        falling[0] = {"reward": math.nan}
+        asked.update({arm: keep_going(arm, history) for arm, history in zip(arms, (never, falling), strict=True)})
+        return []
+
+    monkeypatch.setattr(grpo, "train_side_by_side", train)
+    SideBySide(parse(["--ranks", "2", "--max_steps", "20"]), tmp_path).run(arms)
+    assert asked[arms[0]] is None
+    assert asked[arms[1]].startswith("the reward fell")

@@ -2,6 +2,8 @@
 
 import math
 import re
+import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mua_rl.adapter import Adapter, TargetModules, adapter_for
@@ -62,8 +64,8 @@ class Outcome:
         metric: Held-out accuracy or return after training; NaN for an arm that diverged.
         error: Its standard error over problems or episodes.
         before: The same metric before training.
-        reward_mean: Mean training reward (or return) over all steps, the area under the learning curve.
-        reward_last: Mean training reward over the last tenth of the steps.
+        reward_mean: Mean training reward (or return) over all steps that had one, the area under the learning curve.
+        reward_last: Mean training reward over the last tenth of those steps.
         diverged: Whether it left the finite numbers, or got worse than it began.
         stopped: Why it was ended early ("" where it was not): a hopeless arm is not a diverged one.
         steps: Optimizer steps (GRPO) or environment steps (PPO) that it took.
@@ -84,3 +86,15 @@ class Outcome:
     def of_divergence(cls, before: float, steps: int, seconds: float, reason: str) -> "Outcome":
         """Of an arm that left the finite numbers."""
         return cls(math.nan, math.nan, before, math.nan, math.nan, True, reason, steps, seconds)
+
+
+def reward_means(rewards: Iterable[float]) -> tuple[float, float]:
+    """`reward_mean` and `reward_last` of an `Outcome`.
+
+    Args:
+        rewards: Of each step, in order; NaN where none of its completions had a score, or no episode has ended yet.
+    """
+    scored = [reward for reward in rewards if not math.isnan(reward)]
+    if not scored:
+        return math.nan, math.nan
+    return statistics.fmean(scored), statistics.fmean(scored[-math.ceil(len(scored) / 10) :])

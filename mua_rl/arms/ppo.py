@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from mua_rl.adapter import TargetModules
-from mua_rl.arms.arm import Arm, Outcome
+from mua_rl.arms.arm import Arm, Outcome, reward_means
 from mua_rl.arms.ppo_policy import SINGLY, StackedPolicy, build_policy
 from mua_rl.arms.ppo_rollouts import Collector, GymnasiumEnvs, held_out_returns
 from mua_rl.arms.ppo_update import Options, StackedAdam, update
@@ -191,12 +191,13 @@ class SideBySide:
             at = self.lost_at[arm]
             reason = f"a weight is no longer finite in the update after environment step {at}"
             return Outcome.of_divergence(before.mean, at, seconds, reason)
+        reward_mean, reward_last = reward_means(curve.tolist())
         return Outcome(
             metric=after.mean,
             error=after.standard_error,
             before=before.mean,
-            reward_mean=float(curve.nanmean()),
-            reward_last=float(curve[-math.ceil(len(curve) / 10) :].nanmean()),
+            reward_mean=reward_mean,
+            reward_last=reward_last,
             diverged=after.mean + 2 * after.standard_error < before.mean,
             stopped="",
             steps=self.steps,

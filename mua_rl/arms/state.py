@@ -1,14 +1,13 @@
 """What belongs to one arm alone, beside its row of the stack."""
 
 import math
-import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from mua_rl.arms.arm import Arm, Outcome
+from mua_rl.arms.arm import Arm, Outcome, reward_means
 from mua_rl.arms.scoring import Metrics
 from mua_rl.arms.stacked import LoRAStack
 from mua_rl.heldout import HeldOutResult
@@ -52,16 +51,16 @@ class ArmState:
             after: What it has reached; `None` where it was stopped.
             stopped: Why.
         """
-        rewards = [metrics["reward"] for metrics in self.history]
+        reward_mean, reward_last = reward_means(metrics["reward"] for metrics in self.history)
         return Outcome(
             metric=after.accuracy if after else math.nan,
             error=after.standard_error if after else math.nan,
             before=before,
-            reward_mean=statistics.fmean(rewards),
-            reward_last=statistics.fmean(rewards[-math.ceil(len(rewards) / 10) :]),
+            reward_mean=reward_mean,
+            reward_last=reward_last,
             diverged=after is not None and after.accuracy + 2 * after.standard_error < before,
             stopped=stopped,
-            steps=len(rewards),
+            steps=len(self.history),
             seconds=self.seconds,
         )
 

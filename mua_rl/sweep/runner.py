@@ -3,7 +3,6 @@
 import math
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import threading
@@ -14,7 +13,7 @@ from typing import Protocol
 
 import yaml
 
-from mua_rl.arms.arm import Arm, Outcome
+from mua_rl.arms.arm import Arm, Outcome, reward_means
 from mua_rl.errors import UserError
 from mua_rl.run import ADAPTER_FOLDER, MODEL_FOLDER, RunFolder
 from mua_rl.sweep.arguments import Request
@@ -161,8 +160,8 @@ def read_outcome(folder: RunFolder, algorithm: str, stopped: str, seconds: float
     Args:
         seconds: Wall time, where the run was not there before.
     """
-    result, curve = folder.result() or {}, reward_curve(folder, algorithm)
-    rewards = [reward for _, reward in curve]
+    result = folder.result() or {}
+    reward_mean, reward_last = reward_means(reward for _, reward in reward_curve(folder, algorithm))
     step = max((line["step"] for line in folder.metrics()), default=0)
     before = _before(folder, result)
     if "held_out/after" not in result:
@@ -178,8 +177,8 @@ def read_outcome(folder: RunFolder, algorithm: str, stopped: str, seconds: float
         metric=after,
         error=error,
         before=before,
-        reward_mean=statistics.fmean(rewards) if rewards else math.nan,
-        reward_last=statistics.fmean(rewards[-math.ceil(len(rewards) / 10) :]) if rewards else math.nan,
+        reward_mean=reward_mean,
+        reward_last=reward_last,
         diverged=bool(result.get("diverged", False)),
         stopped=stopped,
         steps=step,

@@ -1,6 +1,7 @@
 """Arms side by side in one process, by `mua_rl.arms`; and which arms go side by side, which singly."""
 
 import copy
+import math
 import os
 import sys
 from collections.abc import Callable, Hashable, Sequence
@@ -134,8 +135,9 @@ def _train(
     steps = request.trainer.max_steps
 
     def keep_going(arm: Arm, history: list[dict[str, float]]) -> str | None:
-        curves[arm] = [(step, metrics["reward"]) for step, metrics in enumerate(history, 1)]
-        others = [curve for other, curve in curves.items() if other != arm and other.curve == arm.curve]
+        rewards = [(step, metrics["reward"]) for step, metrics in enumerate(history, 1)]
+        curves[arm] = [(step, reward) for step, reward in rewards if not math.isnan(reward)]
+        others = [curve for other, curve in curves.items() if curve and other != arm and other.curve == arm.curve]
         return why_hopeless(curves[arm], others, steps) or None
 
     return grpo.train_side_by_side(
