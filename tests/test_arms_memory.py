@@ -9,7 +9,7 @@ import torch
 from mua_rl.arms.arm import Arm
 from mua_rl.arms.generation import Answers
 from mua_rl.arms.grpo import SideBySide
-from mua_rl.arms.memory import CACHE_ALIGNED, Parts, Work, arms_memory, one_run, plan_parts
+from mua_rl.arms.memory import CACHE_ALIGNED, Parts, Work, arms_memory, memory_limit, one_run, plan_parts
 from mua_rl.errors import UserError
 from mua_rl.gpu_memory import GIB, PolicySize
 from mua_rl.grpo_arguments import GRPOArguments
@@ -63,6 +63,20 @@ def test_a_plan_keeps_within_its_limit_with_parts_of_equal_size(times, arms, len
 def test_no_room_at_all_gives_the_smallest_parts_and_plenty_gives_no_parts():
     assert plan_parts(SMOLLM2, WORK, 0) == Parts(WORK.group, 1)
     assert plan_parts(SMOLLM2, WORK, 100 * ONE) == Parts(256, WORK.one_pass)
+
+
+@pytest.mark.parametrize("arms", [8, 15])
+@pytest.mark.parametrize("rank", [32, 256])
+def test_many_arms_of_a_large_rank_work_in_parts_as_wide_as_those_of_a_small_one(arms, rank):
+    lora = LORA * rank // 32
+    size, work = replace(SMOLLM2, trained=arms * lora), replace(WORK, arms=arms)
+    one = one_run(replace(SMOLLM2, frozen_bytes=4 * SMOLLM2.parameters, trained=lora), work)
+    limit = memory_limit(size, work, one, 1.4)
+    parts = plan_parts(size, work, limit)
+    assert parts.tokens > 0.5 * work.one_pass
+    assert parts.completions >= 4 * work.group
+    assert arms_memory(size, work, parts).total <= limit
+    assert (limit == 1.4 * one.total) == (rank == 32)
 
 
 def test_a_fixed_cache_and_its_logits_have_the_planned_bytes_whatever_is_asked():

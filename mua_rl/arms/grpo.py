@@ -28,7 +28,17 @@ from mua_rl.arms.checkpoint import Checkpoints
 from mua_rl.arms.generation import Answers, Decoder
 from mua_rl.arms.gradient import Gradient
 from mua_rl.arms.grpo_settings import check, check_dropout, device_of
-from mua_rl.arms.memory import TIMES_ONE_RUN, ArmsMemory, Parts, Work, arms_memory, cpu_parts, one_run, plan_parts
+from mua_rl.arms.memory import (
+    TIMES_ONE_RUN,
+    ArmsMemory,
+    Parts,
+    Work,
+    arms_memory,
+    cpu_parts,
+    memory_limit,
+    one_run,
+    plan_parts,
+)
 from mua_rl.arms.scoring import Metrics, Rollout, Scoring
 from mua_rl.arms.stacked import LoRAStack
 from mua_rl.arms.state import ArmState
@@ -57,7 +67,7 @@ class SideBySide:
         arms: LoRA arms.
         target_modules: Which layers carry LoRA.
         start_from: Folder of a run whose policy to start from.
-        memory: What the arms may take together on a GPU, in units of what one run takes.
+        memory: What the arms may take together on a GPU, in units of what one run takes (`memory_limit`).
         parts: In which parts they work; `None`: as `memory` allows.
 
     Attributes:
@@ -113,8 +123,9 @@ class SideBySide:
             replace(self.size, frozen_bytes=loaded, trained=self.size.trained // len(arms)), self.work
         )
         if parts is None:
+            limit = memory_limit(self.size, self.work, self.one_run, memory)
             gpu = self.device.type == "cuda"
-            parts = plan_parts(self.size, self.work, memory * self.one_run.total) if gpu else cpu_parts(self.work)
+            parts = plan_parts(self.size, self.work, limit) if gpu else cpu_parts(self.work)
         if arguments.use_vllm:
             parts = replace(parts, completions=0)  # the engine writes them all, in memory of its own
         self.parts = parts

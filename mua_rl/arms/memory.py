@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from mua_rl.gpu_memory import PolicySize, TrainerMemory, trainer_memory
 
 TIMES_ONE_RUN = 1.4
-"""Memory of arms side by side in runs, by default."""
+"""Memory of arms side by side in runs, by default; see `memory_limit`."""
 
 CACHE_ALIGNED = 8
 """The length of a fixed cache is a multiple of it, as attention kernels like it."""
@@ -112,6 +112,21 @@ def arms_memory(size: PolicySize, work: Work, parts: Parts) -> ArmsMemory:
         rows * length * 2 * size.layers * size.kv_width * work.compute_bytes,
         rows * size.vocabulary * work.compute_bytes,
     )
+
+
+def memory_limit(size: PolicySize, work: Work, one: TrainerMemory, times: float) -> float:
+    """Bytes that arms may take together: `times` what one run takes, or more where their weights need it.
+
+    A, B, gradients and moments of all arms are there anyhow (at r = 256 eight arms of SmolLM2 have 1.4 times what one
+    run takes in all); what is left for work is never less than one run has, for in crumbs it takes many times as long.
+
+    Args:
+        size, work: As `arms_memory` takes them.
+        one: See `one_run`.
+        times: Above 0.
+    """
+    own = arms_memory(size, work, Parts(0, 1)).total
+    return max(times * one.total, own + one.activations + one.head)
 
 
 def plan_parts(size: PolicySize, work: Work, limit: float) -> Parts:

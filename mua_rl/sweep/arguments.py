@@ -45,7 +45,10 @@ class SweepArguments:
     )
     arms_memory: float = field(
         default=TIMES_ONE_RUN,
-        metadata={"help": "GPU memory that GRPO arms in one process may take, as a multiple of what one run takes."},
+        metadata={
+            "help": "GPU memory that GRPO arms in one process may take, as a multiple of what one run takes; more "
+            "where their own weights, gradients and moments would leave less for work than one run has."
+        },
     )
     workers: int = field(default=1, metadata={"help": "Runs (or groups of arms side by side) at once."})
     study: str | None = field(
