@@ -1,15 +1,18 @@
 """What answers prompts in an evaluation: transformers, on any machine, or vLLM, on a GPU."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from mua_rl import models
+from mua_rl.adapter import fingerprint
 from mua_rl.errors import UserError
 from mua_rl.heldout import generate, is_conversational
+from mua_rl.record import FILE_NAME, LRRecord
 from mua_rl.vllm_lora import engine_rank
 
 _SEED_STRIDE = 1_000_003  # beyond any number of samples: vLLM counts up from the seed of a prompt
@@ -36,7 +39,7 @@ class TransformersEngine:
         batch_size: Completions generated at once.
 
     Raises:
-        UserError: Model or adapter cannot be loaded.
+        UserError: Model or adapter cannot be loaded, or do not belong together.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class TransformersEngine:
         if adapter is not None:
             from peft import PeftModel
 
+            check_base(adapter, model, lambda: policy)
             try:
                 policy = PeftModel.from_pretrained(policy, adapter).merge_and_unload()
             except (OSError, ValueError, RuntimeError) as error:
@@ -72,7 +76,8 @@ class VLLMEngine:
     """Generation by vLLM; arguments as for `TransformersEngine`.
 
     Raises:
-        UserError: vLLM is not installed, or the adapter is none or of a rank that vLLM does not offer.
+        UserError: vLLM is not installed, or the adapter is none, of other weights or of a rank that it does not
+            offer.
     """
 
     def __init__(self, model: str, adapter: str | None, max_tokens: int, temperature: float) -> None:
@@ -87,6 +92,7 @@ class VLLMEngine:
         self._lora = None
         if adapter is not None:
             rank = check_adapter(adapter)
+            check_base(adapter, model, lambda: models.load_model(model, "bfloat16"))
             options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": engine_rank(rank)}
             self._lora = LoRARequest("adapter", 1, str(Path(adapter).resolve()))
         self._llm = LLM(model=models.model_path(model), **options)
@@ -124,3 +130,25 @@ def check_adapter(folder: str) -> int:
         return int(max([config["r"], *config.get("rank_pattern", {}).values()]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} holds no LoRA adapter ({type(error).__name__}: adapter_config.json).") from None
+
+
+def check_base(adapter: str, name: str, load: Callable[[], nn.Module]) -> None:
+    """Refuse to put the adapter of a run on other weights than it was trained on, if the run's record says which.
+
+    Args:
+        adapter: The adapter's folder; the run's is around it.
+        name: Of the model, as it was given.
+        load: Gives the model; called only where there is a record.
+
+    Raises:
+        UserError: The model has other weights, or the record cannot be read.
+    """
+    run = Path(adapter).resolve().parent
+    if not (run / FILE_NAME).exists():
+        return
+    record = LRRecord.load(run)
+    if fingerprint(load()) != record.base_fingerprint:
+        raise UserError(
+            f"the adapter {adapter} was trained on other weights ({record.base_model}, by {run / FILE_NAME}) than "
+            f"--model {name} has: give the model that it was trained on."
+        )

@@ -3,14 +3,20 @@
 import json
 import random
 import runpy
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset
+from helpers import make_record
 
-from mua_rl.engines import check_adapter
+from mua_rl import models
+from mua_rl.adapter import fingerprint
+from mua_rl.engines import TransformersEngine, check_adapter
 from mua_rl.envs.tasks import Task
 from mua_rl.errors import UserError
 from mua_rl.evaluation import (
@@ -152,7 +158,6 @@ def test_an_adapters_rank_is_the_largest_of_its_layers(tmp_path):
 @pytest.fixture(scope="module")
 def tiny_llama(tmp_path_factory):
     """A random Llama with a chat template and an adapter for it."""
-    import torch
     from peft import LoraConfig, get_peft_model
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -176,6 +181,19 @@ def tiny_llama(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def of_a_run(tiny_llama, tmp_path):
+    """The adapter in a run folder, and another model of the same shapes."""
+    model = models.load_model(str(tiny_llama / "model"))
+    make_record(base_model="tiny", base_fingerprint=fingerprint(model)).save(tmp_path / "run")
+    shutil.copytree(tiny_llama / "adapter", tmp_path / "run" / "adapter")
+    shutil.copytree(tiny_llama / "model", tmp_path / "other")
+    with torch.no_grad():
+        model.lm_head.weight *= 1.5
+    model.save_pretrained(tmp_path / "other")
+    return tmp_path
+
+
 def run(monkeypatch, script, *arguments):
     """Run a script as a program would, in this process: torch is imported already."""
     monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
@@ -191,6 +209,31 @@ def test_the_scripts_evaluate_and_compare_a_model_and_its_adapter(tiny_llama, tm
     run(monkeypatch, "compare_evaluations.py", tmp_path / "base", tmp_path / "adapted")
     shown = capsys.readouterr().out
     assert "difference" in shown and "p =" in shown
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_the_adapter_of_a_run_goes_on_no_other_weights(engine, tiny_llama, of_a_run, tmp_path, monkeypatch, capsys):
+    def start(model, **options):
+        raise UserError(f"vLLM starts with {model}")
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=start))
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=lambda *given: given))
+    common = ["evaluate.py", "--task", "arithmetic", "--limit", 2, "--max-tokens", 2, "--engine", engine]
+    common += ["--adapter", of_a_run / "run" / "adapter", "--output", tmp_path / "evaluation", "--model"]
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, *common, of_a_run / "other")
+    assert "was trained on other weights (tiny" in capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2
+    right = tiny_llama / "model"
+    if engine == "transformers":
+        run(monkeypatch, *common, right)
+        assert "pass@1" in capsys.readouterr().out
+    else:
+        with pytest.raises(SystemExit):
+            run(monkeypatch, *common, right)
+        assert f"vLLM starts with {right}" in capsys.readouterr().err
+    (of_a_run / "run" / "lr_record.json").unlink()
+    TransformersEngine(str(of_a_run / "other"), str(of_a_run / "run" / "adapter"), 2, 0.0)  # nothing says of what it is
 
 
 @pytest.mark.parametrize(
