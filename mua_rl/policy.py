@@ -22,7 +22,7 @@ RANK_EXPONENTS = {
 }
 """c by algorithm, as measured in docs/results; c = 0 is the theory alone.
 
-Init[B]'s best learning rate fell with the rank as r^-0.46 [-0.72, -0.19] in GRPO runs of SmolLM2, 60 steps long. It did
+Init[B]'s best learning rate fell with the rank as r^-0.53 [-0.77, -0.21] in GRPO runs of SmolLM2, 60 steps long. It did
 so too where nothing had a part in choosing c: in GRPO of the embedded model as r^-0.69 [-0.85, -0.49], and in six tasks
 of supervised finetuning as r^-0.23 to r^-0.45. The theory's learning rate, taken from a
 small rank to FFT, is too large by one to four octaves there. In PPO, whose heads are trained fully at any rank, it fell

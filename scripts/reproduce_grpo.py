@@ -69,7 +69,7 @@ def train_lora(arms: Sequence[Arm], options: argparse.Namespace) -> list[Outcome
 
 
 def train_full(arms: Sequence[Arm], options: argparse.Namespace) -> list[Outcome]:
-    """Each as a run of its own, several at once."""
+    """Each as a run of its own, all at once; of the time each has its share, as arms side by side have."""
 
     def train(arm: Arm) -> Outcome:
         run = RunFolder(options.work / arm.name)
@@ -82,7 +82,7 @@ def train_full(arms: Sequence[Arm], options: argparse.Namespace) -> list[Outcome
         if code not in (0, 3):
             last = output.read_text().splitlines()[-1:] or ["it said nothing"]
             raise UserError(f"{run.path.name} failed with code {code}: {last[0]} ({output})")
-        return read_outcome(run, "grpo", "", time.monotonic() - start)
+        return read_outcome(run, "grpo", "", (time.monotonic() - start) / len(arms))
 
     with ThreadPoolExecutor(options.parallel) as pool:
         return list(pool.map(train, arms))

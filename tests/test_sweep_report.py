@@ -12,6 +12,7 @@ import pytest
 from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.errors import UserError
 from mua_rl.sweep import report
+from mua_rl.sweep.cheaper import small_sweeps
 from mua_rl.sweep.measured import FFT, Context, curve_name, slope, sweeps_of
 from mua_rl.sweep.movements import read_movements
 from mua_rl.sweep.regret import DividedByTen, Fixed, Unchanged, regrets
@@ -477,6 +478,30 @@ def test_the_cost_of_tuning_is_a_share_of_ffts_sweep(quarter):
     assert (fixed.steps, fixed.seconds, fixed.source) == (0, 0, None)
 
 
+def test_sweeps_of_fewer_seeds_are_dealt_from_a_larger_one_and_cost_their_share():
+    (whole,) = sweeps_of(sweep_rows(exponent=0.5, seeds=4, noise=0.02), contexts=lambda key: SIZES)
+    pairs = small_sweeps(whole, 2)
+    assert sorted(curve_name(small.source.curve) for small in pairs) == sorted(
+        2 * ["FFT", "Init[B] α=1 r=4", "Init[B] α=1 r=16", "Init[B] α=1 r=64"]
+    )  # the rule says nothing of FFT from Init[A]
+    for small in pairs:
+        whole_curve = whole.curves[small.source.curve]
+        assert small.steps == pytest.approx(whole_curve.steps / 2 / whole.fft.steps)
+        assert len(small.source.points) == len(whole_curve.points) / 2
+        assert small.source.optimum.log2_lr != whole_curve.optimum.log2_lr
+        assert 0 <= small.share < 0.1
+    assert len(small_sweeps(whole, 1)) == 2 * len(pairs)
+    assert small_sweeps(whole, 5) == []
+
+
+def test_a_seed_that_has_not_run_at_every_rate_makes_no_sweep_of_its_own():
+    rows = [r for r in sweep_rows(schemes=SCHEMES[:1], exponent=0.5) if r.arm.seed == 0 or r.arm.log2_lr > -12]
+    (sweep,) = sweeps_of(rows, contexts=lambda key: SIZES)
+    assert {seed for small in small_sweeps(sweep, 1) for _, _, seed in small.source.points} == {0}
+    (lora,) = sweeps_of([r for r in rows if r.arm.rank], contexts=lambda key: SIZES)
+    assert small_sweeps(lora, 1) == []
+
+
 def test_a_rate_outside_ffts_grid_gives_a_bound(quarter):
     (fixed,) = regrets(quarter, Fixed())
     assert fixed.is_bound
@@ -586,7 +611,7 @@ def test_the_report_says_everything_and_says_the_same_again(csvs, tmp_path, monk
 
 def test_every_table_of_the_report_has_as_many_cells_in_each_line(csvs, tmp_path):
     tables = report.write_report(sweeps(read_all(csvs)), tmp_path)
-    assert len(tables) == 7
+    assert len(tables) == 8
     for table in tables:
         assert {len(line) for line in table.lines} == {len(table.columns)}, table.title
 

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mua_rl.errors import UserError, exit_on_user_error
+from mua_rl.sweep.cheaper import SmallSweep, small_sweeps
 from mua_rl.sweep.figure import learning_rate_curves, optimum_against_rank
 from mua_rl.sweep.measured import (
     FFT,
@@ -129,7 +130,12 @@ def write_report(
             tables.append(details)
             parts.append(details.markdown())
     parts.append("## All together")
-    for table in (slope_table(sweeps), prediction_table(sweeps, all_rules), regret_summary(sweeps, all_rules)):
+    for table in (
+        slope_table(sweeps),
+        prediction_table(sweeps, all_rules),
+        regret_summary(sweeps, all_rules),
+        small_sweep_table(sweeps),
+    ):
         if table:
             tables.append(table)
             parts.append(table.markdown())
@@ -326,6 +332,38 @@ def regret_summary(sweeps: Sequence[Sweep], rules: Sequence[Rule]) -> ReportTabl
         "mean cost in steps", "in seconds",
     ]  # fmt: skip
     return ReportTable("FFT's loss at a transferred LR, of its gain", columns, lines) if lines else None
+
+
+def small_sweep_table(sweeps: Sequence[Sweep]) -> ReportTable | None:
+    """What sweeps of fewer seeds would have done for FFT, beside sweeps of FFT itself with as many."""
+    lines = []
+    for algorithm in dict.fromkeys(sweep.algorithm for sweep in sweeps):
+        of_algorithm = [sweep for sweep in sweeps if sweep.algorithm == algorithm and sweep.fft]
+        most = max((len({seed for _, _, seed in sweep.fft.points}) for sweep in of_algorithm if sweep.fft), default=0)
+        for seeds in [2**k for k in range(most.bit_length()) if 2**k < most]:
+            found = [small for sweep in of_algorithm for small in small_sweeps(sweep, seeds)]
+            loras = [small for small in found if small.source.curve != FFT]
+            ffts = [small for small in found if small.source.curve == FFT]
+            if loras:
+                lines.append([f"{algorithm}, {seeds} of {most} seeds", *_loss_cells(loras), *_loss_cells(ffts)])
+    columns = ["sweep", *(f"{of}: {what}" for of in ("LoRA", "FFT") for what in _LOSSES)]
+    title = "FFT's loss at the LR that a sweep of fewer seeds gives, by mua_rl's rule; cost against FFT's whole sweep"
+    return ReportTable(title, columns, lines) if lines else None
+
+
+_LOSSES = ("sweeps", "cost in steps", "median loss", "within 3 %", "within 10 %")
+
+
+def _loss_cells(found: Sequence[SmallSweep]) -> list[str]:
+    """`_LOSSES`."""
+    if not found:
+        return ["–"] * len(_LOSSES)
+    return [
+        str(len(found)),
+        f"{statistics.fmean(small.steps for small in found):.0%}",
+        f"{statistics.median(small.share for small in found):.1%}",
+        *(_share([small.share <= most for small in found]) for most in (0.03, 0.1)),
+    ]
 
 
 def _introduction(sweeps: Sequence[Sweep], value: str) -> str:
