@@ -25,6 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from random_llama import SIZES, llama_config
+
 from mua_rl.record import machine
 
 ARMS = {
@@ -40,12 +42,6 @@ ARMS = {
 }
 DEFAULT_ARMS = ["lora-stock", "lora-ours", "lora-ours-one-pass", "fft-stock", "fft-ours"]
 PHASES = ["sync", "generation", "old log-probs", "loss", "backward", "optimizer", "rewards", "prepare", "rest"]
-SIZES = {
-    # hidden, intermediate, layers, heads, key heads, vocabulary
-    "tiny": (128, 512, 4, 2, 2, 128),
-    "1.5b": (1536, 8960, 28, 12, 2, 151936),
-    "8b": (4096, 14336, 32, 32, 8, 128256),
-}
 WARM_UP = 4  # steps left out: kernels are chosen and caches filled in them
 
 
@@ -273,24 +269,6 @@ def step_table(results: dict[str, dict[str, Any]]) -> str:
     rows.append(["peak GiB", *(f"{arm['peak_allocated'] / 2**30:.1f}" for arm in arms)])
     rows.append(["engine start s", *(f"{arm['engine_start']:.0f}" for arm in arms)])
     return f"\n{arms[0]['device']}, {arms[0]['versions']}\n" + columns(rows)
-
-
-def llama_config(
-    hidden: int, intermediate: int, layers: int, heads: int, key_heads: int, vocabulary: int, **more: Any
-) -> Any:
-    """A Llama of one of the `SIZES`."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        vocab_size=vocabulary,
-        max_position_embeddings=2048,
-        **{"tie_word_embeddings": False, **more},
-    )
 
 
 def sync_arm(size: str, way: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""GRPO on one and two GPUs: seconds a step by phase, tokens a second, memory; and the plan's memory against the peak.
+"""GRPO on one and two GPUs: seconds a step by phase, tokens a second, memory.
 
 Each run is a process group of its own with a time limit, one after another. Layouts, on a machine with two GPUs:
 
@@ -6,20 +6,16 @@ Each run is a process group of its own with a time limit, one after another. Lay
 
 `--weak` gives a layout of two training processes twice the completions a step, so that each does what one GPU does in
 layout `one`; without it all layouts do the same step. Results stay in the folder, and the table is of all that are
-there. Training steps without an engine, on random weights, their peak beside the plan's, on one GPU:
-
-    python scripts/bench_scale.py --memory 135m 1.5b 8b --out DIR
+there (how much memory is planned and taken: `bench_memory.py`).
 
 In miniature on a CPU (gloo, no engine; FSDP2 needs GPUs, since accelerate knows it on those alone):
 
     python scripts/bench_scale.py --layouts one ddp --models embedded --no-engine --steps 6 --completions 32 --out DIR
-    python scripts/bench_scale.py --memory tiny --out DIR
 """
 
 import argparse
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -32,7 +28,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench_grpo import PHASES, SIZES, WARM_UP, Phases, columns, instrument, llama_config, mean
+from bench_grpo import PHASES, WARM_UP, Phases, columns, instrument, mean
+from random_llama import random_model
 
 LAYOUTS = {
     # name: (processes that train, accelerate's configuration)
@@ -40,13 +37,6 @@ LAYOUTS = {
     "ddp": (2, "ddp"),
     "fsdp2": (2, "fsdp2"),
     "server": (1, None),
-}
-MEMORY = {
-    # size: (ranks, completions of a pass, tokens of one)
-    "tiny": (["32", "full"], 8, 64),
-    "135m": (["32", "full"], 64, 256),
-    "1.5b": (["32", "full"], 16, 512),
-    "8b": (["32"], 4, 512),
 }
 SERVER_START_S = 240
 LEARNING_RATES = {False: 2**-13, True: 2**-15}  # of LoRA and of FFT, near SmolLM2's best on its task
@@ -59,14 +49,12 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="*", default=["smollm2", "1.5b"], help="as --model, or a size of random weights"
     )
-    parser.add_argument("--memory", nargs="*", choices=list(MEMORY), default=[])
     parser.add_argument("--ranks", nargs="*", default=["32", "full"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--completions", type=int, default=256, help="completions a step")
     parser.add_argument("--completion-length", type=int, help="tokens of the longest; default: the task's, random: 128")
     parser.add_argument("--weak", action="store_true", help="so many completions a step for each training process")
     parser.add_argument("--no-engine", action="store_true", help="generate with transformers instead of vLLM")
-    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing (--memory)")
     parser.add_argument("--limit", type=float, default=280, help="seconds that a run may take")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--out", type=Path, required=True)
@@ -79,40 +67,38 @@ def main() -> None:
         return
     failed = [job for job in jobs(options) if not run_child(job, options)]
     print(layout_table(options.out))
-    print(memory_table(options.out))
     sys.exit(bool(failed))
 
 
 def jobs(options: argparse.Namespace) -> list[str]:
-    """What to run: `memory:size:rank` and `layout:name:model:rank`."""
-    memory = [f"memory:{size}:{rank}" for size in options.memory for rank in MEMORY[size][0] if rank in options.ranks]
+    """What to run: `layout:model:rank`."""
     pairs = [(model, rank) for model in options.models for rank in options.ranks]
-    return memory + [f"layout:{layout}:{model}:{rank}" for model, rank in pairs for layout in options.layouts]
+    return [f"{layout}:{model}:{rank}" for model, rank in pairs for layout in options.layouts]
 
 
 def file_name(job: str, options: argparse.Namespace) -> str:
     """Of a job's result, without its ending."""
-    return job.replace(":", "-").replace("/", "_") + "-weak" * (options.weak and job.startswith("layout"))
+    return f"layout-{job.replace(':', '-').replace('/', '_')}" + "-weak" * options.weak
 
 
 def run_child(job: str, options: argparse.Namespace) -> bool:
     """One run in a process group of its own; its output goes to a file beside the result."""
-    kind, name, *rest = job.split(":")
-    layout = LAYOUTS[name] if kind == "layout" else (1, None)
+    name, model, rank = job.split(":")
+    processes, configuration = LAYOUTS[name]
     result = options.out / f"{file_name(job, options)}.json"
     log_path = result.with_suffix(".log")
     result.unlink(missing_ok=True)
-    if kind == "layout":
-        random_model(rest[0], options.out)  # made here once, not by every process of every layout
+    random_model(model, options.out)  # made here once, not by every process of every layout
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
-    if layout[0] == 1:
+    if processes == 1:
         environment["CUDA_VISIBLE_DEVICES"] = visible[0]
     script = [str(Path(__file__).resolve()), *sys.argv[1:], "--child", job]
-    command = [sys.executable, *script] if layout[1] is None else [*launcher(*layout, options.out), *script]
+    start_with = launcher(processes, configuration, options.out) if configuration else [sys.executable]
+    command = [*start_with, *script]
     start = time.perf_counter()
     with open(log_path, "w") as log:
-        server = serve(rest[0], rest[1], visible[-1], options) if name == "server" else nullcontext(None)
+        server = serve(model, rank, visible[-1], options) if name == "server" else nullcontext(None)
         with server as url:
             if url:
                 environment["BENCH_SERVER"] = url
@@ -125,7 +111,7 @@ def run_child(job: str, options: argparse.Namespace) -> bool:
         log = log_path.read_text()
         print(log[log.find("Traceback") :][:3000] if "Traceback" in log else log[-2000:], flush=True)
         if name == "server":
-            print("the server:", server_log(rest[0], rest[1], options).read_text()[-2000:], flush=True)
+            print("the server:", server_log(model, rank, options).read_text()[-2000:], flush=True)
         return False
     return True
 
@@ -219,46 +205,11 @@ def server_log(model: str, rank: str, options: argparse.Namespace) -> Path:
     return options.out / f"server-{model.replace('/', '_')}-{rank}.log"
 
 
-def random_model(name: str, out: Path) -> Path | None:
-    """The folder of a random model of one of `SIZES`, made on first use; `None` for a model that is not random."""
-    if name not in SIZES:
-        return None
-    folder = out / f"random-{name}"
-    if not (folder / "config.json").exists():
-        import torch
-
-        from mua_rl import models
-
-        random_llama(name, torch.bfloat16).save_pretrained(folder)
-        models.load_tokenizer(models.EMBEDDED).save_pretrained(folder)
-        tokenizer = json.loads((folder / "tokenizer.json").read_text())
-        words = tokenizer["model"]["vocab"]
-        words |= {f"{i:x} ": i for i in range(len(words), random_config(name).vocab_size)}
-        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    return folder
-
-
-def random_llama(size: str, dtype: Any) -> Any:
-    """A Llama of one of the sizes with random weights, on the GPU where there is one."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        return AutoModelForCausalLM.from_config(random_config(size), dtype=dtype)
-
-
-def random_config(size: str) -> Any:
-    """The configuration of one of the sizes; 135m is SmolLM2's."""
-    shape = {**SIZES, "135m": (576, 1536, 30, 9, 3, 49152)}[size]
-    return llama_config(*shape, tie_word_embeddings=size == "135m", eos_token_id=2, pad_token_id=0)
-
-
 def child(options: argparse.Namespace) -> None:
     """In a process of a run: do it, and let the main process write the result."""
     from mua_rl import processes
 
-    kind, *rest = options.child.split(":")
-    result = layout_run(*rest, options) if kind == "layout" else memory_run(*rest, options)
+    result = layout_run(*options.child.split(":"), options)
     if processes.is_main():
         path = options.out / f"{file_name(options.child, options)}.json"
         path.write_text(json.dumps(result, indent=2) + "\n")
@@ -276,7 +227,7 @@ def layout_run(layout: str, model: str, rank: str, options: argparse.Namespace) 
     from transformers import TrainerCallback
 
     from mua_rl import grpo, processes
-    from mua_rl.record import machine
+    from mua_rl.record import machine, package_versions
     from mua_rl.run import RunFolder
 
     number = LAYOUTS[layout][0]
@@ -345,7 +296,7 @@ def layout_run(layout: str, model: str, rank: str, options: argparse.Namespace) 
         "sync_bytes": moved[0],
         "engine_start": engine_start,
         "peak_allocated": peaks,
-        "versions": versions(),
+        "versions": package_versions(),
     }
 
 
@@ -363,89 +314,10 @@ def bytes_of_a_sync(trainer: Any, rank: str) -> int:
     return width * sum(m.numel() for _, layer in lora_layers(trainer.model) for m in lora_matrices(layer))
 
 
-def memory_run(size: str, rank: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Some steps of the trainer alone, on completions that are made up, and the plan of the same."""
-    import torch
-
-    from mua_rl import grpo, models
-    from mua_rl.adapter import adapter_for
-    from mua_rl.arguments import parse_rank
-    from mua_rl.envs.tasks import get_task
-    from mua_rl.gpu_memory import PolicySize, trainer_memory
-    from mua_rl.grpo_trainer import GRPOTrainer
-    from mua_rl.record import machine
-
-    cuda = torch.cuda.is_available()
-    _, micro, length = MEMORY[size]
-    full = rank == "full"
-    adapter = adapter_for(parse_rank(rank), "B", "1", "mlp")
-    flags = ["--per_device_train_batch_size", micro, "--gradient_accumulation_steps", 2, "--max_steps", 3]
-    flags += ["--max_completion_length", length, "--report_to", "none", "--lr", 1e-5, "--save_strategy", "no"]
-    flags += ["--num_generations", 2, "--gradient_checkpointing", options.checkpointing]
-    flags += ["--output_dir", tempfile.mkdtemp(prefix="bench_scale-")]
-    arguments, _, _ = grpo.parse([str(flag) for flag in flags])
-    arguments.learning_rate, arguments.output_dir = 1e-5, arguments.requested_output_dir
-    policy = adapter.attach(random_llama(size, torch.float32 if full or not cuda else torch.bfloat16))
-    tokenizer = models.load_tokenizer(models.EMBEDDED)
-    draw = random.Random(options.seed)
-
-    def made_up(prompts: list, trainer: Any) -> dict[str, Any]:
-        rows = [[draw.randrange(3, 100) for _ in range(length)] for _ in prompts]
-        ids = tokenizer(list(prompts))["input_ids"]
-        return {"prompt_ids": ids, "completion_ids": rows, "logprobs": None}
-
-    rows = get_task("arithmetic").train(False)
-    trainer = GRPOTrainer(
-        model=policy,
-        roles=adapter.learning_rates(1e-5),
-        reward_funcs=[lambda completions, **kwargs: [draw.random() for _ in completions]],
-        args=arguments,
-        train_dataset=rows,
-        processing_class=tokenizer,
-        rollout_func=made_up,
-    )
-    arguments.mask_truncated_completions = trainer.mask_truncated_completions = False
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    trainer.train()
-    tokens = length + max(len(tokenizer(row)["input_ids"]) for row in rows["prompt"][:64])
-    planned = trainer_memory(
-        PolicySize.of(policy),
-        micro_batch=micro,
-        length=tokens,
-        compute_bytes=2 if arguments.bf16 else 4,
-        checkpointing=arguments.gradient_checkpointing,
-    )
-    return {
-        "size": size,
-        "rank": rank,
-        "pass": [micro, tokens],
-        "checkpointing": bool(arguments.gradient_checkpointing),
-        "peak": torch.cuda.max_memory_allocated() if cuda else 0,
-        "reserved": torch.cuda.max_memory_reserved() if cuda else 0,
-        "plan": planned.parts(),
-        "loss": [line["loss"] for line in trainer.state.log_history if "loss" in line],
-        "device": machine(),
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of what the figures depend on."""
-    from mua_rl.record import package_versions
-
-    return package_versions()
-
-
-def load(out: Path, prefix: str) -> list[dict[str, Any]]:
-    """The results in a folder."""
-    return [json.loads(path.read_text()) for path in sorted(out.glob(f"{prefix}-*.json"))]
-
-
 def layout_table(out: Path) -> str:
     """Milliseconds a step by phase and what the issue asks for, one column a run, those of one model side by side."""
-    tables = []
-    runs = sorted(load(out, "layout"), key=lambda r: (list(LAYOUTS).index(r["layout"]), r["weak"]))
+    tables, found = [], [json.loads(path.read_text()) for path in out.glob("layout-*.json")]
+    runs = sorted(found, key=lambda r: (list(LAYOUTS).index(r["layout"]), r["weak"]))
     for model, rank in sorted({(run["model"], run["rank"]) for run in runs}):
         group = [run for run in runs if (run["model"], run["rank"]) == (model, rank)]
         one = next((run for run in group if run["layout"] == "one"), None)
@@ -485,22 +357,6 @@ def completions_per_second(run: dict[str, Any]) -> float:
 def tokens_per_second(run: dict[str, Any]) -> float:
     """Tokens of completions a second after the warm-up."""
     return mean(run["tokens"][WARM_UP:] or run["tokens"]) / step_seconds(run)
-
-
-def memory_table(out: Path) -> str:
-    """The peak beside the plan."""
-    found = load(out, "memory")
-    if not found:
-        return ""
-    parts = list(found[0]["plan"])
-    rows = [["model", "rank", "pass", *parts, "plan GiB", "peak GiB", "plan / peak", "reserved"]]
-    for r in found:
-        plan = sum(r["plan"].values())
-        share = f"{plan / r['peak']:.2f}" if r["peak"] else "-"
-        gib = [f"{size / 2**30:.2f}" for size in (*r["plan"].values(), plan, r["peak"])]
-        checked = r["size"] + " (checkpointing)" * r["checkpointing"]
-        rows.append([checked, r["rank"], "×".join(map(str, r["pass"])), *gib, share, f"{r['reserved'] / 2**30:.2f}"])
-    return f"\n{found[0]['device']}\n" + columns(rows)
 
 
 if __name__ == "__main__":
