@@ -32,7 +32,7 @@ from transformers import (
 from transformers.utils import is_liger_kernel_available
 from transformers.utils import logging as transformers_logging
 
-from mua_rl import plots, processes
+from mua_rl import hub, plots, processes
 from mua_rl.adapter import Adapter
 from mua_rl.arguments import AdapterArguments, Base, resolve_learning_rate
 from mua_rl.envs.tasks import Task, get_task, own_code
@@ -46,7 +46,7 @@ from mua_rl.policy import LearningRate
 from mua_rl.record import LRRecord, package_versions
 from mua_rl.rollouts import EngineFailed, generation_class, plan_engine
 from mua_rl.rules import Configuration
-from mua_rl.run import CURVE, RunFolder, open_run
+from mua_rl.run import CURVE, RunFolder, open_run, start_wandb
 
 Measure = Callable[[], HeldOutResult]
 _SHARDING = {"fsdp2": "FSDP2", "zero3": "ZeRO-3"}
@@ -56,8 +56,10 @@ def check(arguments: GRPOArguments) -> None:
     """Refuse what would fail later, before anything is written.
 
     Raises:
-        UserError: A package is asked for and is not installed, or the launcher leaves most processes without weights.
+        UserError: A package is asked for and is not installed, the hub and there is none, or the launcher leaves most
+            processes without weights.
     """
+    hub.check(arguments)
     if processes.sharded() and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
         raise UserError(
             "every process needs the weights at the start: set fsdp_cpu_ram_efficient_loading to false in accelerate's "
@@ -181,14 +183,18 @@ def _set_up_trainer(
     """`make_trainer`; where that fails, a new run's folder is removed: it holds nothing but what was asked.
 
     Raises:
-        UserError: TRL or transformers cannot do what was asked.
+        UserError: TRL or transformers cannot do what was asked, or the hub or Weights & Biases says no.
     """
     try:
-        trainer, measure = make_trainer(setup, arguments, run)
+        with hub.reached():
+            trainer, measure = make_trainer(setup, arguments, run)
         # These would fail in `train` otherwise, after the first evaluation.
         trainer.get_optimizer_cls_and_kwargs(arguments, cast(PreTrainedModel, setup.policy))
         some_optimizer, options = torch.optim.SGD([torch.zeros(1)]), cast(dict, arguments.lr_scheduler_kwargs)
         get_scheduler(arguments.lr_scheduler_type, some_optimizer, 1, 2, scheduler_specific_kwargs=options)
+        if "wandb" in (arguments.report_to or ()) and processes.is_main():
+            project = os.environ.get("WANDB_PROJECT", "huggingface")  # as transformers, which would begin a new run
+            start_wandb(run, project=project, name=arguments.run_name or run.path.name)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         if is_new and processes.is_main():
             shutil.rmtree(run.path)
@@ -206,8 +212,8 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
         given: The settings that the run folder keeps, as `parse` returns them.
 
     Raises:
-        UserError: Something that was given cannot be used (nothing has been written then), a reward failed, or none
-            gave a score in the whole run.
+        UserError: Something that was given cannot be used (nothing has been written then), a reward failed, none gave a
+            score in the whole run, or the hub does not take what the run has written.
         Diverged: The run left the finite numbers; its folder says so and has no LR record.
     """
     if adapter_arguments.resume:
@@ -240,9 +246,11 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
         cast(ProgressBar, trainer.pop_callback(ProgressBar)).close()
     seconds = time.perf_counter() - start.time
     after = measure()
-    trainer.save_model(str(run.path / setup.adapter.saved_as))
+    trainer.save_model(str(run.path / setup.adapter.saved_as), _internal_call=True)  # as yet without a push
     if processes.is_main():
         close(run, setup, arguments, start.accuracy, after, seconds, trainer.state.global_step)
+    if arguments.push_to_hub:
+        hub.push(trainer, run.path)
     return run
 
 

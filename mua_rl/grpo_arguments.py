@@ -179,11 +179,16 @@ class GRPOArguments(GRPOConfig):
                 raise UserError(f"--{name} must lie between 0 and {_SEEDS - 1}, not at {getattr(self, name)}.")
 
     def _check_words(self) -> None:
-        """Refuse words that TRL would stumble over when the run has begun.
+        """Refuse words that TRL would stumble over when the run has begun, and a secret.
 
         Raises:
-            UserError: An option takes certain words, and this is none of them.
+            UserError: An option takes certain words, and this is none of them; or a token is given.
         """
+        if self.hub_token is not None:
+            raise UserError(
+                "--hub_token would be written into the run folder, which --push_to_hub makes public: set HF_TOKEN, or "
+                "hf auth login."
+            )
         for name, words in _CHOICES.items():
             if getattr(self, name) not in words:
                 named = ", ".join(word for word in words if isinstance(word, str))

@@ -31,11 +31,11 @@ from mua_rl.ppo_base import SHIPPED, BasePolicy, read_base_policy, shipped_polic
 from mua_rl.ppo_checkpoint import Checkpoints, load_checkpoint
 from mua_rl.ppo_envs import build_envs, evaluation_envs, new_statistics, with_statistics
 from mua_rl.ppo_evaluation import Returns, evaluate
-from mua_rl.ppo_logging import RETURN, make_logger, start_wandb
+from mua_rl.ppo_logging import RETURN, make_logger
 from mua_rl.ppo_trainer import PPO
 from mua_rl.record import LRRecord, check_learning_rate, package_versions
 from mua_rl.rules import Configuration
-from mua_rl.run import ADAPTER_FOLDER, CURVE, RunFolder, open_run
+from mua_rl.run import ADAPTER_FOLDER, CURVE, RunFolder, open_run, start_wandb
 
 POLICY, STATISTICS = "policy.zip", "vecnormalize.pkl"
 HELD_OUT = "held_out/return"
@@ -180,7 +180,7 @@ def train(arguments: PPOArguments, adapter_arguments: AdapterArguments, given: d
     held_out = evaluation_envs(bare_envs(arguments, min(8, arguments.eval_episodes), 0), training)
     before = _before(run, model, held_out, arguments.eval_episodes)
     if arguments.wandb:
-        start_wandb(run, given)
+        start_wandb(run, project="mua_rl", dir=str(run.path), config=given, sync_tensorboard=True)
     model.set_logger(make_logger(run, _tensorboard(arguments, run), arguments.verbose))
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)

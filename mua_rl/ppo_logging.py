@@ -9,7 +9,6 @@ from stable_baselines3.common.logger import HumanOutputFormat, KVWriter, Logger,
 
 from mua_rl.run import RunFolder
 
-WANDB_ID = "wandb_id"
 RETURN = "rollout/ep_rew_mean"
 """SB3's name of the mean return over the last `stats_window_size` training episodes."""
 
@@ -37,21 +36,3 @@ def make_logger(run: RunFolder, tensorboard: Path | None, verbose: int) -> Logge
     if verbose:
         formats.append(HumanOutputFormat(sys.stdout))
     return Logger(str(run.path), formats)
-
-
-def start_wandb(run: RunFolder, settings: dict[str, Any]) -> None:
-    """Have Weights & Biases take what TensorBoard gets; a resumed run goes on there under the id in its folder."""
-    import wandb
-
-    kept = run.path / WANDB_ID
-    identity = kept.read_text().strip() if kept.exists() else None
-    started = wandb.init(
-        project="mua_rl",
-        name=run.path.name,
-        dir=str(run.path),
-        config=settings,
-        sync_tensorboard=True,
-        id=identity,
-        resume="allow",
-    )
-    kept.write_text(f"{started.id}\n")

@@ -9,6 +9,7 @@ adapter/, model/  what was trained: a PEFT adapter (LoRA), or all weights (full 
 result.json       accuracy or return before and after, time, whether the run diverged
 lr_record.json    the LR record; written last, and never by a run that diverged
 curve.png         the learning curve
+wandb_id          the run at Weights & Biases, where it reports there
 """
 
 import json
@@ -24,11 +25,11 @@ from typing import Any
 import yaml
 
 from mua_rl import processes
-from mua_rl.errors import UserError
+from mua_rl.errors import UserError, one_line
 from mua_rl.record import package_versions
 
 CONFIG, VERSIONS, METRICS, RESULT, CURVE = "config.yaml", "versions.json", "metrics.jsonl", "result.json", "curve.png"
-RATE = "rate.json"
+RATE, WANDB_ID = "rate.json", "wandb_id"
 ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
 PATHS = ("model", "tokenizer_name", "base", "vec_normalize", "lr_from", "start_from")
 
@@ -190,6 +191,28 @@ def with_whole_paths(settings: dict[str, Any]) -> dict[str, Any]:
 
         paths["task"] = with_whole_path(task)
     return {**settings, **paths}
+
+
+def start_wandb(run: RunFolder, **options: Any) -> None:
+    """Begin a run at Weights & Biases; a resumed run goes on there under the id in its folder.
+
+    Args:
+        options: Of `wandb.init`.
+
+    Raises:
+        UserError: It cannot begin.
+    """
+    import wandb
+
+    kept = run.path / WANDB_ID
+    identity = kept.read_text().strip() if kept.exists() else None
+    try:
+        started = wandb.init(**{"name": run.path.name, **options}, id=identity, resume="allow")
+    except wandb.Error as error:
+        raise UserError(
+            f"Weights & Biases cannot be used ({one_line(error)}): see wandb login, or set WANDB_MODE=offline."
+        ) from None
+    kept.write_text(f"{started.id}\n")
 
 
 def git_commit() -> str | None:

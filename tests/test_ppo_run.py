@@ -23,9 +23,8 @@ from mua_rl.errors import UserError  # noqa: E402
 from mua_rl.ppo import parse, set_up, train  # noqa: E402
 from mua_rl.ppo_arguments import DEFAULT_ENV, PPOArguments  # noqa: E402
 from mua_rl.ppo_envs import FiniteGuard, build_envs, evaluation_envs  # noqa: E402
-from mua_rl.ppo_logging import start_wandb  # noqa: E402
 from mua_rl.record import LRRecord  # noqa: E402
-from mua_rl.run import RunFolder  # noqa: E402
+from mua_rl.run import RunFolder, start_wandb  # noqa: E402
 
 QUICK = ["--total_timesteps", "2048", "--eval_episodes", "4", "--tensorboard_log", "none", "--progress_bar", "false"]
 
@@ -143,7 +142,7 @@ def test_weights_and_biases_goes_on_under_the_id_in_the_run_folder(tmp_path, mon
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     for folder in ("a", "a", "b"):
         (tmp_path / folder).mkdir(exist_ok=True)
-        start_wandb(RunFolder(tmp_path / folder), {})
+        start_wandb(RunFolder(tmp_path / folder))
     assert asked == [(None, "allow"), ("first", "allow"), (None, "allow")]
 
 
