@@ -223,6 +223,18 @@ def test_learning_rates_on_no_round_grid_are_fitted_too():
     assert -11.5 < found.log2_lr <= -9.9
 
 
+def test_steps_that_no_eighth_of_an_octave_divides_end_at_the_last_rate_before_a_cliff():
+    values = {-12.0: 0.0, -11.3: 1.0, -10.6: NAN}
+    found = estimate_optimum([(lr, value, seed) for lr, value in values.items() for seed in (0, 1, 2)])
+    assert found.plateau[1] <= found.log2_lr == found.largest == -11.3
+
+
+def test_the_estimate_lies_in_its_interval_also_where_nearly_all_draws_are_at_one_end():
+    values = [9.727, 59.818, 89.909, 100.0, 90.091, 60.181, 10.272, -59.637]
+    found = estimate_optimum([(-9.41 + k, value, 0) for k, value in enumerate(values)], higher_is_better=False)
+    assert found.low <= found.log2_lr <= found.high
+
+
 @pytest.mark.parametrize(
     ("points", "message"),
     [

@@ -153,15 +153,17 @@ def estimate_optimum(points: Iterable[tuple[float, float, int]], higher_is_bette
     draws = x[np.argmax(np.where(x[:, None] <= cliffs, curves, -np.inf), axis=0)]
     low_end, high_end = np.quantile(draws, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
     best = min(float(draws.mean()), float(grid[last]))
-    at = int(np.argmin(np.abs(x - best)))
+    survivors = x[x <= grid[last] + 1e-9]
+    at = int(np.argmin(np.abs(survivors - best)))  # of all of x, the nearest may lie past the last rate, on the cliff
     lrs_of_fit, fit = _whole_curve(top, x, curves.mean(axis=1), grid, means)
     return Optimum(
         log2_lr=best,
-        low=max(float(low_end) - RESOLUTION / 2, float(top.x[0])),  # the draws lie on a grid
-        high=min(float(high_end) + RESOLUTION / 2, top.end),
+        # The draws lie on a grid; their mean lies outside of their quantiles where nearly all of them are at one end.
+        low=min(max(float(low_end) - RESOLUTION / 2, float(top.x[0])), best),
+        high=max(min(float(high_end) + RESOLUTION / 2, top.end), best),
         value=sign * float(curves[at].mean() * scale + low),
         error=float(curves[at].std() * scale),
-        plateau=_plateau(x[x <= grid[last]], curves, at),
+        plateau=_plateau(survivors, curves, at),
         edge=_edge(draws, x, grid),
         largest=float(grid[last]),
         draws=draws,
