@@ -23,8 +23,16 @@ from mua_rl.errors import UserError, one_line
 from mua_rl.optim import FULL, LORA_A, LORA_B
 from mua_rl.rules import ALPHA_ONE, AlphaRule, Configuration, Scheme
 
-MLP_PROJECTIONS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
-"""The default of the paper: the MLP projections of every decoder layer, the first two fused in Phi-3 and its like."""
+MLP_PROJECTIONS = (
+    ("gate_proj", "up_proj", "gate_up_proj", "down_proj"),  # Llama and its like, the first two fused in Phi-3's
+    ("mlp.c_fc", "mlp.c_proj"),  # GPT-2, StarCoder2
+    ("dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
+    ("fc1", "fc2"),  # OPT, Phi
+)
+"""The default of the paper, the MLP projections of every decoder layer, by families; a model has the first it shows.
+
+The order matters for models of several parts: a vision-language model's text layers come before its vision tower's.
+"""
 
 TargetModules = str | list[str]
 """`"mlp"`, `"all-linear"` (every linear layer but the output head), a regular expression, or a list of names."""
@@ -222,13 +230,14 @@ def resolve_targets(model: nn.Module, targets: TargetModules) -> TargetModules:
     """
     if targets != "mlp":
         return targets
-    present = [name for name in MLP_PROJECTIONS if any(path.endswith(f".{name}") for path, _ in model.named_modules())]
-    if not present:
-        raise UserError(
-            f"the model has no layers called {', '.join(MLP_PROJECTIONS)}: name the layers to adapt with "
-            "--target-modules, or take all-linear."
-        )
-    return present
+    paths = [path for path, _ in model.named_modules()]
+    for family in MLP_PROJECTIONS:
+        if present := [name for name in family if any(path.endswith(f".{name}") for path in paths)]:
+            return present
+    raise UserError(
+        f"the model has no MLP layers under their usual names ({', '.join(map(', '.join, MLP_PROJECTIONS))}): name the "
+        "layers to adapt with --target-modules, or take all-linear."
+    )
 
 
 def load_adapter(model: nn.Module, folder: Path | str, trainable: bool = True) -> PeftModel:

@@ -8,10 +8,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OPTConfig,
     Phi3Config,
     Phi3ForCausalLM,
     ViTConfig,
@@ -94,6 +98,50 @@ def test_the_default_targets_are_the_mlp_projections():
     model = LoRA(4).attach(tiny_llama())
     assert {name.rpartition(".")[2] for name, _ in lora_layers(model)} == {"gate_proj", "up_proj", "down_proj"}
     assert LoRA(4).widths(tiny_llama()) == Full().widths(tiny_llama()) == LoRA(4).widths(model) == [64, 128]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=64), {"mlp.c_fc", "mlp.c_proj"}),
+        (
+            GPTNeoXConfig(
+                hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
+            ),
+            {"mlp.dense_h_to_4h", "mlp.dense_4h_to_h"},
+        ),
+        (
+            OPTConfig(
+                hidden_size=64,
+                word_embed_proj_dim=64,
+                ffn_dim=256,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                vocab_size=64,
+            ),
+            {"fc1", "fc2"},
+        ),
+    ],
+    ids=["gpt2", "gpt-neox", "opt"],
+)
+def test_the_default_targets_are_the_mlp_whatever_a_family_calls_it(config, expected):
+    model = AutoModelForCausalLM.from_config(config)
+    assert (Full().configuration(model).width, Full().configuration(model).outputs) == (256, 64)
+    layers = [name for name, _ in lora_layers(LoRA(4).attach(model))]
+    assert len(layers) == 4
+    assert {name for name in expected if any(layer.endswith(f".{name}") for layer in layers)} == expected
+
+
+def test_of_a_model_of_several_parts_the_text_layers_count():
+    parts = nn.ModuleDict({"vision": nn.ModuleDict({"fc1": nn.Linear(8, 8)}), "text": tiny_llama()})
+    assert {name.rpartition(".")[2] for name, _ in lora_layers(LoRA(4).attach(parts))} == {
+        "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+
+
+def test_a_model_without_any_mlp_by_a_usual_name_is_one_line():
+    with pytest.raises(UserError, match=r"no MLP layers .* --target-modules"):
+        LoRA(4).attach(Zoo())
 
 
 def test_fused_mlp_projections_carry_lora_as_separate_ones_do(tmp_path):
