@@ -263,7 +263,7 @@ def close(
     seconds: float,
     steps: int,
 ) -> None:
-    """Write and show what a run that has ended came to; its record last, and only where it has not got worse.
+    """Write and show what a run that has ended came to; a record only where it has not got worse.
 
     Raises:
         UserError: No reward gave a score in the whole run.
@@ -271,20 +271,19 @@ def close(
     run.log(steps, after.metrics())
     scored = is_scored([line["reward"] for line in run.metrics() if "reward" in line])
     worse = after.accuracy + 2 * after.standard_error < before
-    run.finish(
-        {
-            "diverged": worse or not scored,
-            "held_out/before": before,
-            "held_out/after": after.accuracy,
-            "held_out/standard_error": after.standard_error,
-            "held_out/problems": len(after.scores),
-            "learning_rate": setup.rate.value,
-            "reason": setup.rate.reason,
-            "seconds": seconds,
-            "steps": steps,
-        }
-    )
+    result = {
+        "diverged": worse or not scored,
+        "held_out/before": before,
+        "held_out/after": after.accuracy,
+        "held_out/standard_error": after.standard_error,
+        "held_out/problems": len(after.scores),
+        "learning_rate": setup.rate.value,
+        "reason": setup.rate.reason,
+        "seconds": seconds,
+        "steps": steps,
+    }
     if not scored:
+        run.finish(result)
         raise unscored(setup.task, steps)
     plots.learning_curve(
         run.metrics(),
@@ -296,6 +295,7 @@ def close(
     if not worse:
         metric = {"name": "held-out accuracy", "before": before, "after": after.accuracy}
         lr_record(arguments, setup, metric, steps).save(run.path)
+    run.finish(result)
     report(run, setup.rate)
 
 

@@ -201,6 +201,16 @@ def train(arguments: PPOArguments, adapter_arguments: AdapterArguments, given: d
     worse = after.mean + 2 * after.standard_error < before["mean"]
     _save(run, model)
     run.log(model.num_timesteps, {HELD_OUT: after.mean, "held_out/iqm": after.iqm})
+    plots.learning_curve(
+        run.metrics(),
+        run.path / CURVE,
+        f"{arguments.env_id}, {setup.configuration}, lr {setup.rate.value:.3g}",
+        {RETURN: "training return", HELD_OUT: "held-out return"},
+        "environment step",
+    )
+    if not worse:
+        metric = {"name": "held-out return", "before": before["mean"], "after": after.mean}
+        lr_record(arguments, setup, metric).save(run.path)
     run.finish(
         {
             "diverged": worse,
@@ -213,16 +223,6 @@ def train(arguments: PPOArguments, adapter_arguments: AdapterArguments, given: d
             "env_steps_per_second": (model.num_timesteps - first_step) / seconds,
         }
     )
-    plots.learning_curve(
-        run.metrics(),
-        run.path / CURVE,
-        f"{arguments.env_id}, {setup.configuration}, lr {setup.rate.value:.3g}",
-        {RETURN: "training return", HELD_OUT: "held-out return"},
-        "environment step",
-    )
-    if not worse:
-        metric = {"name": "held-out return", "before": before["mean"], "after": after.mean}
-        lr_record(arguments, setup, metric).save(run.path)
     _report(console, run, before, after, setup, seconds, worse)
     return run
 

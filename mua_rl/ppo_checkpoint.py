@@ -8,6 +8,7 @@ resumed run equals the unbroken one bit by bit on the CPU, provided that the env
 
 import json
 import os
+import pickle
 import random
 import shutil
 from collections import deque
@@ -25,6 +26,8 @@ from mua_rl.ppo_evaluation import TRAINING_SEEDS
 from mua_rl.ppo_trainer import PPO
 
 PREFIX = "checkpoint-"  # as `RunFolder.last_checkpoint` looks for them
+SCRATCH = ".checkpoint"
+"""Where a checkpoint is written, before it gets its name; what a kill or a full disk left there is removed first."""
 
 
 class Checkpoints(BaseCallback):
@@ -59,7 +62,7 @@ def save_checkpoint(model: PPO, folder: Path) -> None:
 
     `policy.zip` in it is the merged policy, for plain SB3.
     """
-    scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
+    scratch = folder.with_name(SCRATCH)
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     model.save(scratch / "policy.zip")
@@ -95,8 +98,11 @@ def load_checkpoint(model: PPO, folder: Path) -> None:
         state = torch.load(folder / "training_state.pt", map_location=model.device, weights_only=False)
         model.learner.load_state_dict(state["learner"])
         model.learner.optimizer.load_state_dict(state["optimizer"])
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"the checkpoint {folder} cannot be resumed from: {one_line(error)}") from None
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"the checkpoint {folder} cannot be resumed from ({one_line(error)}): delete it, and --resume goes on from "
+            "the one before it."
+        ) from None
     model.merge()
     model.num_timesteps = state["num_timesteps"]
     model._n_updates = state["n_updates"]
@@ -132,8 +138,9 @@ def _moments(statistics: VecNormalize) -> list[RunningMeanStd]:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in `folder`, the oldest first."""
-    return sorted(folder.glob(f"{PREFIX}*"), key=lambda path: int(path.name.removeprefix(PREFIX)))
+    """Checkpoints in `folder`, the oldest first; a copy that somebody has put aside, `checkpoint-9-best`, is none."""
+    found = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
 
 def _random_states() -> dict[str, Any]:

@@ -6,8 +6,9 @@ versions.json     package versions, git commit, command line, machine
 metrics.jsonl     one line a step: reward, loss, gradient norm, learning rate read back from the optimizer, …
 checkpoint-N/     where `--resume` goes on
 adapter/, model/  what was trained: a PEFT adapter (LoRA), or all weights (full finetuning)
-result.json       accuracy or return before and after, time, whether the run diverged
-lr_record.json    the LR record; written last, and never by a run that diverged
+result.json       accuracy or return before and after, time, whether the run diverged; written last: with it the run has
+                  ended, and until then `--resume` goes on
+lr_record.json    the LR record, never of a run that diverged
 curve.png         the learning curve
 wandb_id          the run at Weights & Biases, where it reports there
 """
