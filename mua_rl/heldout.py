@@ -16,7 +16,8 @@ from mua_rl.processes import gathered
 
 @dataclass(frozen=True)
 class HeldOutResult:
-    """Answers to the held-out problems, in order, with the score of each (1.0 right, 0.0 wrong).
+    """Answers to the held-out problems, in order, with the score of each (1.0 right, 0.0 wrong; a task of one's own may
+    have others).
 
     `strict_scores` are those of the task's stricter verifier, where it has one: what only the other accepts may be
     reward hacking.
@@ -28,13 +29,14 @@ class HeldOutResult:
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers."""
+        """Share of right answers, or the mean score."""
         return sum(self.scores) / len(self.scores)
 
     @property
     def standard_error(self) -> float:
         """Standard error of the accuracy over problems."""
-        return (self.accuracy * (1 - self.accuracy) / len(self.scores)) ** 0.5
+        mean = self.accuracy
+        return sum((score - mean) ** 2 for score in self.scores) ** 0.5 / len(self.scores)
 
     def metrics(self) -> dict[str, float]:
         """What goes into a run's metrics."""

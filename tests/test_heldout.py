@@ -14,7 +14,7 @@ from mua_rl.arms.grpo import SideBySide
 from mua_rl.coordinate_check import sample_group
 from mua_rl.envs.tasks import Task, get_task
 from mua_rl.evaluation import Settings, evaluate
-from mua_rl.heldout import complete, end_ids, generate, held_out, prompt_ids, score
+from mua_rl.heldout import HeldOutResult, complete, end_ids, generate, held_out, prompt_ids, score
 from mua_rl.movement import probe_batch
 from mua_rl.run import RunFolder
 
@@ -97,6 +97,14 @@ def test_a_reward_gets_messages_for_chat_prompts_held_out_as_in_training(tmp_pat
     engine = SimpleNamespace(conversational=True, answer=lambda prompts, samples, seed: [["3", "4"]] * len(prompts))
     settings = Settings("model", None, "three", samples=2, temperature=1.0, max_tokens=8, engine="toy", seed=0)
     assert evaluate(task, engine, settings, tmp_path / "e").shares == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("scores", "error"), [([1.0, 0.0, 0.0, 0.0], (0.25 * 0.75 / 4) ** 0.5), ([1.0, -1.0], 0.5**0.5), ([-1.0] * 3, 0.0)]
+)
+def test_the_standard_error_is_that_of_the_mean_whatever_a_tasks_scores_are(scores, error):
+    """Scores of -1 and 1 made it a complex number, at the end of a run, whose result was lost."""
+    assert HeldOutResult([""] * len(scores), scores).standard_error == pytest.approx(error)
 
 
 def test_a_single_run_asks_its_held_out_problems_as_a_sweep_does(tmp_path, monkeypatch):
