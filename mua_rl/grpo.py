@@ -4,6 +4,7 @@ Without flags it trains the embedded character-level model on the embedded arith
 on two CPU cores. The learning rate comes from an LR record; see `--lr-from`.
 """
 
+import heapq
 import logging
 import math
 import os
@@ -145,7 +146,8 @@ def prepare(arguments: GRPOArguments, adapter_arguments: AdapterArguments) -> Se
     if arguments.reward_weights is None and task.reward_weights is not None:
         arguments.reward_weights = list(task.reward_weights)
     if arguments.use_vllm:
-        shares = plan_engine(arguments, policy, adapter.rank, _longest_prompt(tokenizer, rows[0], arguments.template))
+        longest, is_all = _longest_prompt(tokenizer, rows[0], arguments.template)
+        shares = plan_engine(arguments, policy, adapter.rank, longest, is_all)
         if shares is not None and processes.is_main():
             print(f"mua_rl: GPU memory as planned: {shares}")
     return Setup(task, adapter, tokenizer, base, policy, configuration, widths, rate, *rows)
@@ -392,11 +394,12 @@ def check_vocabulary(
 
 def _longest_prompt(
     tokenizer: PreTrainedTokenizerBase, rows: Dataset, template: dict, most: int = 20_000
-) -> int | None:
-    """Tokens of the longest prompt, or `None` where there are more rows than `most`."""
-    if len(rows) > most:
-        return None
-    return max(map(len, prompt_ids(tokenizer, rows["prompt"], **template)))
+) -> tuple[int, bool]:
+    """Tokens of the longest prompt, and whether all were counted: of more rows than `most`, those of most text are."""
+    prompts, is_all = rows["prompt"], len(rows) <= most
+    if not is_all:
+        prompts = heapq.nlargest(most, prompts, key=lambda prompt: len(str(prompt)))
+    return max(map(len, prompt_ids(tokenizer, prompts, **template))), is_all
 
 
 def _check_layout(checkpoint: Path | None) -> None:

@@ -63,7 +63,9 @@ def generation_class(rank: int | None, sync: str) -> type[VLLMGeneration]:
     return FullRollouts if rank is None else AdapterRollouts
 
 
-def plan_engine(arguments: Any, policy: nn.Module, rank: int | None, prompt_tokens: int | None) -> Plan | None:
+def plan_engine(
+    arguments: Any, policy: nn.Module, rank: int | None, prompt_tokens: int, is_longest: bool = True
+) -> Plan | None:
     """Fill in what the arguments leave open about the engine, and refuse what cannot work, before anything is written.
 
     Args:
@@ -71,7 +73,8 @@ def plan_engine(arguments: Any, policy: nn.Module, rank: int | None, prompt_toke
             `None`, and the passes of a step where they are open, on a GPU as wide as it allows.
         policy: The model with its adapter attached.
         rank: `Adapter.rank`.
-        prompt_tokens: Of the longest prompt, or `None` where that is not known.
+        prompt_tokens: Of the longest prompt.
+        is_longest: Whether certainly none is longer, so that the engine need not take a longer one.
 
     Returns:
         The shares of the GPU; `None` where the user has set the engine's, or there is no GPU to share.
@@ -88,8 +91,8 @@ def plan_engine(arguments: Any, policy: nn.Module, rank: int | None, prompt_toke
             "adapter works there. Drop --use_vllm."
         )
     longest = int(policy.config.get_text_config().max_position_embeddings)  # type: ignore[operator,union-attr]
-    length = longest if prompt_tokens is None else min(longest, prompt_tokens + arguments.max_completion_length)
-    if arguments.vllm_max_model_length is None and prompt_tokens is not None:
+    length = min(longest, prompt_tokens + arguments.max_completion_length)
+    if arguments.vllm_max_model_length is None and is_longest:
         arguments.vllm_max_model_length = min(longest, length + _SPARE_TOKENS)
     colocated, given = arguments.vllm_mode == "colocate", arguments.vllm_gpu_memory_utilization
     if given is None and not (colocated and torch.cuda.is_available()):

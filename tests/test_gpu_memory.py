@@ -6,8 +6,10 @@ import pytest
 
 from mua_rl import grpo, models
 from mua_rl.adapter import Full, LoRA
+from mua_rl.envs.tasks import get_task
 from mua_rl.errors import UserError
 from mua_rl.gpu_memory import GIB, PolicySize, plan
+from mua_rl.heldout import prompt_ids
 from mua_rl.rollouts import plan_engine
 
 # Llama-3.1-8B with LoRA of rank 32 on the MLP projections, base in bf16.
@@ -83,6 +85,20 @@ def test_a_step_is_one_pass_where_the_gpu_has_room_and_the_same_step_either_way(
     assert arguments.per_device_train_batch_size * arguments.steps_per_generation == before == 256
     assert arguments.vllm_gpu_memory_utilization == shares.utilization < 0.2
     assert arguments.vllm_max_model_length == 20 + 32 + 32
+
+
+def test_a_task_of_many_rows_is_planned_by_its_prompts_not_by_the_longest_that_the_model_takes(gpu):
+    make, arguments = gpu
+    make(80)
+    tokenizer, rows = models.load_tokenizer("embedded"), get_task("arithmetic").train(False)
+    longest = max(len(ids) for ids in prompt_ids(tokenizer, rows["prompt"]))
+    assert grpo._longest_prompt(tokenizer, rows, {}) == (longest, True)
+    assert grpo._longest_prompt(tokenizer, rows, {}, most=10) == (longest, False)
+    policy = LoRA(8).attach(models.load_model("embedded"))
+    policy.config.max_position_embeddings = 131072
+    assert plan_engine(arguments, policy, 8, longest, is_longest=False).roomy
+    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (256, 1)
+    assert arguments.vllm_max_model_length is None
 
 
 @pytest.mark.parametrize(
