@@ -250,7 +250,7 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
     after = measure()
     trainer.save_model(str(run.path / setup.adapter.saved_as), _internal_call=True)  # as yet without a push
     if processes.is_main():
-        close(run, setup, arguments, start.accuracy, after, seconds, trainer.state.global_step)
+        close(run, setup, arguments, start, after, seconds, trainer.state.global_step)
     if arguments.push_to_hub:
         hub.push(trainer, run.path)
     return run
@@ -260,7 +260,7 @@ def close(
     run: RunFolder,
     setup: Setup,
     arguments: GRPOArguments,
-    before: float,
+    start: Start,
     after: HeldOutResult,
     seconds: float,
     steps: int,
@@ -270,6 +270,7 @@ def close(
     Raises:
         UserError: No reward gave a score in the whole run.
     """
+    before = start.accuracy
     run.log(steps, after.metrics())
     scored = is_scored([line["reward"] for line in run.metrics() if "reward" in line])
     worse = after.accuracy + 2 * after.standard_error < before
@@ -282,6 +283,7 @@ def close(
         "learning_rate": setup.rate.value,
         "reason": setup.rate.reason,
         "seconds": seconds,
+        "seconds_per_step": seconds / max(1, steps - start.step),
         "steps": steps,
     }
     if not scored:

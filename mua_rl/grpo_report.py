@@ -36,7 +36,7 @@ def report(run: RunFolder, rate: LearningRate) -> None:
     rows.add_row("held-out accuracy after", after, style="bold")
     rows.add_row("training reward, first tenth → last", f"{_mean(rewards[:tenth]):.3f} → {_mean(rewards[-tenth:]):.3f}")
     rows.add_row("learning rate", f"{rate.value:.4g}")
-    rows.add_row("training time", f"{result['seconds']:.0f} s, {result['seconds'] / max(1, len(rewards)):.2f} s a step")
+    rows.add_row("training time", f"{result['seconds']:.0f} s, {result['seconds_per_step']:.2f} s a step")
     rows.add_row("run folder", str(run.path))
     Console().print(rows)
     if result["diverged"]:

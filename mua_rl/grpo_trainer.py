@@ -149,17 +149,19 @@ class Start(TrainerCallback):
     Attributes:
         accuracy: What it gave.
         time: When training began, by `time.perf_counter`.
+        step: After which step: 0, or that of the checkpoint.
     """
 
     def __init__(self, measure: Callable[[], float]) -> None:
         self.measure = measure
         self.accuracy = math.nan
         self.time = math.nan
+        self.step = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Measure."""
         self.accuracy = self.measure()
-        self.time = time.perf_counter()
+        self.time, self.step = time.perf_counter(), state.global_step
 
 
 class ProgressBar(ProgressCallback):

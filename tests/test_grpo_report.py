@@ -1,0 +1,23 @@
+"""What a GRPO run says at its end."""
+
+import shutil
+
+import pytest
+
+from mua_rl import grpo
+
+SMALL = ["--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1", "--report_to", "none"]
+SMALL += ["--held_out_problems", "8", "--max_completion_length", "6", "--rank", "4", "--lr", "1e-9"]
+
+
+def test_the_time_of_a_step_counts_all_steps_since_training_began_logged_or_not(tmp_path, capsys):
+    flags = ["--max_steps", "4", "--save_steps", "2", "--logging_steps", "2", "--output_dir", str(tmp_path / "run")]
+    run = grpo.train(*grpo.parse([*SMALL, *flags]))
+    first = run.result()
+    assert first["seconds_per_step"] == pytest.approx(first["seconds"] / 4)
+    assert f"{first['seconds_per_step']:.2f} s a step" in capsys.readouterr().out
+    (run.path / "result.json").unlink()
+    shutil.rmtree(run.path / "checkpoint-4")
+    resumed = grpo.train(*grpo.parse(["--resume", str(run.path)])).result()
+    assert resumed["steps"] == 4
+    assert resumed["seconds_per_step"] == pytest.approx(resumed["seconds"] / 2)
