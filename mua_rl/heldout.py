@@ -34,9 +34,13 @@ class HeldOutResult:
 
     @property
     def standard_error(self) -> float:
-        """Standard error of the accuracy over problems."""
-        mean = self.accuracy
-        return sum((score - mean) ** 2 for score in self.scores) ** 0.5 / len(self.scores)
+        """Standard error of the accuracy over problems, as if two more had been right and two wrong (Agresti, Coull).
+
+        Otherwise sixteen wrong answers to sixteen problems would be known without any error.
+        """
+        scores = [*self.scores, *2 * [min(0.0, *self.scores), max(1.0, *self.scores)]]
+        mean = sum(scores) / len(scores)
+        return sum((score - mean) ** 2 for score in scores) ** 0.5 / len(scores)
 
     def metrics(self) -> dict[str, float]:
         """What goes into a run's metrics."""

@@ -100,11 +100,22 @@ def test_a_reward_gets_messages_for_chat_prompts_held_out_as_in_training(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("scores", "error"), [([1.0, 0.0, 0.0, 0.0], (0.25 * 0.75 / 4) ** 0.5), ([1.0, -1.0], 0.5**0.5), ([-1.0] * 3, 0.0)]
+    ("scores", "error"),
+    [
+        ([1.0, 0.0, 0.0, 0.0], (3 / 8 * 5 / 8 / 8) ** 0.5),
+        ([0.0] * 512, (2 / 516 * 514 / 516 / 516) ** 0.5),
+        ([1.0, -1.0], (1 / 6) ** 0.5),
+    ],
 )
-def test_the_standard_error_is_that_of_the_mean_whatever_a_tasks_scores_are(scores, error):
+def test_the_standard_error_is_that_of_two_more_right_and_two_more_wrong(scores, error):
     """Scores of -1 and 1 made it a complex number, at the end of a run, whose result was lost."""
-    assert HeldOutResult([""] * len(scores), scores).standard_error == pytest.approx(error)
+    assert HeldOutResult([""] * len(scores), scores).standard_error == pytest.approx(error, rel=1e-3)
+
+
+def test_few_problems_do_not_prove_that_a_policy_got_worse_but_many_do():
+    for count, is_proof in [(16, False), (512, True)]:
+        after = HeldOutResult([""] * count, [0.0] * count)
+        assert (after.accuracy + 2 * after.standard_error < 1 / 16) == is_proof
 
 
 def test_a_single_run_asks_its_held_out_problems_as_a_sweep_does(tmp_path, monkeypatch):
