@@ -73,6 +73,13 @@ class GRPOTrainer(CorrectedGRPOTrainer):
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing where a resumed run has taken all of its steps already: transformers would take one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """As the Trainer's, without the second copy that FSDP2 makes of a tied weight."""
         if state_dict is not None:
