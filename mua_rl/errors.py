@@ -10,6 +10,8 @@ from typing import NoReturn
 INTERRUPTED = 130
 """The exit code of a command that was interrupted from the keyboard, as shells have it."""
 _MAIN_FIRST = 10.0  # seconds
+_DISK = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "have it made writable"}
+"""What helps where a disk is full, a quota is used up, or a file system can only be read."""
 
 
 class UserError(ValueError):
@@ -29,7 +31,7 @@ def one_line(error: object, most: int = 400) -> str:
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run `main`; print a `UserError` as one line on stderr and exit with code 2, a `Diverged` likewise with code 3.
 
-    A full disk is the user's too: whatever writes says so in an exception of its own kind.
+    A disk that takes no more is the user's too: whatever writes says so in an exception of its own kind.
     """
     try:
         main()
@@ -40,10 +42,11 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _leave("mua_rl: interrupted.", INTERRUPTED)
     except Exception as error:
-        if os.strerror(errno.ENOSPC) not in str(error):
+        cure = next((cure for number, cure in _DISK.items() if os.strerror(number) in str(error)), None)
+        if cure is None:
             raise
-        cure = "make room, and go on with --resume where there are checkpoints, else by the same command"
-        _leave(f"mua_rl: error: {one_line(error)}: {cure}.", 2)
+        onward = "go on with --resume where a run has begun, else by the same command"
+        _leave(f"mua_rl: error: {one_line(error)}: {cure}, and {onward}.", 2)
 
 
 def _leave(message: str, code: int) -> NoReturn:

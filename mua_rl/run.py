@@ -21,7 +21,7 @@ import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -32,7 +32,12 @@ from mua_rl.record import package_versions
 CONFIG, VERSIONS, METRICS, RESULT, CURVE = "config.yaml", "versions.json", "metrics.jsonl", "result.json", "curve.png"
 RATE, WANDB_ID = "rate.json", "wandb_id"
 ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
+LOCK = ".lock"
 PATHS = ("model", "tokenizer_name", "base", "vec_normalize", "lr_from", "start_from")
+
+
+_locks: dict[Path, IO] = {}
+"""Of the run folders that this process works in, for as long as it lives."""
 
 
 class RunFolder:
@@ -68,7 +73,7 @@ class RunFolder:
             raise UserError(f"the run folder {folder} cannot be made: {error.strerror}.") from None
         run = cls(folder)
         if any(folder.iterdir()):
-            broken_off = run.last_checkpoint() is not None and run.result() is None
+            broken_off = (folder / RATE).exists() and run.result() is None  # a script without --resume writes none
             onward = f", or go on with --resume {folder}" * broken_off
             raise UserError(f"{folder} is not empty: choose another --output_dir{onward}.")
         return run
@@ -110,6 +115,31 @@ class RunFolder:
             "processes": processes.count(),
         }
         (self.path / VERSIONS).write_text(json.dumps(versions, indent=2) + "\n")
+
+    def lock(self) -> None:
+        """Keep other processes out until this one ends, however it does: the kernel takes the lock back.
+
+        Raises:
+            UserError: Another process works in the folder, or it cannot be written to.
+        """
+        if (path := self.path.resolve()) in _locks:
+            return
+        try:
+            file = open(path / LOCK, "a")  # noqa: SIM115  # closed with the process
+        except OSError as error:
+            raise UserError(f"the run folder {self.path} cannot be written to: {error.strerror}.") from None
+        try:
+            import fcntl  # here, since Windows has none
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise UserError(
+                f"another process is at work in {self.path}: wait for it, or end it, before you --resume."
+            ) from None
+        except (ImportError, OSError):  # a file system without locks
+            pass
+        _locks[path] = file
 
     def settings(self) -> dict[str, Any]:
         """What the run was asked."""
@@ -153,8 +183,11 @@ class RunFolder:
         os.replace(scratch, self.path / METRICS)
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Write the result."""
+        """Write the result and let go of the folder."""
         (self.path / RESULT).write_text(json.dumps(result, indent=2) + "\n")
+        if (file := _locks.pop(self.path.resolve(), None)) is not None:
+            (self.path / LOCK).unlink(missing_ok=True)
+            file.close()
 
     def result(self) -> dict[str, Any] | None:
         """The result, or `None` where the run has not ended."""
@@ -172,12 +205,17 @@ def open_run(
         name: Algorithm, task and rank; what a file name cannot hold is replaced.
         settings: What was given. Paths in it are kept whole, so that the run resumes from any folder.
         rate: The learning rate, which a new run writes down.
+
+    Raises:
+        UserError: As `RunFolder.create`, `open`, `start` and `lock`.
     """
     if resume is None:
         run = RunFolder.create(output_dir, re.sub(r"[^\w.-]+", "-", name))
         run.start({**with_whole_paths(settings), "output_dir": str(run.path.resolve())}, rate)
+        run.lock()
         return run, None
     run = RunFolder.open(resume)
+    run.lock()
     checkpoint = run.last_checkpoint()
     run.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
     print(f"resuming {run.path} from {checkpoint.name if checkpoint else 'the start: it has no checkpoint yet'}")

@@ -15,6 +15,8 @@ from mua_rl.errors import Diverged, UserError, exit_on_user_error
         (Diverged("at step 7"), 3),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2),
         (RuntimeError("serializing: No space left on device (os error 28)"), 2),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), 2),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), 2),
     ],
 )
 def test_known_failures_are_one_line_and_an_exit_code(error, code, capsys):
