@@ -146,11 +146,8 @@ class GRPOArguments(GRPOConfig):
         if precision := {"dtype", "torch_dtype"} & self.load_options.keys():
             raise UserError(f"--model_init_kwargs takes no {precision.pop()}: give --dtype.")
         self._n_gpu = min(self.n_gpu, 1)  # a process is for one GPU: no torch.nn.DataParallel over all that it sees
-        if self.save_steps >= 1:  # a resumed run draws a batch, so that a checkpoint belongs where one has been used up
-            assert self.steps_per_generation and self.gradient_accumulation_steps
-            passes = self.gradient_accumulation_steps
-            each = math.lcm(self.steps_per_generation * self.num_iterations, passes) // passes
-            self.save_steps = each * math.ceil(self.save_steps / each)
+        if self.save_steps >= 1:  # else `complete` knows of how many steps they are a share
+            self.set_save_steps()
 
     def _check_numbers(self) -> None:
         """Refuse what TRL and transformers would take silently, or stumble over when the run has begun.
@@ -216,6 +213,15 @@ class GRPOArguments(GRPOConfig):
             passes = each // micro
         self.per_device_train_batch_size, self.gradient_accumulation_steps = micro, passes
 
+    def set_save_steps(self) -> None:
+        """A resumed run draws a batch of completions, so that a checkpoint belongs where one has been used up."""
+        assert self.steps_per_generation and self.gradient_accumulation_steps
+        passes = self.gradient_accumulation_steps
+        each = math.lcm(self.steps_per_generation * self.num_iterations, passes) // passes
+        steps = self.save_steps if self.save_steps >= 1 else self.save_steps * self.max_steps
+        if steps > 0:  # else a share of a run whose steps are not known before it begins, or none at all
+            self.save_steps = each * math.ceil(steps / each)
+
     @property
     def optimizer_steps_per_batch(self) -> int:
         """Optimizer steps that a batch of completions is used for; 1 also where a step takes several batches."""
@@ -274,6 +280,7 @@ def complete(arguments: GRPOArguments, adapter_arguments: AdapterArguments, give
             del given[name]  # the settings are those of a run that leaves it out
     if "num_train_epochs" in given and "max_steps" not in given:
         arguments.max_steps = -1
+    arguments.set_save_steps()
 
 
 def _inherit(arguments: GRPOArguments, earlier: RunFolder, given: dict) -> None:

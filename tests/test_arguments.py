@@ -139,7 +139,10 @@ def test_epochs_that_are_given_are_trained_for_unless_steps_are(flags, steps, tm
         (["--steps_per_generation", "8", "--save_steps", "5"], 6),
         (["--steps_per_generation", "6", "--save_steps", "4"], 6),
         (["--steps_per_generation", "2"], 50),
-        (["--save_steps", "0.5", "--num_iterations", "3"], 0.5),
+        (["--save_steps", "0.5", "--num_iterations", "3"], 150),
+        (["--save_steps", "0.25", "--max_steps", "10", "--num_iterations", "3"], 3),
+        (["--save_steps", "0.25", "--max_steps", "10"], 3),
+        (["--save_steps", "0.25", "--num_train_epochs", "2", "--num_iterations", "3"], 0.25),
     ],
 )
 def test_a_checkpoint_is_written_where_a_batch_of_completions_has_been_used_up(flags, every):
