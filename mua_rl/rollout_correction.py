@@ -175,8 +175,8 @@ class CorrectedGRPOTrainer(trl.GRPOTrainer):
             )
             inputs["importance_sampling_ratio"] = ratio
             self._watch(logps, engine, mask)
-            dropped = (ratio == 0).float().mean().item()
-            self._metrics[self._mode]["rollout/dropped"].append(dropped)
+            dropped = ((ratio == 0) * mask).sum() / mask.sum().clamp(min=1)
+            self._metrics[self._mode]["rollout/dropped"].append(dropped.item())
         return result
 
     def _watch(self, trainer: torch.Tensor, engine: torch.Tensor, mask: torch.Tensor) -> None:

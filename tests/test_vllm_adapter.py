@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,22 @@ def test_the_bounds_of_the_ratio_mask_on_either_side():
     trainer, zeros, ones = torch.log(torch.tensor([[0.1], [1.0], [9.0]])), torch.zeros(3, 1), torch.ones(3, 1)
     ratio = importance_ratio(trainer, zeros, ones, "sequence_mask", 0.5, 3.0)
     torch.testing.assert_close(ratio, torch.tensor([[0.0], [1.0], [0.0]]))
+
+
+@pytest.mark.parametrize(("mode", "share"), [("token_mask", 1 / 3), ("sequence_mask", 1 / 3), ("token_truncate", 0.0)])
+def test_the_dropped_share_is_of_the_tokens_that_count(mode, share, monkeypatch):
+    """One token of three; the padding behind it had made it one of eight."""
+    trainer = object.__new__(CorrectedGRPOTrainer)
+    trainer.model, trainer._metrics, trainer._warned = torch.nn.Linear(1, 1), {"train": defaultdict(list)}, True
+    trainer.vllm_importance_sampling_mode = mode
+    trainer.vllm_importance_sampling_clip_min, trainer.vllm_importance_sampling_clip_max = None, 2.0
+    logps = torch.zeros(2, 4)
+    logps[0, 0] = 1.0
+    mask = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0]])
+    trainer._correcting = {"sampling_per_token_logps": torch.zeros(2, 4), "completion_mask": mask}
+    monkeypatch.setattr(trl.GRPOTrainer, "_get_per_token_logps_and_entropies", lambda *_: (logps, None))
+    trainer._get_per_token_logps_and_entropies(trainer.model)
+    assert trainer._metrics["train"]["rollout/dropped"] == [pytest.approx(share)]
 
 
 def test_the_command_says_how_to_go_on_when_the_engine_has_failed(monkeypatch, capsys):
