@@ -155,6 +155,21 @@ def test_a_rate_with_one_run_that_was_stopped_or_diverged_is_not_the_best(stoppe
     assert best_of({-9.0: [outcome(0.9), stopped], -10.0: [outcome(0.5)]}) == -10
 
 
+def test_one_seed_that_always_diverges_does_not_hide_an_optimum_that_the_others_have():
+    found, respond = search(range(-13, -8), seeds=(1, 2, 3)), curve_with_optimum_at(-11)
+    healthy, _ = run(found, respond)
+    outcomes, _ = run(found, lambda arm: outcome(0.1, diverged=True) if arm.seed == 2 else respond(arm))
+    assert best_of(found.points(outcomes)) == best_of(found.points(healthy))
+    assert found.verdict(outcomes) == ""
+    assert len(outcomes) <= 2 * len(healthy)
+
+
+def test_a_run_that_diverged_among_others_counts_as_the_worst_of_its_curve():
+    diverged = outcome(0.2, diverged=True)
+    assert best_of({-9.0: [outcome(0.9), outcome(0.9), diverged], -10.0: [outcome(0.8)], -11.0: [outcome(0.5)]}) == -10
+    assert best_of({-9.0: [outcome(0.9), outcome(0.9), diverged], -10.0: [outcome(0.7)], -11.0: [outcome(0.5)]}) == -9
+
+
 def test_scans_are_powers_of_two_that_halving_takes_to_the_resolution():
     assert scan_around(-11.2, known=True, resolution=1) == ((-13, -12, -11, -10, -9), 1)
     assert scan_around(-11.2, known=False, resolution=1) == ((-15, -13, -11, -9, -7), 2)

@@ -74,7 +74,7 @@ class Search:
         best = best_of(points)
         if best is None:
             return []
-        near = [lr for lr in sorted(points) if abs(lr - best) <= max(NEAR, self.resolution) and is_good(points[lr])]
+        near = [lr for lr in sorted(points) if abs(lr - best) <= max(NEAR, self.resolution) and survived(points[lr])]
         seeded = [arm for seed in self.seeds for lr in near if (arm := self.arm(lr, seed)) not in outcomes]
         return seeded or [self.arm(lr, self.seeds[0]) for lr in self._beyond_the_edge(outcomes)]
 
@@ -83,7 +83,7 @@ class Search:
         points = self.points(outcomes)
         best = best_of(points)
         if best is None:
-            return "every run diverged or was stopped"
+            return "most runs diverged or were stopped at every learning rate"
         if not has_learnt(points[best]):
             return "no run got better than the base by more than its noise"
         if len(points) > 1 and best in (min(points), max(points)):
@@ -106,9 +106,9 @@ class Search:
         if not has_learnt(
             points[best]
         ):  # too small a rate moves nothing: what may be lies above, up to where training breaks
-            if is_good(points[lrs[-1]]):
+            if survived(points[lrs[-1]]):
                 return above
-            last_good = max(lr for lr in lrs if is_good(points[lr]))
+            last_good = max(lr for lr in lrs if survived(points[lr]))
             return self._between(last_good, lrs[lrs.index(last_good) + 1])
         if best == lrs[0]:
             return below
@@ -171,10 +171,17 @@ def is_good(outcomes: Sequence[Outcome]) -> bool:
     return not any(o.diverged or o.stopped or not math.isfinite(o.metric) for o in outcomes)
 
 
+def survived(outcomes: Sequence[Outcome]) -> bool:
+    """Whether most runs at a learning rate are good: one unlucky seed does not speak against it, as in the fit."""
+    return sum(is_good([outcome]) for outcome in outcomes) > len(outcomes) / 2
+
+
 def has_learnt(outcomes: Sequence[Outcome]) -> bool:
-    """Whether the runs at a learning rate got better than the base by more than two standard errors."""
-    error = statistics.fmean(o.error if math.isfinite(o.error) else 0.0 for o in outcomes) / len(outcomes) ** 0.5
-    return statistics.fmean(o.metric - o.before for o in outcomes) > 2 * error
+    """Whether the runs at a learning rate, those left out that are not good, got better than the base by more than two
+    standard errors."""
+    good = [outcome for outcome in outcomes if is_good([outcome])]
+    error = statistics.fmean(o.error if math.isfinite(o.error) else 0.0 for o in good) / len(good) ** 0.5
+    return statistics.fmean(o.metric - o.before for o in good) > 2 * error
 
 
 def runs_of(outcomes: Mapping[Arm, Outcome], curve: tuple[int | None, str, str]) -> list[tuple[float, float, int]]:
@@ -187,9 +194,17 @@ def runs_of(outcomes: Mapping[Arm, Outcome], curve: tuple[int | None, str, str])
 
 
 def best_of(points: Points) -> float | None:
-    """log2 of the best learning rate: the highest mean metric, of equals the smallest rate; `None` if all are bad."""
-    good = {lr: statistics.fmean(o.metric for o in found) for lr, found in points.items() if is_good(found)}
-    return min(good, key=lambda lr: (-good[lr], lr)) if good else None
+    """log2 of the best learning rate: the highest mean metric, of equals the smallest rate.
+
+    Only rates that most runs survived count, and a run that did not as the worst of the curve; `None`: there is none.
+    """
+    worst = min((o.metric for found in points.values() for o in found if is_good([o])), default=math.nan)
+    means = {
+        lr: statistics.fmean(o.metric if is_good([o]) else worst for o in found)
+        for lr, found in points.items()
+        if survived(found)
+    }
+    return min(means, key=lambda lr: (-means[lr], lr)) if means else None
 
 
 RewardCurve = Sequence[tuple[int, float]]
