@@ -30,8 +30,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MUA_RL_CACHE", "~/.cache/mua_rl")).expanduser()
 
 
-def model_path(name: str) -> str:
+def model_path(name: str, marks: tuple[str, ...] = ("config.json",)) -> str:
     """The folder or hub id that `--model NAME` stands for; makes the alias `smollm2` on first use.
+
+    Args:
+        name: As given.
+        marks: Files of which a folder must have one.
 
     Raises:
         UserError: A folder that does not exist, or an alias that cannot be made here.
@@ -42,8 +46,8 @@ def model_path(name: str) -> str:
         return str(smollm2_folder())
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").exists():
-            raise UserError(f"the folder {name} holds no model: there is no config.json in it.")
+        if not any((path / mark).exists() for mark in marks):
+            raise UserError(f"the folder {name} holds no model: there is no {' or '.join(marks)} in it.")
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"there is no model folder {name}.")
@@ -73,12 +77,18 @@ def load_tokenizer(name: str, **options: object) -> PreTrainedTokenizerBase:
         options: As for `load_model`; those that do not concern a tokenizer are left out.
 
     Raises:
-        UserError: There is none.
+        UserError: There is none, or it has no end token.
     """
     sides = {"padding_side": "left", "truncation_side": "left"}
     own = {option: options[option] for option in _OF_ANY_FILE if option in options}
     with loading(f"the tokenizer of {_named(name)}"):
-        tokenizer = AutoTokenizer.from_pretrained(model_path(name), **sides, **own)
+        source = model_path(name, ("config.json", "tokenizer_config.json"))  # a tokenizer may have a folder to itself
+        tokenizer = AutoTokenizer.from_pretrained(source, **sides, **own)
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f"the tokenizer of {name} has no end token, so that no answer would end: set its eos_token, one that the "
+            "model was trained to write, and save it."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

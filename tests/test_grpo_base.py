@@ -56,6 +56,25 @@ def test_a_lora_is_not_merged_into_other_weights_than_it_was_trained_on(lora_run
     load_base(GRPOArguments(), str(lora_run))
 
 
+def test_a_tokenizer_may_have_a_folder_to_itself(tmp_path):
+    models.load_tokenizer("embedded").save_pretrained(tmp_path)
+    loaded = load_tokenizer(parsed("--tokenizer_name", tmp_path)[0])
+    assert loaded.get_vocab() == models.load_tokenizer("embedded").get_vocab()
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match=r"no config\.json or tokenizer_config\.json"):
+        load_tokenizer(parsed("--tokenizer_name", tmp_path)[0])
+
+
+def test_a_tokenizer_without_an_end_token_is_refused_before_anything_is_written(base_folder, tmp_path):
+    tokenizer = models.load_tokenizer("embedded")
+    tokenizer.eos_token = tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "endless")
+    flags = ["--model", base_folder, "--tokenizer_name", tmp_path / "endless", "--lr", 1e-4]
+    with pytest.raises(UserError, match="has no end token"):
+        grpo.train(*parsed(*flags, "--output_dir", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_that_starts_from_another_loads_its_base_as_that_one_did(lora_run):
     arguments, _, given = parsed("--start-from", lora_run)
     assert arguments.model_init_kwargs == given["model_init_kwargs"] == json.loads(EAGER)
