@@ -10,7 +10,8 @@ verdicts differ from Math-Verify's own, and why):
   be the question copied down.
 - Against any other gold, Math-Verify decides on the extracted answer alone. Tuples are ordered, sets are not; units
   and percent signs are ignored; decimals must agree to one in a million.
-- The same text, up to spaces, is equal without further question.
+- The same text, up to spaces, is equal without further question; words (`yes`, `no solution`) are compared as words,
+  up to case.
 """
 
 import math
@@ -231,14 +232,23 @@ def _quick_verdict(gold: str, answer: str) -> MathVerdict | None:
     if gold_number is not None:
         number = _stated_number(answer)
         return MathVerdict.RIGHT if number and same_number(gold_number, number) else MathVerdict.WRONG
-    return MathVerdict.RIGHT if _bare(gold) == _bare(answer) else None
+    left, right = _bare(gold), _bare(answer)
+    if left == right:
+        return MathVerdict.RIGHT
+    if _WORDS.fullmatch(left) and _WORDS.fullmatch(right):  # to Math-Verify products, so that `stop` were `post`
+        return MathVerdict.RIGHT if left.casefold() == right.casefold() else MathVerdict.WRONG
+    return None
 
 
 def _bare(text: str) -> str:
     return "".join(text.split()).strip("$.")
 
 
-_OFFERS_CHOICE = re.compile(r"[,;]|\\\\|\\(?:lor|vee|land|wedge|q?quad|pm|mp|text|mbox|mathrm)\b|\b(?:or|and)\b")
+_WORDS = re.compile(r"[A-Za-z]{3,}")
+_STATES_NO_NUMBER = re.compile(  # but a choice, or a bound: `x >= 5`, `x != 5` (where `5! = 120` states one)
+    r"[,;<>≠≤≥]|\\\\|[A-Za-z]\s*!=|\b(?:or|and)\b"
+    r"|\\(?:lor|vee|land|wedge|q?quad|pm|mp|text|mbox|mathrm|not|ne|neq|[lg]t|[lg]eq?|[lg]eqq|[lg]eqslant)(?![A-Za-z])"
+)
 _BRACKETS = (("\\{", "\\}"), ("(", ")"))
 
 
@@ -249,7 +259,7 @@ def _stated_number(answer: str) -> PlainNumber | None:
     if number is not None:
         return number
     text = answer.strip().strip("$").strip().replace("\\left", "").replace("\\right", "")
-    if _OFFERS_CHOICE.search(text):
+    if _STATES_NO_NUMBER.search(text):
         return None
     # An approximation follows the exact value, unless only a name stands before it.
     sides = re.split(r"\\approx|≈", text, maxsplit=1)

@@ -24,6 +24,8 @@ RIGHT = [
     (0.5, "\\boxed{\\frac12}"),
     ("5", "\\boxed{x = 5}"),
     ("5", "\\boxed{x = 2 + 3 = 5}"),
+    ("120", "\\boxed{5!=120}"),
+    ("no solution", "\\boxed{No solution}"),
     ("\\frac{1}{3}", "\\boxed{\\frac{1}{3} \\approx 0.33}"),
     ("5", "\\boxed{\\left(5\\right)}"),
     # MATH
@@ -51,6 +53,13 @@ WRONG = [
     ("120", "\\boxed{5!}"),
     ("5", "\\boxed{5 \\text{ or } 6}"),
     ("5", "\\boxed{4, 5}"),
+    ("5", "\\boxed{x >= 5}"),  # a bound is no value
+    ("5", "\\boxed{x<=5}"),
+    ("5", "\\boxed{x != 5}"),
+    ("5", "\\boxed{x \\ne 4 = 5}"),
+    ("5", "\\boxed{5 \\geqslant x = 5}"),
+    ("stop", "\\boxed{post}"),  # words, not products of letters
+    ("HHT", "\\boxed{THH}"),
     ("5", "\\boxed{x=4 \\text{ or } x=5}"),
     ("5", "\\boxed{x=4, x=5}"),
     ("5", "\\boxed{\\pm 5}"),
