@@ -109,6 +109,11 @@ FORMS: dict[str, tuple[dict[str, Any], str, str]] = {
         "def pair(a, b): return (b, a)",
         "def pair(a, b): return (a, b)",
     ),
+    "APPS, calls whose results are lists, one of them of one": (
+        {"tests": {"fn_name": "up_to", "inputs": [[1], [2]], "outputs": [[1], [1, 2]]}},
+        "def up_to(n): return [*range(1, n + 1)]",
+        "def up_to(n): return [*range(n)]",
+    ),
     "LiveCodeBench, calls of a method": (
         {
             "tests": [{"input": "[2, 7]\n9", "output": "[0, 1]", "testtype": "functional"}],

@@ -83,8 +83,10 @@ def _from_columns(tests: dict[str, Any], texts: dict[str, Any]) -> Row:
     if not tests.get("fn_name"):
         return Row("stdio", tuple((_text(i), _text(o)) for i, o in zip(inputs, outputs, strict=True)), **texts)
     texts["entry_point"] = texts["entry_point"] or tests["fn_name"]
-    # APPS wraps most results in a list of one.
-    return _calls([(i, o[0] if isinstance(o, list) and len(o) == 1 else o) for i, o in zip(inputs, outputs)], texts)  # noqa: B905
+    # APPS wraps the results of most rows in lists of one; where one of a row's results is none, all of them are bare.
+    if all(isinstance(output, (list, tuple)) and len(output) == 1 for output in outputs):
+        outputs = [output[0] for output in outputs]
+    return _calls(list(zip(inputs, outputs, strict=True)), texts)
 
 
 def _calls(pairs: list[Any], texts: dict[str, Any]) -> Row:
