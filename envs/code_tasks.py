@@ -19,7 +19,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from mua_rl.envs.rows import Row, column, convert_rows, keep_good_rows, read_split
+from mua_rl.envs.rows import Row, column, convert_rows, keep_good_rows, read_split, to_dataset
 from mua_rl.envs.tasks import Task, register_task
 from mua_rl.errors import UserError
 from mua_rl.rewards.code import CodeReward, grade_code
@@ -99,7 +99,7 @@ def code_dataset(rows: Sequence[Row], task: str, bad_rows: str, isolation: str) 
         # One type for the whole column, whatever the forms of the rows' tests.
         columns[name] = [value if isinstance(value, str) or value is None else json.dumps(value) for value in values]
     columns["setup"] = [_lines(row.columns.get("setup")) for row in good]
-    return Dataset.from_dict(columns)
+    return to_dataset(columns, task)
 
 
 @register_task("one-liners")

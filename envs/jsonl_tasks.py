@@ -16,7 +16,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from mua_rl.envs.rows import Row, RowFault, column, convert_rows, keep_good_rows, part_of_file, read_split
+from mua_rl.envs.rows import Row, RowFault, column, convert_rows, keep_good_rows, part_of_file, read_split, to_dataset
 from mua_rl.envs.tasks import Task, register_task
 from mua_rl.errors import UserError
 from mua_rl.rewards.math import gold_faults, math_reward, strict_math_reward
@@ -90,9 +90,13 @@ def _has_tests(path: str) -> bool:
 
 def _prompt_column(row: Row) -> Any:
     prompt = column(row, "prompt", (str, list))
-    if isinstance(prompt, list) and not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
-        raise RowFault("column 'prompt' is a list of something other than chat messages")
+    if isinstance(prompt, list) and not all(map(_is_message, prompt)):
+        raise RowFault("column 'prompt' is a list of something other than chat messages of text")
     return prompt
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
 def _math_row(row: Row) -> dict[str, Any]:
@@ -111,9 +115,8 @@ def _math_split(path: str, held_out: bool, name: str, bad_rows: str, conversatio
         name,
         bad_rows,
     )
-    return Dataset.from_dict(
-        {
-            "prompt": [as_prompt(row.columns["prompt"], conversational) for row in rows],
-            "answer": [str(row.columns["answer"]) for row in rows],
-        }
-    )
+    columns = {
+        "prompt": [as_prompt(row.columns["prompt"], conversational) for row in rows],
+        "answer": [str(row.columns["answer"]) for row in rows],
+    }
+    return to_dataset(columns, name)

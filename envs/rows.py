@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mua_rl.errors import UserError
+import pyarrow
+from datasets import Dataset
+
+from mua_rl.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +158,23 @@ def column(row: Row, name: str, kinds: type | tuple[type, ...] = str) -> Any:
         raise RowFault(f"column {name!r} has the wrong type: {type(value).__name__}")
     if not value if isinstance(value, (list, dict)) else isinstance(value, str) and not value.strip():
         raise RowFault(f"column {name!r} is empty")
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise RowFault(f"column {name!r} holds half of a character (a lone surrogate)") from None
     return value
+
+
+def to_dataset(columns: dict[str, list[Any]], task: str) -> Dataset:
+    """Columns of rows as a dataset.
+
+    Raises:
+        UserError: Values of one column, or of one key of its chat messages, are of several types.
+    """
+    try:
+        return Dataset.from_dict(columns)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{task}: rows have values of several types in one place: {one_line(error)}.") from None
 
 
 def convert_rows(rows: Sequence[Row], convert: Callable[[Row], dict[str, Any]]) -> list[Row]:
@@ -189,7 +208,7 @@ def _read_file(path: Path) -> Iterable[Row]:
             table = pyarrow.parquet.read_table(path).to_pylist()
             return [Row(columns, f"{path}:{number}") for number, columns in enumerate(table, 1)]
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")  # Windows begins files with a byte order mark
     except Exception as error:  # pyarrow has its own families of errors
         raise UserError(f"{path} cannot be read: {error}") from error
     if path.suffix == ".json":

@@ -341,3 +341,36 @@ def test_the_stricter_verifier_accepts_the_exact_form_only(tmp_path):
     completions = ["#### 5", "so 1,300", "no", "\\boxed{1} \\boxed{1300}"]
     assert task.correct(completions=completions, answer=answers) == [1.0, 1.0, 0.0, 1.0]
     assert task.strict(completions=completions, answer=answers) == [1.0, 0.0, 0.0, 0.0]
+
+
+HALF = "\ud83d"
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"prompt": f"half of an emoji: {HALF}", "answer": 1}, "half of a character"),
+        ({"prompt": [{"role": "user", "content": HALF}], "answer": 1}, "half of a character"),
+        ({"prompt": [{"role": "user", "content": 5}], "answer": 1}, "other than chat messages of text"),
+        ({"prompt": f"half of an emoji: {HALF}", "tests": "assert f() == 1"}, "half of a character"),
+    ],
+)
+def test_jsonl_rows_that_no_tokenizer_could_read_are_named_and_skipped(row, fault, tmp_path, caplog):
+    good = {**row, "prompt": "?"}
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / f"{split}.jsonl", [good, row])
+    assert len(get_task(f"jsonl:{tmp_path}").train(True)) == 1
+    assert f"train.jsonl:2: column 'prompt' {'holds ' * ('half' in fault)}" in caplog.text and fault in caplog.text
+
+
+def test_a_file_with_a_byte_order_mark_loses_no_row(tmp_path):
+    path = write_jsonl(tmp_path / "train.jsonl", [{"prompt": "1+1=", "answer": 2}])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(get_task(f"jsonl:{tmp_path}").train(False)) == 1
+
+
+def test_chat_messages_of_several_types_are_refused_in_one_line(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": "?", "name": name}], "answer": 1} for name in ("a", 1)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    with pytest.raises(UserError, match="values of several types"):
+        get_task(f"jsonl:{tmp_path}").train(True)
