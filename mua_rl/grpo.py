@@ -222,6 +222,11 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
         checkpoint = RunFolder.open(adapter_arguments.resume).last_checkpoint()
         _check_layout(checkpoint)
         _check_whole(checkpoint)
+        if checkpoint and arguments.save_only_model:
+            raise UserError(
+                f"{checkpoint} holds weights and no optimizer (--save_only_model), so that a run cannot go on from it: "
+                "start anew, without the flag."
+            )
     setup = prepare(arguments, adapter_arguments)
     name = f"grpo-{arguments.task}-r{setup.adapter.rank or 'full'}"
     if arguments.batch_is_given:

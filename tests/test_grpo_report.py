@@ -1,10 +1,11 @@
-"""What a GRPO run says at its end."""
+"""What a GRPO run says at its end, and when it shall go on."""
 
 import shutil
 
 import pytest
 
 from mua_rl import grpo
+from mua_rl.errors import UserError
 
 SMALL = ["--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1", "--report_to", "none"]
 SMALL += ["--held_out_problems", "8", "--max_completion_length", "6", "--rank", "4", "--lr", "1e-9"]
@@ -21,3 +22,14 @@ def test_the_time_of_a_step_counts_all_steps_since_training_began_logged_or_not(
     resumed = grpo.train(*grpo.parse(["--resume", str(run.path)])).result()
     assert resumed["steps"] == 4
     assert resumed["seconds_per_step"] == pytest.approx(resumed["seconds"] / 2)
+
+
+def test_a_checkpoint_without_its_optimizer_is_not_gone_on_from(tmp_path):
+    """transformers would begin with a new optimizer and the schedule's warm-up."""
+    flags = ["--max_steps", "2", "--save_steps", "1", "--save_only_model", "--output_dir", str(tmp_path / "run")]
+    run = grpo.train(*grpo.parse([*SMALL, *flags]))
+    (run.path / "result.json").unlink()
+    metrics = run.metrics()
+    with pytest.raises(UserError, match="checkpoint-2 holds weights and no optimizer"):
+        grpo.train(*grpo.parse(["--resume", str(run.path)]))
+    assert run.metrics() == metrics
