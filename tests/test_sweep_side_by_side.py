@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from mua_rl import models
 from mua_rl.arms import grpo
@@ -26,15 +26,26 @@ def conv1d_model(tmp_path):
 def test_arms_on_layers_that_cannot_be_stacked_go_singly_without_being_asked(conv1d_model):
     request = parse(["--model", conv1d_model, "--ranks", "2", "--target-modules", "c_fc"])
     facts = find_facts(request)
-    assert not facts.linear
-    assert "not all linear" in why_not(request, request.curves[0], facts.linear)
+    assert "take linear layers" in why_not(request, request.curves[0], facts.obstacle)
 
 
 def test_arms_on_linear_layers_go_side_by_side():
     request = parse(["--ranks", "2"])
     facts = find_facts(request)
-    assert facts.linear
-    assert why_not(request, request.curves[0], facts.linear) == ""
+    assert why_not(request, request.curves[0], facts.obstacle) == ""
+
+
+def test_arms_of_a_model_with_sliding_attention_or_dropout_go_singly_without_being_asked(tmp_path):
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokenizer = models.load_tokenizer("embedded")
+    sliding = Gemma2Config(vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=8, **size)
+    dropping = LlamaConfig(vocab_size=len(tokenizer), attention_dropout=0.3, **size)
+    for config, reason in [(sliding, "full attention"), (dropping, "dropout")]:
+        folder = tmp_path / config.model_type
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        request = parse(["--model", str(folder), "--ranks", "2"])
+        assert reason in why_not(request, request.curves[0], find_facts(request).obstacle)
 
 
 def test_a_hopeless_arm_is_seen_through_steps_without_a_score(tmp_path, monkeypatch):

@@ -20,7 +20,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mua_rl.arms.memory import CACHE_ALIGNED
-from mua_rl.errors import UserError
 
 ATTENTION = "mua_rl_grouped"
 _LOOK_EVERY = 4  # steps between two looks, on a GPU, at whether all rows have ended: each look waits for the GPU
@@ -50,16 +49,13 @@ class Decoder:
     """Writes completions with a model that carries the LoRAs of K arms (`LoRAStack`).
 
     Args:
-        model: A causal language model of transformers with full attention.
+        model: A causal language model of transformers that passed `mua_rl.arms.grpo_settings.check_attention`.
         end_ids: Tokens that end a completion.
         pad_id: The padding token.
         new_tokens: The most tokens of a completion.
         autocast: Makes the context of a forward pass.
         at_once: Completions of each arm that are written at once, which bounds the memory; `None`: all.
         fixed: Whether the cache has a fixed size; `None`: on a GPU it has.
-
-    Raises:
-        UserError: The model is of another kind.
     """
 
     def __init__(
@@ -72,7 +68,6 @@ class Decoder:
         at_once: int | None = None,
         fixed: bool | None = None,
     ) -> None:
-        check_attention(model)
         model.set_attn_implementation(ATTENTION)
         self.model, self.pad_id, self.new_tokens, self.autocast = model, pad_id, new_tokens, autocast
         self.at_once = at_once
@@ -250,21 +245,6 @@ def choose(logits: torch.Tensor, draws: torch.Tensor | None, temperature: float,
         at = torch.searchsorted(below, (drawn * below[:, -1]).unsqueeze(-1), right=True)
         chosen.append(at.squeeze(-1).clamp(max=logits.shape[-1] - 1))
     return torch.cat(chosen)
-
-
-def check_attention(model: PreTrainedModel) -> None:
-    """Refuse models whose attention the decoding here does not know.
-
-    Raises:
-        UserError: Attention cannot be exchanged, or is not full attention.
-    """
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or not getattr(model, "_supports_attention_backend", False):
-        raise UserError(
-            f"arms side by side take models with full attention throughout, and {type(model).__name__} is another: "
-            "run the arms singly."
-        )
 
 
 def grouped_attention(

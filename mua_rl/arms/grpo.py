@@ -27,7 +27,7 @@ from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.arms.checkpoint import Checkpoints
 from mua_rl.arms.generation import Answers, Decoder
 from mua_rl.arms.gradient import Gradient
-from mua_rl.arms.grpo_settings import check, check_dropout, device_of
+from mua_rl.arms.grpo_settings import check, check_attention, check_dropout, device_of
 from mua_rl.arms.memory import (
     TIMES_ONE_RUN,
     ArmsMemory,
@@ -100,6 +100,7 @@ class SideBySide:
         model, self.base = load_base(arguments, start_from)
         written = self._write(model) if arguments.use_vllm and not model.name_or_path else None
         self.model = model.to(self.device)  # type: ignore[arg-type]
+        check_attention(self.model)
         check_dropout(self.model, arguments.disable_dropout)
         loaded = sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
         self.conversational = is_conversational(self.tokenizer)

@@ -6,8 +6,10 @@ import torch
 from transformers import PreTrainedModel
 from trl.trainer.utils import disable_dropout_in_model
 
+from mua_rl.adapter import lora_layers
 from mua_rl.arms.arm import Arm
 from mua_rl.arms.objective import LOSS_TYPES
+from mua_rl.arms.stacked import check_linear
 from mua_rl.errors import UserError
 from mua_rl.grpo_arguments import GRPOArguments
 from mua_rl.vllm_lora import engine_rank
@@ -80,9 +82,39 @@ def check(arguments: GRPOArguments, arms: Sequence[Arm]) -> None:
         raise UserError("arms side by side need --max_steps.")
 
 
+def check_policy(policy: PreTrainedModel, arguments: GRPOArguments) -> None:
+    """Refuse a policy that arms side by side cannot train: one found out before any arm may be trained singly.
+
+    Args:
+        policy: With LoRA attached; not to be trained afterwards (`check_dropout`).
+
+    Raises:
+        UserError: A layer with LoRA is not linear, the attention is not full attention, or there is dropout.
+    """
+    for name, layer in lora_layers(policy):
+        check_linear(name, layer.get_base_layer())
+    check_attention(policy)
+    check_dropout(policy, arguments.disable_dropout)
+
+
 def device_of(arguments: GRPOArguments) -> torch.device:
     """Where arms train: the GPU where there is one, unless `--use_cpu` is given."""
     return torch.device("cuda" if torch.cuda.is_available() and not arguments.use_cpu else "cpu")
+
+
+def check_attention(model: PreTrainedModel) -> None:
+    """Refuse models whose attention `mua_rl.arms.generation` does not know.
+
+    Raises:
+        UserError: Attention cannot be exchanged, or is not full attention.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or not getattr(model, "_supports_attention_backend", False):
+        raise UserError(
+            f"arms side by side take models with full attention throughout, and {type(model).__name__} is another: "
+            "run the arms singly."
+        )
 
 
 @torch.no_grad()

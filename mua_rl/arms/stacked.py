@@ -23,6 +23,17 @@ from mua_rl.errors import UserError
 warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
 
 
+def check_linear(name: str, layer: nn.Module) -> nn.Linear:
+    """Give back a layer that is to carry LoRA.
+
+    Raises:
+        UserError: It has no stacked form.
+    """
+    if not isinstance(layer, nn.Linear):
+        raise UserError(f"arms side by side take linear layers, and {name} is none: run the arms singly.")
+    return layer
+
+
 class StackedLinear(nn.Module):
     """A frozen linear layer that adds `α_k B_k A_k x` to the rows of arm k.
 
@@ -80,9 +91,7 @@ class LoRAStack:
         self.layers: dict[str, StackedLinear] = {}
         for name, layer in list(lora_layers(wrapped)):
             base, name = layer.get_base_layer(), name.removeprefix("base_model.model.")
-            if not isinstance(base, nn.Linear):
-                raise UserError(f"arms side by side take linear layers, and {name} is none: run the arms singly.")
-            self.layers[name] = StackedLinear(base)
+            self.layers[name] = StackedLinear(check_linear(name, base))
             model.set_submodule(name, self.layers[name])
         model.requires_grad_(False)
         self.active = list(range(len(self.adapters)))

@@ -79,7 +79,7 @@ def choose_runners(
     for curve in {curve[0] is None: curve for curve in request.curves}.values():
         if mode == "off":
             continue
-        if reason := why_not(request, curve, facts.linear):
+        if reason := why_not(request, curve, facts.obstacle):
             if mode == "on":
                 raise UserError(f"--side_by_side on: {reason}")
             console.print(f"{'LoRA' if curve[0] else 'FFT'} runs go one by one: {reason}", highlight=False)

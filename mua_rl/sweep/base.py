@@ -5,10 +5,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
-
 from mua_rl import policy
-from mua_rl.adapter import lora_layers
 from mua_rl.arguments import find_record
 from mua_rl.errors import UserError
 from mua_rl.record import LRRecord
@@ -31,14 +28,14 @@ class Facts:
         source: The record that the search begins with.
         source_name: For the reader.
         known: Whether `source` is of this very base.
-        linear: Whether all layers that carry LoRA are linear ones (GRPO): arms side by side take no others.
+        obstacle: Why LoRA arms of this base cannot be trained side by side (GRPO); "" where they can.
     """
 
     template: LRRecord
     source: LRRecord
     source_name: str
     known: bool
-    linear: bool = True
+    obstacle: str = ""
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Facts":
@@ -88,13 +85,24 @@ def find_facts(request: Request) -> Facts:
 
         grpo_setup = grpo.prepare(arguments, adapter)
         base, template = grpo_setup.base, grpo.lr_record(arguments, grpo_setup, metric, arguments.max_steps)
-        linear = all(isinstance(layer.get_base_layer(), nn.Linear) for _, layer in lora_layers(grpo_setup.policy))
+        obstacle = _obstacle(grpo_setup.policy, arguments) if ranks else ""
     else:
         from mua_rl import ppo
 
         ppo_setup = ppo.set_up(arguments, adapter)
-        base, template, linear = ppo_setup.base, ppo.lr_record(arguments, ppo_setup, metric), True
+        base, template, obstacle = ppo_setup.base, ppo.lr_record(arguments, ppo_setup, metric), ""
         if (envs := ppo_setup.model.get_env()) is not None:
             envs.close()
     source, source_name = find_record(request.adapter, base, request.sweep.algo)
-    return Facts(template, source, source_name, base.is_base_of(source), linear)
+    return Facts(template, source, source_name, base.is_base_of(source), obstacle)
+
+
+def _obstacle(policy: Any, arguments: Any) -> str:
+    """See `Facts`."""
+    from mua_rl.arms.grpo_settings import check_policy
+
+    try:
+        check_policy(policy, arguments)
+    except UserError as error:
+        return str(error)
+    return ""

@@ -89,14 +89,14 @@ class Chosen:
         return self.single if self.singly[arm.rank is None] else self.together
 
 
-def why_not(request: Request, curve: tuple[int | None, str, str], linear: bool = True) -> str:
+def why_not(request: Request, curve: tuple[int | None, str, str], obstacle: str = "") -> str:
     """Why arms of a curve cannot be trained side by side; "" where they can.
 
     Args:
-        linear: `Facts.linear`.
+        obstacle: `Facts.obstacle`.
     """
-    if not linear:
-        return "the layers with LoRA are not all linear."
+    if obstacle and curve[0] is not None:
+        return obstacle
     arm = Arm(*curve, log2_lr=-10.0, seed=0)
     try:
         if request.sweep.algo == "grpo":
