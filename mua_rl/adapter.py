@@ -9,6 +9,7 @@ import copy
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,18 +124,25 @@ class LoRA:
         """See `Adapter.attach`. A and B are drawn from a generator of their own, so that `seed` alone decides them.
 
         Raises:
-            UserError: The rank exceeds a layer's size, no layer matches, or there is an adapter already.
+            UserError: The rank exceeds a layer's size, no layer matches, one is tied to another, or there is an
+                adapter already.
         """
         if any(isinstance(module, LoraLayer) for module in model.modules()):
             raise UserError(
                 "the model carries a LoRA already: merge it first (--start-from does), or go on with --resume."
             )
+        shared = _shared_weights(model)
         wrapped = _inject(model, self.peft_config(model))
         generator = torch.Generator().manual_seed(seed)
         for name, layer in lora_layers(wrapped):
             a, b = lora_matrices(layer)
+            layer_name = name.removeprefix("base_model.model.")
+            if id(getattr(layer.get_base_layer(), "weight", None)) in shared:
+                raise UserError(
+                    f"the layer {layer_name} has its weight in common with another (tied embeddings, say), so that "
+                    "its LoRA could not be merged without changing that one too: leave it out of --target-modules."
+                )
             if self.rank > min(fan_in(a), len(b)):
-                layer_name = name.removeprefix("base_model.model.")
                 raise UserError(
                     f"rank {self.rank} exceeds the size of the layer {layer_name} ({fan_in(a)} → {len(b)}): choose a "
                     "smaller --rank or other --target-modules, or full finetuning (--rank full)."
@@ -285,6 +293,12 @@ def fingerprint(model: nn.Module) -> str:
             digest.update(f"{name} {tuple(weight.shape)}".encode())
             digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    """`id`s of the parameters that several modules hold."""
+    held = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
+    return {weight for weight, modules in held.items() if modules > 1}
 
 
 def _inject(model: nn.Module, config: LoraConfig) -> PeftModel:

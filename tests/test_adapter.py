@@ -262,6 +262,13 @@ def test_a_rank_above_a_layers_size_is_refused_by_name(layer, limit):
         LoRA(limit + 1, target_modules=[layer]).attach(Zoo())
 
 
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_a_layer_whose_weight_another_shares_is_refused_for_it_could_not_be_merged(name):
+    LoRA(4, target_modules=[name]).attach(tiny_llama(tie_word_embeddings=False))
+    with pytest.raises(UserError, match=f"{name} has its weight in common with another"):
+        LoRA(4, target_modules=[name, "up_proj"]).attach(tiny_llama(tie_word_embeddings=True))
+
+
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
