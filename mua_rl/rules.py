@@ -34,7 +34,7 @@ class Scheme(StrEnum):
 
 _NUMBER = r"(?P<constant>\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)"
 _ALPHA_RULE = re.compile(
-    rf"^(?:{_NUMBER})?(?P<power>/r|/sqrt\(r\)|/√r|\*?r\^-(?P<exponent>\d+(?:\.\d*)?))?$", re.IGNORECASE
+    rf"^(?:{_NUMBER})?(?P<power>/r|/sqrt\(r\)|/√r|\*?r\^-(?P<exponent>\d+(?:\.\d*)?(?:e-?\d+)?))?$", re.IGNORECASE
 )
 
 
@@ -57,8 +57,8 @@ class AlphaRule:
         return self.constant * rank**-self.gamma
 
     def __str__(self) -> str:
-        power = {0.0: "", 0.5: "/sqrt(r)", 1.0: "/r"}.get(self.gamma, f"*r^-{self.gamma:g}")
-        return f"{self.constant:g}{power}"
+        constant, exponent = (repr(float(value)).removesuffix(".0") for value in (self.constant, self.gamma))
+        return constant + {0.0: "", 0.5: "/sqrt(r)", 1.0: "/r"}.get(self.gamma, f"*r^-{exponent}")
 
     @classmethod
     def parse(cls, text: str) -> "AlphaRule":

@@ -116,6 +116,10 @@ def test_what_the_theory_does_not_cover_is_refused_with_a_cure(source, target, c
         ("/√r", AlphaRule(1, 0.5)),
         ("2*r^-0.25", AlphaRule(2, 0.25)),
         ("r^-0.25", AlphaRule(1, 0.25)),
+        ("0.3333333333/r", AlphaRule(0.3333333333, 1)),  # every digit comes back, or a record is not of its own run
+        ("123456789", AlphaRule(123456789)),
+        ("2*r^-0.123456789", AlphaRule(2, 0.123456789)),
+        ("2*r^-0.00001", AlphaRule(2, 1e-5)),
     ],
 )
 def test_alpha_rules_are_read_and_written_back(text, rule):
