@@ -28,6 +28,12 @@ _CHOICES = {
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
 }
 """Words that TRL's trainer compares in the midst of a step."""
+_NOT_TAKEN = {
+    "hub_token": "would be in the run folder, which --push_to_hub makes public: set HF_TOKEN, or hf auth login",
+    "resume_from_checkpoint": "is not how a run goes on: --resume RUN takes its newest checkpoint",
+    "eval_on_start": "is not needed: held-out accuracy is measured before the first step",
+}
+"""Options of TRL and transformers that would do harm, or nothing, and why."""
 _DEFAULTS = {"model": models.EMBEDDED, "task": "arithmetic"}
 """Taken in `__post_init__`: a field's default that is given by name is more than a default to --start-from."""
 _SEEDS = 2**32  # NumPy takes no larger ones
@@ -176,16 +182,14 @@ class GRPOArguments(GRPOConfig):
                 raise UserError(f"--{name} must lie between 0 and {_SEEDS - 1}, not at {getattr(self, name)}.")
 
     def _check_words(self) -> None:
-        """Refuse words that TRL would stumble over when the run has begun, and a secret.
+        """Refuse words that TRL would stumble over when the run has begun, and options that are none of ours.
 
         Raises:
-            UserError: An option takes certain words, and this is none of them; or a token is given.
+            UserError: An option takes certain words, and this is none of them; or it is in `_NOT_TAKEN`.
         """
-        if self.hub_token is not None:
-            raise UserError(
-                "--hub_token would be written into the run folder, which --push_to_hub makes public: set HF_TOKEN, or "
-                "hf auth login."
-            )
+        for name, why in _NOT_TAKEN.items():
+            if getattr(self, name):
+                raise UserError(f"--{name} {why}.")
         for name, words in _CHOICES.items():
             if getattr(self, name) not in words:
                 named = ", ".join(word for word in words if isinstance(word, str))

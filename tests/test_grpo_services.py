@@ -70,9 +70,17 @@ def test_the_hub_is_not_asked_for_where_it_cannot_be_had(flags, tmp_path, monkey
     assert not (tmp_path / "run").exists()
 
 
-def test_a_token_is_no_flag_since_the_run_folder_is_what_is_pushed():
-    with pytest.raises(UserError, match="set HF_TOKEN"):
-        grpo.parse(["--hub_token", "hf_secret"])
+@pytest.mark.parametrize(
+    ("flags", "instead"),
+    [
+        (["--hub_token", "hf_secret"], "set HF_TOKEN"),  # the run folder is what is pushed
+        (["--resume_from_checkpoint", "runs/x/checkpoint-50"], "--resume RUN"),
+        (["--eval_on_start"], "measured before the first step"),
+    ],
+)
+def test_an_option_that_would_do_harm_or_nothing_is_refused_by_name(flags, instead):
+    with pytest.raises(UserError, match=f"^{flags[0]} .*{instead}"):
+        grpo.parse(flags)
 
 
 def test_a_hub_out_of_reach_is_one_line_before_the_first_step(made_up_hub, tmp_path, capsys):
