@@ -13,7 +13,7 @@ from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.errors import UserError
 from mua_rl.sweep import report
 from mua_rl.sweep.cheaper import small_sweeps
-from mua_rl.sweep.measured import FFT, Context, curve_name, slope, sweeps_of
+from mua_rl.sweep.measured import FFT, Context, curve_name, distance, slope, sweeps_of
 from mua_rl.sweep.movements import read_movements
 from mua_rl.sweep.regret import DividedByTen, Fixed, Unchanged, regrets
 from mua_rl.sweep.rows import COLUMNS, Row, append, read, read_all
@@ -196,6 +196,17 @@ def test_rows_of_fft_are_one_curve_whatever_their_init_says():
     (sweep,) = sweeps(rows)
     assert list(sweep.curves) == [FFT]
     assert len(sweep.fft.points) == len(rows)
+
+
+def test_two_curves_of_the_same_runs_are_not_known_to_have_the_same_optimum():
+    curves = [FFT, (8, "B", "1"), (64, "B", "1")]
+    rows = [row(Arm(*curve, lr, 0), outcome(0.9)) for curve in curves for lr in (-12.0, -11.0, -10.0, -9.0)]
+    (sweep,) = sweeps(rows)
+    for curve in curves[1:]:
+        octaves, low, high = distance(sweep.curves[curve], sweep.fft)
+        assert octaves == 0 and low < -1 and high > 1
+    _, low, high = distance(sweep.curves[8, "B", "1"], sweep.curves[64, "B", "1"])
+    assert low < -1 and high > 1
 
 
 def test_tasks_bases_and_algorithms_are_sweeps_of_their_own():

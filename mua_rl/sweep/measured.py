@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import numpy as np
@@ -152,12 +152,13 @@ def sweeps_of(
     Raises:
         UserError: No curve has an optimum.
     """
-    sweeps = []
+    sweeps: list[Sweep] = []
     for key, found in groupby(sorted(rows, key=_order), key=_key):
         curves, without = {}, {}
         for curve, of_curve in groupby(found, key=lambda row: row.arm.curve):
             try:
-                curves[curve] = _measure(curve, list(of_curve), value)
+                others = [measured for sweep in sweeps for measured in sweep.curves.values()] + [*curves.values()]
+                curves[curve] = _with_own_draws(_measure(curve, list(of_curve), value), others)
             except UserError as error:
                 without[curve] = str(error)
         sweeps.append(Sweep(*key, curves, without, contexts(key)))
@@ -198,6 +199,19 @@ def _measure(curve: Curve, rows: Sequence[Row], value: str) -> Measured:
         steps=sum(row.outcome.steps for row in rows),
         seconds=sum(row.outcome.seconds for row in rows),
     )
+
+
+def _with_own_draws(measured: Measured, others: Iterable[Measured]) -> Measured:
+    """Independent of other curves' also where one has the very same runs: all at the highest return, say.
+
+    The fit draws the same for the same runs, and a difference of two such optima would pass for exactly 0.
+    """
+    draws = measured.optimum.draws
+    twins = sum(np.array_equal(np.sort(draws), np.sort(other.optimum.draws)) for other in others)
+    if not twins:
+        return measured
+    draws = np.random.default_rng(twins).permutation(draws)
+    return replace(measured, optimum=replace(measured.optimum, draws=draws))
 
 
 def interval(draws: Array) -> tuple[float, float]:
