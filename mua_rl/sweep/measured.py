@@ -154,7 +154,8 @@ def sweeps_of(
     """
     sweeps: list[Sweep] = []
     for key, found in groupby(sorted(rows, key=_order), key=_key):
-        curves, without = {}, {}
+        curves: dict[Curve, Measured] = {}
+        without: dict[Curve, str] = {}
         for curve, of_curve in groupby(found, key=lambda row: row.arm.curve):
             try:
                 others = [measured for sweep in sweeps for measured in sweep.curves.values()] + [*curves.values()]
