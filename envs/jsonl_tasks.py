@@ -115,7 +115,7 @@ def _math_split(path: str, held_out: bool, name: str, bad_rows: str, conversatio
         name,
         bad_rows,
     )
-    columns = {
+    columns: dict[str, list[Any]] = {
         "prompt": [as_prompt(row.columns["prompt"], conversational) for row in rows],
         "answer": [str(row.columns["answer"]) for row in rows],
     }
