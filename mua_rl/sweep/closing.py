@@ -70,7 +70,7 @@ def make_record(
     warning = search.verdict(outcomes)
     if not search.has_learnt(outcomes):
         return None
-    good = {arm: o for arm, o in outcomes.items() if arm.curve == search.curve and is_good([o])}
+    good = {arm: o for arm, o in outcomes.items() if arm.curve == search.curve and is_good(o)}
     optimum = measured.optimum
     nearest = min((arm.log2_lr for arm in good), key=lambda lr: abs(lr - optimum.log2_lr))
     beside = [outcome for arm, outcome in good.items() if arm.log2_lr == nearest]

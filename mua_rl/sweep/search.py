@@ -103,13 +103,12 @@ class Search:
         below, above = self._beyond(lrs)
         if best is None:
             return below
-        if not has_learnt(
-            points[best]
-        ):  # too small a rate moves nothing: what may be lies above, up to where training breaks
+        if not has_learnt(points[best]):
+            # Too small a rate moves nothing: what may be lies above, up to where training breaks.
             if survived(points[lrs[-1]]):
                 return above
-            last_good = max(lr for lr in lrs if survived(points[lr]))
-            return self._between(last_good, lrs[lrs.index(last_good) + 1])
+            last = max(lr for lr in lrs if survived(points[lr]))
+            return self._between(last, lrs[lrs.index(last) + 1])
         if best == lrs[0]:
             return below
         if best == lrs[-1]:
@@ -166,20 +165,19 @@ def _within_bounds(lrs: Sequence[float]) -> tuple[float, ...]:
     return tuple(sorted({min(max(lr, LOWEST), HIGHEST) for lr in lrs}))
 
 
-def is_good(outcomes: Sequence[Outcome]) -> bool:
-    """Whether all runs at a learning rate went to their end and none diverged."""
-    return not any(o.diverged or o.stopped or not math.isfinite(o.metric) for o in outcomes)
+def is_good(outcome: Outcome) -> bool:
+    """Whether a run went to its end and did not diverge."""
+    return not (outcome.diverged or outcome.stopped) and math.isfinite(outcome.metric)
 
 
 def survived(outcomes: Sequence[Outcome]) -> bool:
     """Whether most runs at a learning rate are good: one unlucky seed does not speak against it, as in the fit."""
-    return sum(is_good([outcome]) for outcome in outcomes) > len(outcomes) / 2
+    return sum(map(is_good, outcomes)) > len(outcomes) / 2
 
 
 def has_learnt(outcomes: Sequence[Outcome]) -> bool:
-    """Whether the runs at a learning rate, those left out that are not good, got better than the base by more than two
-    standard errors."""
-    good = [outcome for outcome in outcomes if is_good([outcome])]
+    """Whether the good runs at a learning rate got better than the base by more than two standard errors."""
+    good = [outcome for outcome in outcomes if is_good(outcome)]
     error = statistics.fmean(o.error if math.isfinite(o.error) else 0.0 for o in good) / len(good) ** 0.5
     return statistics.fmean(o.metric - o.before for o in good) > 2 * error
 
@@ -187,7 +185,7 @@ def has_learnt(outcomes: Sequence[Outcome]) -> bool:
 def runs_of(outcomes: Mapping[Arm, Outcome], curve: tuple[int | None, str, str]) -> list[tuple[float, float, int]]:
     """The runs of a curve as `estimate_optimum` takes them; one that was stopped counts as one that diverged."""
     return sorted(
-        (arm.log2_lr, outcome.metric if is_good([outcome]) else math.nan, arm.seed)
+        (arm.log2_lr, outcome.metric if is_good(outcome) else math.nan, arm.seed)
         for arm, outcome in outcomes.items()
         if arm.curve == curve
     )
@@ -198,9 +196,9 @@ def best_of(points: Points) -> float | None:
 
     Only rates that most runs survived count, and a run that did not as the worst of the curve; `None`: there is none.
     """
-    worst = min((o.metric for found in points.values() for o in found if is_good([o])), default=math.nan)
+    worst = min((o.metric for found in points.values() for o in found if is_good(o)), default=math.nan)
     means = {
-        lr: statistics.fmean(o.metric if is_good([o]) else worst for o in found)
+        lr: statistics.fmean(o.metric if is_good(o) else worst for o in found)
         for lr, found in points.items()
         if survived(found)
     }

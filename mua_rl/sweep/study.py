@@ -202,7 +202,7 @@ class Study:
         try:
             if outcome is None:
                 self.study.tell(number, state=TrialState.FAIL)
-            elif is_good([outcome]):
+            elif is_good(outcome):
                 self.study.tell(number, outcome.metric)
             else:
                 self.study.tell(number, state=TrialState.PRUNED)
