@@ -1,6 +1,7 @@
 """Which arms of a sweep go side by side, and which singly, where that depends on the model."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPT2LMHeadModel, LlamaConfig
@@ -9,7 +10,7 @@ from mua_rl import models
 from mua_rl.arms import grpo
 from mua_rl.arms.arm import Arm
 from mua_rl.sweep.arguments import parse
-from mua_rl.sweep.base import find_facts
+from mua_rl.sweep.base import Facts, find_facts
 from mua_rl.sweep.side_by_side import SideBySide, why_not
 
 
@@ -33,6 +34,9 @@ def test_arms_on_linear_layers_go_side_by_side():
     request = parse(["--ranks", "2"])
     facts = find_facts(request)
     assert why_not(request, request.curves[0], facts.obstacle) == ""
+    begun_earlier = {**asdict(facts), "linear": True}
+    del begun_earlier["obstacle"]
+    assert Facts.from_dict(begun_earlier) == facts
 
 
 def test_arms_of_a_model_with_sliding_attention_or_dropout_go_singly_without_being_asked(tmp_path):

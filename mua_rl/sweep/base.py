@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from mua_rl import policy
@@ -39,8 +39,9 @@ class Facts:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Facts":
-        """What `asdict` of it was."""
-        return cls(**{**data, "template": LRRecord(**data["template"]), "source": LRRecord(**data["source"])})
+        """What `asdict` of it was; a study that an earlier version began may hold more, and lack what has a default."""
+        known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
+        return cls(**{**known, "template": LRRecord(**data["template"]), "source": LRRecord(**data["source"])})
 
     def record_of(self, curve: Curve) -> LRRecord:
         """The template, for a curve."""
