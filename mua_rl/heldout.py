@@ -16,11 +16,10 @@ from mua_rl.processes import gathered
 
 @dataclass(frozen=True)
 class HeldOutResult:
-    """Answers to the held-out problems, in order, with the score of each (1.0 right, 0.0 wrong; a task of one's own may
-    have others).
+    """Answers to the held-out problems, in order, with the score of each.
 
-    `strict_scores` are those of the task's stricter verifier, where it has one: what only the other accepts may be
-    reward hacking.
+    A score is 1.0 for right and 0.0 for wrong; a task of one's own may have others. `strict_scores` are those of the
+    task's stricter verifier, where it has one: what only the other accepts may be reward hacking.
     """
 
     completions: list[str]

@@ -32,10 +32,10 @@ def check(arguments: GRPOConfig) -> None:
 
 @contextmanager
 def reached() -> Iterator[None]:
-    """One clear line where the hub says no, or nothing.
+    """One clear line where the hub is asked for something and says no, or is out of reach.
 
     Raises:
-        UserError: It does.
+        UserError: It is so.
     """
     try:
         yield

@@ -315,7 +315,7 @@ def bytes_of_a_sync(trainer: Any, rank: str) -> int:
 
 
 def layout_table(out: Path) -> str:
-    """Milliseconds a step by phase and what the issue asks for, one column a run, those of one model side by side."""
+    """Milliseconds a step by phase, speed, reward and memory, one column a run, those of one model side by side."""
     tables, found = [], [json.loads(path.read_text()) for path in out.glob("layout-*.json")]
     runs = sorted(found, key=lambda r: (list(LAYOUTS).index(r["layout"]), r["weak"]))
     for model, rank in sorted({(run["model"], run["rank"]) for run in runs}):

@@ -18,7 +18,7 @@ SIZES = {
 def llama_config(
     hidden: int, intermediate: int, layers: int, heads: int, key_heads: int, vocabulary: int, **more: Any
 ) -> Any:
-    """A Llama of one of the `SIZES`."""
+    """The configuration of a Llama of the shape that `SIZES` lists."""
     return LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,

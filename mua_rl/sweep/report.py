@@ -334,11 +334,14 @@ def regret_summary(sweeps: Sequence[Sweep], rules: Sequence[Rule]) -> ReportTabl
     return ReportTable("FFT's loss at a transferred LR, of its gain", columns, lines) if lines else None
 
 
+_LOSSES = ("sweeps", "cost in steps", "median loss", "within 3 %", "within 10 %")
+
+
 def small_sweep_table(sweeps: Sequence[Sweep]) -> ReportTable | None:
     """What sweeps of fewer seeds would have done for FFT, beside sweeps of FFT itself with as many."""
     lines = []
     for algorithm in dict.fromkeys(sweep.algorithm for sweep in sweeps):
-        of_algorithm = [sweep for sweep in sweeps if sweep.algorithm == algorithm and sweep.fft]
+        of_algorithm = [sweep for sweep in sweeps if sweep.algorithm == algorithm]
         most = max((len({seed for _, _, seed in sweep.fft.points}) for sweep in of_algorithm if sweep.fft), default=0)
         for seeds in [2**k for k in range(most.bit_length()) if 2**k < most]:
             found = [small for sweep in of_algorithm for small in small_sweeps(sweep, seeds)]
@@ -349,9 +352,6 @@ def small_sweep_table(sweeps: Sequence[Sweep]) -> ReportTable | None:
     columns = ["sweep", *(f"{of}: {what}" for of in ("LoRA", "FFT") for what in _LOSSES)]
     title = "FFT's loss at the LR that a sweep of fewer seeds gives, by mua_rl's rule; cost against FFT's whole sweep"
     return ReportTable(title, columns, lines) if lines else None
-
-
-_LOSSES = ("sweeps", "cost in steps", "median loss", "within 3 %", "within 10 %")
 
 
 def _loss_cells(found: Sequence[SmallSweep]) -> list[str]:

@@ -83,7 +83,7 @@ def _from_columns(tests: dict[str, Any], texts: dict[str, Any]) -> Row:
     if not tests.get("fn_name"):
         return Row("stdio", tuple((_text(i), _text(o)) for i, o in zip(inputs, outputs, strict=True)), **texts)
     texts["entry_point"] = texts["entry_point"] or tests["fn_name"]
-    # APPS wraps the results of most rows in lists of one; where one of a row's results is none, all of them are bare.
+    # APPS wraps the results of most rows in lists of one; where one is no such list, all of the row's are bare.
     if all(isinstance(output, (list, tuple)) and len(output) == 1 for output in outputs):
         outputs = [output[0] for output in outputs]
     return _calls(list(zip(inputs, outputs, strict=True)), texts)
