@@ -1,0 +1,85 @@
+"""What full finetuning loses at a transferred learning rate, and what finding it cost."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from known_sweeps import SCHEMES, SIZES, outcome, row, sweep_rows, sweeps
+
+from mua_rl.arms.arm import Arm, Outcome
+from mua_rl.sweep.cheaper import small_sweeps
+from mua_rl.sweep.measured import FFT, curve_name, sweeps_of
+from mua_rl.sweep.regret import DividedByTen, Fixed, regrets
+from mua_rl.sweep.transfer import BareRule, RankCorrected
+
+
+def test_regret_is_the_share_of_ffts_gain_that_is_lost_at_the_transferred_rate(quarter):
+    found = {regret.source.curve[0]: regret for regret in regrets(quarter, BareRule())}
+    assert set(found) == {4, 16, 64}
+    off = 0.25 * math.log2(256 / 4)
+    assert found[4].share == pytest.approx(1 - math.exp(-((off / 2.2) ** 2)), abs=0.07)
+    assert not found[4].within_noise
+    assert all(regret.share < 0.02 for regret in regrets(quarter, RankCorrected(0.25)))
+    assert all(regret.share >= 0 for rule in (BareRule(), DividedByTen(), Fixed()) for regret in regrets(quarter, rule))
+
+
+def test_the_cost_of_tuning_is_a_share_of_ffts_sweep(quarter):
+    regret = regrets(quarter, BareRule())[0]
+    fft = quarter[0].fft
+    assert regret.steps == pytest.approx(regret.source.steps / fft.steps)
+    assert 0.2 < regret.seconds < 0.35  # a quarter of the seconds a run
+    (fixed,) = regrets(quarter, Fixed())
+    assert (fixed.steps, fixed.seconds, fixed.source) == (0, 0, None)
+
+
+def test_sweeps_of_fewer_seeds_are_dealt_from_a_larger_one_and_cost_their_share():
+    (whole,) = sweeps_of(sweep_rows(exponent=0.5, seeds=4, noise=0.02), contexts=lambda key: SIZES)
+    pairs = small_sweeps(whole, 2)
+    assert sorted(curve_name(small.source.curve) for small in pairs) == sorted(
+        2 * ["FFT", "Init[B] α=1 r=4", "Init[B] α=1 r=16", "Init[B] α=1 r=64"]
+    )  # the rule says nothing of FFT from Init[A]
+    for small in pairs:
+        whole_curve = whole.curves[small.source.curve]
+        assert small.steps == pytest.approx(whole_curve.steps / 2 / whole.fft.steps)
+        assert len(small.source.points) == len(whole_curve.points) / 2
+        assert small.source.optimum.log2_lr != whole_curve.optimum.log2_lr
+        assert 0 <= small.share < 0.1
+    assert len(small_sweeps(whole, 1)) == 2 * len(pairs)
+    assert small_sweeps(whole, 5) == []
+
+
+def test_a_seed_that_has_not_run_at_every_rate_makes_no_sweep_of_its_own():
+    rows = [r for r in sweep_rows(schemes=SCHEMES[:1], exponent=0.5) if r.arm.seed == 0 or r.arm.log2_lr > -12]
+    (sweep,) = sweeps_of(rows, contexts=lambda key: SIZES)
+    assert {seed for small in small_sweeps(sweep, 1) for _, _, seed in small.source.points} == {0}
+    (lora,) = sweeps_of([r for r in rows if r.arm.rank], contexts=lambda key: SIZES)
+    assert small_sweeps(lora, 1) == []
+
+
+def test_a_rate_outside_ffts_grid_gives_a_bound(quarter):
+    (fixed,) = regrets(quarter, Fixed())
+    assert fixed.is_bound
+    assert fixed.share > 0.9
+    assert not regrets(quarter, BareRule())[0].is_bound
+
+
+def test_where_fft_gains_nothing_there_is_no_share_to_lose():
+    rows = [replace(r, outcome=replace(r.outcome, before=0.95)) if r.arm.rank is None else r for r in sweep_rows((4,))]
+    assert all(math.isnan(regret.share) for regret in regrets(sweeps(rows), BareRule()))
+
+
+def test_a_rate_at_which_full_finetuning_diverged_loses_all_and_one_off_the_grid_is_but_a_bound():
+    def hill(curve, best, lowest, highest, cliff=math.inf):
+        for lr in range(lowest, highest + 1):
+            for seed in (0, 1):
+                metric = 0.6 - 0.02 * (lr - best) ** 2
+                result = outcome(metric) if lr < cliff else Outcome.of_divergence(0.1, 20, 3.0, "not finite")
+                yield row(Arm(*curve, float(lr), seed), result)
+
+    (found,) = sweeps([*hill(FFT, -14, -17, -12, cliff=-12), *hill((8, "B", "1"), -11, -14, -8)])
+    (beyond,) = regrets([found], BareRule())
+    assert beyond.log2_lr == pytest.approx(-11, abs=0.3)
+    assert beyond.share == pytest.approx(1.0)
+    assert not beyond.is_bound
+    (below,) = regrets([found], Fixed(2.0**-20))
+    assert below.is_bound

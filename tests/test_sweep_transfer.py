@@ -1,0 +1,245 @@
+"""What rules predict of one curve from another, on sweeps whose optima are known."""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+from known_sweeps import SCHEMES, SIZES, sweep_rows, sweeps
+
+from mua_rl.errors import UserError
+from mua_rl.sweep import report
+from mua_rl.sweep.measured import FFT, Context
+from mua_rl.sweep.movements import read_movements
+from mua_rl.sweep.regret import DividedByTen, Fixed, Unchanged
+from mua_rl.sweep.transfer import (
+    BareRule,
+    Calibrated,
+    EqualMovement,
+    Prediction,
+    RankCorrected,
+    Unmoved,
+    calibrated,
+    evidence,
+    fit_exponent,
+    leave_one_out,
+    prediction_tests,
+)
+from mua_rl.sweep.transfer import Test as Comparison
+
+
+def pairs(tests):
+    return {(test.source.curve, test.target.curve) for test in tests}
+
+
+def test_the_bare_rule_predicts_within_a_scheme_and_between_init_b_and_fft_and_nothing_else(quarter):
+    covered = pairs(prediction_tests(quarter, BareRule()))
+    assert ((4, "B", "1"), FFT) in covered
+    assert (FFT, (4, "B", "1")) in covered
+    assert ((4, "A", "1"), (16, "A", "1/r")) in covered
+    assert ((4, "A", "1"), FFT) not in covered
+    assert ((4, "A", "1"), (4, "B", "1")) not in covered
+
+
+def test_the_rule_with_the_right_exponent_hits_where_the_bare_rule_misses(quarter):
+    def errors(rule):
+        tests = prediction_tests(quarter, rule)
+        return {(t.source.curve[0], t.target.curve[0]): t for t in tests if t.source.curve[1] != "A"}
+
+    bare, corrected = errors(BareRule()), errors(RankCorrected(0.25))
+    assert bare.keys() == corrected.keys()
+    assert bare[4, None].error == pytest.approx(0.25 * math.log2(256 / 4), abs=0.25)
+    assert not bare[4, None].is_hit
+    assert not bare[4, None].is_covered
+    assert all(test.is_hit for test in corrected.values())
+    assert np.mean([test.is_covered for test in corrected.values()]) > 0.8
+    assert {test.kind for test in corrected.values()} == {"within Init[B]", "FFT ↔ Init[B]"}
+
+
+def test_init_a_is_predicted_as_the_theory_says_whatever_the_correction(quarter):
+    def of_init_a(rule):
+        return [t.prediction for t in prediction_tests(quarter, rule) if t.source.curve[1] == "A"]
+
+    assert of_init_a(RankCorrected(0.5)) == of_init_a(BareRule())
+    assert all(test.is_hit for test in prediction_tests(quarter, BareRule()) if test.source.curve[1] == "A")
+
+
+def test_without_the_layers_outputs_the_correction_predicts_ranks_but_not_fft():
+    covered = pairs(prediction_tests(sweeps(sweep_rows(), Context(width=512)), RankCorrected(0.25)))
+    assert ((4, "B", "1"), (64, "B", "1")) in covered
+    assert not any(FFT in pair for pair in covered)
+
+
+def test_an_interval_counts_the_sources_uncertainty_and_the_rules_own_error(quarter):
+    source = quarter[0].curves[4, "B", "1"]
+    exact, rough = (Calibrated(BareRule(), {"FFT, Init[B]": spread}).predict(source, FFT, SIZES) for spread in (0, 1))
+    assert exact.log2_interval == pytest.approx((source.optimum.low, source.optimum.high))
+    assert rough.log2_lr == exact.log2_lr
+    assert rough.log2_interval[0] == pytest.approx(
+        exact.log2_lr - math.hypot(exact.log2_lr - exact.log2_interval[0], 1.645), abs=1e-3
+    )
+    assert rough.log2_interval[1] > exact.log2_interval[1] + 1
+
+
+def test_a_measured_optimum_is_covered_if_its_own_interval_reaches_the_stated_one(quarter):
+    source, target = quarter[0].curves[4, "B", "1"], quarter[0].fft
+
+    def covers(off, own):
+        blurred = replace(target.optimum, low=target.optimum.log2_lr - own, high=target.optimum.log2_lr + own)
+        centre = target.optimum.log2_lr + off
+        prediction = Prediction(centre, (centre - 0.3, centre + 0.3))
+        return Comparison("", quarter[0], source, replace(target, optimum=blurred), prediction, off).is_covered
+
+    for sign in (-1, 1):
+        assert covers(0.29 * sign, 0.0)
+        assert not covers(0.31 * sign, 0.0)
+        assert covers(0.49 * sign, 0.4)  # 0.5 = √(0.3² + 0.4²)
+        assert not covers(0.51 * sign, 0.4)
+
+
+def test_a_perfect_rule_hits_but_for_what_other_seeds_would_have_changed(quarter):
+    def steady(measured, scatter):
+        return replace(measured, optimum=replace(measured.optimum, scatter=scatter))
+
+    def hit(*scatters):
+        source, target = map(steady, (quarter[0].curves[4, "B", "1"], quarter[0].fft), scatters)
+        return Comparison("", quarter[0], source, target, Prediction(0.0), error=9.0).perfect_hit
+
+    assert hit(0.3, 0.4) == hit(0.4, 0.3) == pytest.approx(0.683, abs=1e-3)  # within one standard deviation
+    assert hit(3.0, 4.0) < 0.1
+    assert hit(0.0, 0.0) == 1
+
+
+def test_a_prediction_on_the_targets_plateau_is_as_good_as_the_best_however_far_from_the_optimum(quarter):
+    source, target = quarter[0].curves[4, "B", "1"], quarter[0].fft
+    best = target.optimum.log2_lr
+
+    def test_at(off, scatter=0.0):
+        still = replace(source, optimum=replace(source.optimum, scatter=0.0))
+        flat = replace(target, optimum=replace(target.optimum, plateau=(best - 2.0, best + 1.0), scatter=scatter))
+        return Comparison("", quarter[0], still, flat, Prediction(best + off), off)
+
+    assert [test_at(off).is_as_good for off in (-2.1, -1.9, 0.0, 0.9, 1.1)] == [False, True, True, True, False]
+    assert not test_at(-1.9).is_hit
+    assert test_at(9.0).perfect_as_good == 1
+    assert test_at(9.0, scatter=1.0).perfect_as_good == pytest.approx(0.819, abs=1e-3)  # -2 to +1 standard deviations
+
+
+def test_no_rule_leaves_the_rate_unchanged_for_just_the_pairs_that_the_theory_covers(quarter):
+    unmoved = prediction_tests(quarter, Unmoved())
+    assert pairs(unmoved) == pairs(prediction_tests(quarter, BareRule()))
+    assert all(test.prediction.log2_lr == test.source.optimum.log2_lr for test in unmoved)
+
+
+def test_a_rule_that_is_right_hits_about_as_often_as_a_perfect_rule_is_said_to():
+    noisy = sweeps([r for i in range(12) for r in sweep_rows(schemes=SCHEMES[:1], task="x" * i, noise=0.25)])
+    tests = prediction_tests(noisy, RankCorrected(0.25))
+    ceiling = np.mean([test.perfect_hit for test in tests])
+    assert 0.5 < ceiling < 0.9
+    assert np.mean([test.is_hit for test in tests]) == pytest.approx(ceiling, abs=0.1)
+    assert np.mean([test.is_hit for test in prediction_tests(noisy, BareRule())]) < ceiling - 0.3
+
+
+def test_a_rule_is_calibrated_so_that_its_intervals_cover_as_often_as_they_say(quarter):
+    bare, right = calibrated(BareRule(), quarter), calibrated(RankCorrected(0.25), quarter)
+    assert bare.otherwise > 0.2 > right.otherwise
+    covered = [test.is_covered for test in prediction_tests(quarter, bare)]
+    assert 0.9 <= np.mean(covered) < 1
+    assert bare.name == BareRule().name
+    assert [test.error for test in prediction_tests(quarter, bare)] == [
+        test.error for test in prediction_tests(quarter, BareRule())
+    ]
+
+
+def test_kinds_of_pairs_have_a_spread_of_their_own_if_there_are_enough_of_them():
+    few = calibrated(BareRule(), sweeps(sweep_rows()))
+    assert set(few.spreads) == {"Init[A]", "Init[B]", "FFT, Init[B]"}
+    assert few.spreads["Init[B]"] == few.otherwise
+    many = sweeps([r for task in ("x", "xy", "xyz", "xyzt") for r in sweep_rows(task=task)])
+    found = calibrated(BareRule(), many).spreads
+    assert found["FFT, Init[B]"] > found["Init[B]"] > found["Init[A]"]
+
+
+def test_without_another_task_no_interval_is_stated_and_no_sweep_is_judged_by_itself(quarter):
+    assert calibrated(BareRule(), []) == Calibrated(BareRule())
+    alone = leave_one_out(quarter, partial(calibrated, BareRule()))
+    assert len(alone) == len(prediction_tests(quarter, BareRule()))
+    assert {test.is_covered for test in alone} == {None}
+    line = report.prediction_table(quarter, [BareRule()]).lines[0]
+    assert (line[0], line[-1]) == ("grpo: theory", "–")
+    # Spreads are the other task's: large where it needed a correction, none where it did not.
+    two = sweeps(sweep_rows(task="x", exponent=0.5) + sweep_rows(task="xy", exponent=0.0))
+    tests = leave_one_out(two, partial(calibrated, BareRule()))
+    covered = {
+        task: [t.is_covered for t in tests if t.sweep.task == task and t.kind != "within Init[A]"]
+        for task in ("x", "xy")
+    }
+    assert all(covered["xy"])
+    assert np.mean(covered["x"]) < 0.2
+
+
+def test_evidence_is_what_nine_pairs_in_ten_kept_to():
+    many = sweeps([r for task in ("x", "xy", "xyz", "xyzt") for r in sweep_rows(task=task)])
+    found = evidence(many, BareRule())
+    assert found.keys() == {"Init[A]", "Init[B]", "FFT, Init[B]"}
+    full = found["FFT, Init[B]"]
+    assert (full.ranks, full.alphas, found["Init[A]"].alphas) == ((4, 64), ("1",), ("1", "1/r"))
+    assert 50 < full.steps <= 60  # some runs diverged after 20
+    assert full.octaves == pytest.approx(0.25 * math.log2(256 / 4), abs=0.25)
+    assert full.loss == pytest.approx(1 - math.exp(-((1.5 / 2.2) ** 2)), abs=0.1)
+    assert found["Init[A]"].octaves < 0.3
+    assert found["Init[A]"].loss < 0.02
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.25, 0.5])
+def test_the_exponent_is_fitted_from_the_optima(exponent):
+    rule = fit_exponent(sweeps(sweep_rows(schemes=SCHEMES[:1], exponent=exponent)))
+    assert rule.exponent == pytest.approx(exponent, abs=0.06)
+
+
+def test_the_exponent_needs_curves_that_it_changes():
+    assert fit_exponent(sweeps(sweep_rows(schemes=SCHEMES[1:]))) is None
+
+
+def test_each_task_is_predicted_by_a_rule_fitted_on_the_others_only():
+    kept = [r for base in ("s0", "s1") for r in sweep_rows(schemes=SCHEMES[:1], exponent=0.5, task="task", base=base)]
+    found = sweeps(kept + sweep_rows(schemes=SCHEMES[:1], exponent=0.0, task="other"))
+    tests = leave_one_out(found)
+    assert len(tests) == len(prediction_tests(found, BareRule()))
+    rules = {(test.sweep.task, test.rule) for test in tests}
+    assert len(rules) == 2
+    for task, rule in rules:
+        assert float(rule.split("^")[1]) == pytest.approx(0.0 if task == "task" else 0.5, abs=0.06)
+
+
+def test_habits_apply_to_what_they_are_said_of():
+    (sweep,) = sweeps(sweep_rows((8,), (("B", "1"), ("A", "1"), ("A", "2"))))
+    a, twice, b = (sweep.curves[8, *scheme] for scheme in (("A", "1"), ("A", "2"), ("B", "1")))
+    assert DividedByTen().predict(a, FFT, SIZES).log2_lr == pytest.approx(a.optimum.log2_lr - math.log2(10))
+    assert DividedByTen().predict(b, FFT, SIZES) is None
+    assert DividedByTen().predict(a, a.curve, SIZES) is None
+    assert Unchanged().predict(twice, FFT, SIZES).log2_lr == twice.optimum.log2_lr
+    assert Unchanged().predict(a, FFT, SIZES) is None
+    assert Fixed().predict(a, FFT, SIZES).log2_lr == pytest.approx(-19.93, abs=0.01)
+
+
+def test_equal_movement_takes_a_rate_over_by_what_was_measured_whatever_the_initialisation(tmp_path):
+    file = tmp_path / "movement.csv"
+    lines = ["task,base,rank,init,alpha,log2_lr,seed,steps,kl,machine"]
+    for curve, rate in {(8, "A", "1"): 2.0**5, FFT: 2.0**9}.items():  # √KL per step and unit of learning rate
+        for steps, log2_lr in ((1, -16), (2, -15)):
+            kl = (rate * steps * 2.0**log2_lr) ** 2
+            lines.append(f"arithmetic,base,{curve[0] or ''},{curve[1]},{curve[2]},{log2_lr},0,{steps},{kl},cpu")
+    file.write_text("\n".join(lines) + "\n")
+    movements = read_movements([file])["arithmetic", "base"]
+    assert movements == {(8, "A", "1"): pytest.approx(2**5), FFT: pytest.approx(2**9)}
+    (found,) = sweeps(sweep_rows(ranks=(8,), schemes=(("A", "1"),)), Context(movement=movements))
+    source = found.curves[8, "A", "1"]
+    for exponent, octaves in ((1.0, 4), (0.5, 2)):
+        prediction = EqualMovement(exponent).predict(source, FFT, found.context)
+        assert prediction.log2_lr == pytest.approx(source.optimum.log2_lr - octaves)
+    assert EqualMovement().predict(source, (16, "B", "1"), found.context) is None
+    file.write_text("rank,kl\n8,x\n")
+    with pytest.raises(UserError, match="measure_movement"):
+        read_movements([file])
