@@ -150,5 +150,6 @@ def check_base(adapter: str, name: str, load: Callable[[], nn.Module]) -> None:
     if fingerprint(load()) != record.base_fingerprint:
         raise UserError(
             f"the adapter {adapter} was trained on other weights ({record.base_model}, by {run / FILE_NAME}) than "
-            f"--model {name} has: give the model that it was trained on."
+            f"--model {name} has: give the model that it was trained on (of a run that went on after a LoRA run: with "
+            "that LoRA merged)."
         )
