@@ -199,6 +199,7 @@ class _Rollouts(VLLMGeneration):
 
         with replaced(vllm_generation, "LLM", make):
             super()._init_vllm()
+        leave_uncompiled(self.model)
 
 
 class MergedRollouts(_Rollouts):
@@ -330,6 +331,17 @@ class _AdapterServer(VLLMClient):
         if answer.status_code != 200:
             reason = one_line(answer.text, 200)
             raise UserError(f"the vLLM server did not take the adapter ({reason}): start it as {self.start}")
+
+
+def leave_uncompiled(model: nn.Module) -> None:
+    """Call a model's layers as they are although a vLLM engine in this process has changed their classes.
+
+    An architecture that vLLM has no code for (OLMo-2) runs on that of transformers, whose class vLLM makes into one
+    that compiles: other models of the class then lack the attribute by which its own say whether to.
+    """
+    for kind in {type(module) for module in model.modules()}:
+        if kind.__call__.__module__.startswith("vllm.") and not hasattr(kind, "do_not_compile"):
+            kind.do_not_compile = True  # type: ignore[attr-defined]  # the engine's own have one of their own
 
 
 def reshard(model: nn.Module) -> None:

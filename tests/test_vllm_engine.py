@@ -10,8 +10,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 import trl
+from transformers import Olmo2Config, Olmo2ForCausalLM
 
-from mua_rl import grpo, vllm_lora
+from mua_rl import grpo, models, vllm_lora
 from mua_rl.adapter import lora_layers, lora_matrices
 from mua_rl.errors import UserError
 from mua_rl.rollout_correction import answers
@@ -237,3 +238,17 @@ def test_every_way_of_syncing_agrees_on_a_gpu(ways, flags, mark, tmp_path):
     lines = [line for line in RunFolder(tmp_path / "run").metrics() if "loss" in line]
     assert len(lines) == 3
     assert max(line["rollout/kl"] for line in lines) < 0.01
+
+
+def test_a_model_that_vllm_runs_by_transformers_own_code_trains_beside_its_engine(tmp_path):
+    """vLLM makes the class compile that the trainer's model is of, too: its next forward pass failed."""
+    size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+    tokenizer = models.load_tokenizer("embedded")
+    ends = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    config = Olmo2Config(vocab_size=len(tokenizer), max_position_embeddings=128, **size, **ends)
+    Olmo2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    run = train(
+        *("--model", tmp_path / "model", "--rank", 4, "--lr", 2**-6, "--max_steps", 2, "--output_dir", tmp_path / "run")
+    )
+    assert [line["rollout/kl"] < 1e-8 for line in run.metrics() if "rollout/kl" in line] == [True] * 2

@@ -52,6 +52,7 @@ from mua_rl.grpo_base import load_base, load_tokenizer
 from mua_rl.grpo_trainer import RunCallback
 from mua_rl.heldout import HeldOutResult, end_ids, is_conversational, prompt_ids, score
 from mua_rl.optim import learning_rates
+from mua_rl.rollouts import leave_uncompiled
 
 KeepGoing = Callable[[Arm, list[Metrics]], str | None]
 """Why an arm shall end early, given its metrics so far; `None` lets it go on."""
@@ -273,7 +274,9 @@ class SideBySide:
         dtype = torch.bfloat16 if self.arguments.bf16 else self.model.dtype
         settings = EngineSettings.of(self.stack, self.work, self.base.fingerprint, dtype)
         given = self.arguments.vllm_gpu_memory_utilization
-        return engine(settings, folder, lambda: given or gpu_share(self.size, self.work, settings))
+        started = engine(settings, folder, lambda: given or gpu_share(self.size, self.work, settings))
+        leave_uncompiled(self.model)
+        return started
 
     def _new_state(self, number: int, arm: Arm) -> ArmState:
         arguments = self.arguments
