@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-SIZES = {
-    # hidden, intermediate, layers, heads, key heads, vocabulary
-    "tiny": (128, 512, 4, 2, 2, 128),
-    "1.5b": (1536, 8960, 28, 12, 2, 151936),
-    "8b": (4096, 14336, 32, 32, 8, 128256),
-}
+from mua_rl.plan import SHAPES
+
+SIZES = {"tiny": (128, 512, 4, 2, 2, 128), **{size: SHAPES[size][:6] for size in ("1.5b", "8b")}}
+"""Hidden, intermediate, layers, heads, key heads, vocabulary."""
 
 
 def llama_config(
@@ -39,7 +37,7 @@ def random_llama(size: str, dtype: Any) -> Any:
 
 def random_config(size: str) -> Any:
     """The configuration of one of the sizes; 135m is SmolLM2's."""
-    shape = {**SIZES, "135m": (576, 1536, 30, 9, 3, 49152)}[size]
+    shape = {**SIZES, "135m": SHAPES["135m"][:6]}[size]
     return llama_config(*shape, tie_word_embeddings=size == "135m", eos_token_id=2, pad_token_id=0)
 
 
