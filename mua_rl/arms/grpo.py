@@ -125,9 +125,11 @@ class SideBySide:
             replace(self.size, frozen_bytes=loaded, trained=self.size.trained // len(arms)), self.work
         )
         if parts is None:
-            limit = memory_limit(self.size, self.work, self.one_run, memory)
-            gpu = self.device.type == "cuda"
-            parts = plan_parts(self.size, self.work, limit) if gpu else cpu_parts(self.work)
+            if self.device.type == "cuda":
+                limit = memory_limit(self.size, self.work, self.one_run, memory)
+                parts = plan_parts(self.size, self.work, limit)
+            else:
+                parts = cpu_parts(self.work)
         if arguments.use_vllm:
             parts = replace(parts, completions=0)  # the engine writes them all, in memory of its own
         self.parts = parts
