@@ -48,6 +48,7 @@ from mua_rl.record import LRRecord, package_versions
 from mua_rl.rollouts import EngineFailed, generation_class, plan_engine
 from mua_rl.rules import Configuration
 from mua_rl.run import CURVE, RunFolder, open_run, start_wandb
+from mua_rl.statistics import is_clear
 
 Measure = Callable[[], HeldOutResult]
 _SHARDING = {"fsdp2": "FSDP2", "zero3": "ZeRO-3"}
@@ -278,7 +279,7 @@ def close(
     before = start.accuracy
     run.log(steps, after.metrics())
     scored = is_scored([line["reward"] for line in run.metrics() if "reward" in line])
-    worse = after.accuracy + 2 * after.standard_error < before
+    worse = is_clear(before - after.accuracy, after.standard_error)
     result = {
         "diverged": worse or not scored,
         "held_out/before": before,

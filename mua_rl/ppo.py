@@ -36,6 +36,7 @@ from mua_rl.ppo_trainer import PPO
 from mua_rl.record import LRRecord, check_learning_rate, package_versions
 from mua_rl.rules import Configuration
 from mua_rl.run import ADAPTER_FOLDER, CURVE, RunFolder, open_run, start_wandb
+from mua_rl.statistics import is_clear
 
 POLICY, STATISTICS = "policy.zip", "vecnormalize.pkl"
 HELD_OUT = "held_out/return"
@@ -198,7 +199,7 @@ def train(arguments: PPOArguments, adapter_arguments: AdapterArguments, given: d
         raise
     seconds = time.perf_counter() - start
     after = evaluate(model, held_out, arguments.eval_episodes)
-    worse = after.mean + 2 * after.standard_error < before["mean"]
+    worse = is_clear(before["mean"] - after.mean, after.standard_error)
     _save(run, model)
     run.log(model.num_timesteps, {HELD_OUT: after.mean, "held_out/iqm": after.iqm})
     plots.learning_curve(

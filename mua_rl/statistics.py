@@ -1,4 +1,4 @@
-"""Statistics of an evaluation: unbiased pass@k, its confidence interval, and paired tests of two checkpoints."""
+"""Statistics of an evaluation: unbiased pass@k, its confidence interval, and what tells two policies apart."""
 
 import math
 from collections.abc import Sequence
@@ -39,6 +39,11 @@ class PairedDifference:
     test: str
     better: int
     worse: int
+
+
+def is_clear(difference: float, error: float) -> bool:
+    """Whether a difference is above 0 by more than two standard errors; never of what is no number."""
+    return difference > 2 * error
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

@@ -40,6 +40,7 @@ from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.errors import Diverged, UserError
 from mua_rl.record import LRRecord, check_learning_rate, machine, package_versions
 from mua_rl.run import MODEL_FOLDER, open_run
+from mua_rl.statistics import is_clear
 from mua_rl.sweep.base import PLACEHOLDER, Facts
 from mua_rl.sweep.closing import make_record, warnings_of
 from mua_rl.sweep.measured import Context, sweeps_of
@@ -248,7 +249,7 @@ def run_once(problem: Field, adapter_arguments: AdapterArguments, curves: CurveA
     folder, _ = open_run(None, curves.output_dir, name, given)
     start = time.monotonic()
     model, metric, error = finetune(problem, adapter, rate.value, 0, curves.head_lr)
-    diverged = not metric >= before - 2 * error
+    diverged = not math.isfinite(metric) or is_clear(before - metric, error)
     folder.finish(
         {
             "diverged": diverged,
@@ -355,7 +356,7 @@ def run_arm(problem: Field, arm: Arm, before: float, head_lr: float) -> Outcome:
     seconds = time.monotonic() - start
     if not math.isfinite(metric):
         return Outcome.of_divergence(before, problem.steps, seconds, "the metric left the finite numbers")
-    worse = metric + 2 * error < before
+    worse = is_clear(before - metric, error)
     return Outcome(metric, error, before, metric, metric, worse, "", problem.steps, seconds)
 
 

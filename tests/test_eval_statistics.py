@@ -1,11 +1,18 @@
 """pass@k, intervals and paired tests against brute force and known values."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 
-from mua_rl.statistics import mcnemar_exact, mean_estimate, paired_difference, pass_at_k
+from mua_rl.statistics import is_clear, mcnemar_exact, mean_estimate, paired_difference, pass_at_k
+
+
+def test_a_difference_is_clear_beyond_two_standard_errors_and_in_one_direction():
+    assert is_clear(0.21, error=0.1) and is_clear(1e-9, error=0)
+    assert not any(is_clear(difference, error=0.1) for difference in (0.2, 0, -0.21, math.nan))
+    assert not is_clear(0, error=0) and not is_clear(1, error=math.nan)
 
 
 @pytest.mark.parametrize(("samples", "right"), [(1, 0), (1, 1), (4, 0), (4, 1), (4, 3), (6, 2), (6, 6)])

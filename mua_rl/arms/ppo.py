@@ -37,6 +37,7 @@ from mua_rl.ppo_envs import check_env_id, evaluation_envs
 from mua_rl.ppo_evaluation import Returns, evaluate
 from mua_rl.ppo_trainer import PPO
 from mua_rl.record import check_learning_rate
+from mua_rl.statistics import is_clear
 
 
 def train_side_by_side(
@@ -198,7 +199,7 @@ class SideBySide:
             before=before.mean,
             reward_mean=reward_mean,
             reward_last=reward_last,
-            diverged=after.mean + 2 * after.standard_error < before.mean,
+            diverged=is_clear(before.mean - after.mean, after.standard_error),
             stopped="",
             steps=self.steps,
             seconds=seconds,

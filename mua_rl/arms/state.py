@@ -11,6 +11,7 @@ from mua_rl.arms.arm import Arm, Outcome, reward_means
 from mua_rl.arms.scoring import Metrics
 from mua_rl.arms.stacked import LoRAStack
 from mua_rl.heldout import HeldOutResult
+from mua_rl.statistics import is_clear
 
 
 @dataclass
@@ -58,7 +59,7 @@ class ArmState:
             before=before,
             reward_mean=reward_mean,
             reward_last=reward_last,
-            diverged=after is not None and after.accuracy + 2 * after.standard_error < before,
+            diverged=after is not None and is_clear(before - after.accuracy, after.standard_error),
             stopped=stopped,
             steps=len(self.history),
             seconds=self.seconds,

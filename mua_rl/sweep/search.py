@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from mua_rl.arms.arm import Arm, Outcome
+from mua_rl.statistics import is_clear
 from mua_rl.sweep.optimum import estimate_optimum
 
 LOWEST, HIGHEST = -24.0, -1.0
@@ -179,7 +180,7 @@ def has_learnt(outcomes: Sequence[Outcome]) -> bool:
     """Whether the good runs at a learning rate got better than the base by more than two standard errors."""
     good = [outcome for outcome in outcomes if is_good(outcome)]
     error = statistics.fmean(o.error if math.isfinite(o.error) else 0.0 for o in good) / len(good) ** 0.5
-    return statistics.fmean(o.metric - o.before for o in good) > 2 * error
+    return is_clear(statistics.fmean(o.metric - o.before for o in good), error)
 
 
 def runs_of(outcomes: Mapping[Arm, Outcome], curve: tuple[int | None, str, str]) -> list[tuple[float, float, int]]:
@@ -228,10 +229,10 @@ def why_hopeless(curve: RewardCurve, peers: Sequence[RewardCurve], steps: int) -
         return ""
     step = curve[-1][0]
     gain, noise = _gain(curve, steps)
-    if gain < -2 * noise:
+    if is_clear(-gain, noise):
         return f"the reward fell by {-gain:.3g} in {step:,} of {steps:,} steps"
     reached = [_gain([point for point in peer if point[0] <= step], steps)[0] for peer in peers if peer[-1][0] >= step]
-    if len(reached) >= ENOUGH_PEERS and gain + 2 * noise < (median := statistics.median(reached)) / 2:
+    if len(reached) >= ENOUGH_PEERS and is_clear((median := statistics.median(reached)) / 2 - gain, noise):
         return f"the reward rose by {gain:.3g} in {step:,} steps, the median of its peers by {median:.3g}"
     return ""
 
