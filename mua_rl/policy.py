@@ -1,7 +1,7 @@
 """The LR policy: from an LR record and a target configuration to the learning rate, with its reason."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from mua_rl.errors import UserError
 from mua_rl.record import LRRecord, check_learning_rate
@@ -98,12 +98,14 @@ class LearningRate:
         why: Where it comes from.
         evidence: How far off it may be; `None`: nothing was measured, or nothing was predicted.
         warning: Why it should not be relied on, and what to do; "": no reason to doubt it.
+        others: Learning rates, by role, of trained parameters that the theory does not cover, from where it comes from.
     """
 
     value: float
     why: str
     evidence: Evidence | None = None
     warning: str = ""
+    others: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_learning_rate(self.value)
@@ -123,12 +125,13 @@ class LearningRate:
 
     def as_dict(self) -> dict[str, str | float]:
         """What a run folder keeps of it, which `kept` reads."""
-        return {"learning_rate": self.value, "reason": self.reason, "warning": self.warning}
+        return {"learning_rate": self.value, "reason": self.reason, "warning": self.warning, **self.others}
 
 
 def kept(written: Mapping) -> LearningRate:
     """The learning rate that a run folder keeps."""
-    return LearningRate(written["learning_rate"], written["reason"], warning=written["warning"])
+    others = {role: rate for role, rate in written.items() if role not in ("learning_rate", "reason", "warning")}
+    return LearningRate(written["learning_rate"], written["reason"], warning=written["warning"], others=others)
 
 
 def given(value: float) -> LearningRate:
@@ -213,7 +216,8 @@ def transfer(
     if correction != 1:
         reason += f"; in short runs a larger rank wants less, (r/m)^-{exponent:g}: times {correction:.4g}"
     value = record.learning_rate * ratio * correction
-    rate = LearningRate(value, f"{source_name} has {record.learning_rate:.4g} for {source}; {reason}")
+    why = f"{source_name} has {record.learning_rate:.4g} for {source}; {reason}"
+    rate = LearningRate(value, why, others=record.other_learning_rates)
     return rate if target == source else _judged(rate, record, target, exponent)
 
 

@@ -22,7 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from mua_rl import plots
 from mua_rl.adapter import Adapter, fingerprint
-from mua_rl.arguments import AdapterArguments, Base, find_record, parse_run, resolve_learning_rate
+from mua_rl.arguments import AdapterArguments, Base, parse_run, resolve_learning_rate
 from mua_rl.commands import from_policy, full_finetuning, other_ranks
 from mua_rl.errors import INTERRUPTED, Diverged, UserError, exit_on_user_error, one_line
 from mua_rl.policy import LearningRate, gives_full_finetuning
@@ -104,13 +104,7 @@ def set_up(arguments: PPOArguments, adapter_arguments: AdapterArguments) -> Setu
     base = Base(name, fingerprint(model.policy), record)
     configuration = model.configuration()
     rate = resolve_learning_rate(adapter_arguments, configuration, base, "ppo")
-    written = RunFolder(adapter_arguments.resume).learning_rate() if adapter_arguments.resume else None
-    head_rate = written["head"] if written else arguments.head_lr
-    if written is None and head_rate is None and adapter_arguments.lr is None:
-        source, _ = find_record(adapter_arguments, base, "ppo")
-        head_rate = source.other_learning_rates.get("head")
-        if head_rate is not None and not base.is_base_of(source):  # a guess, which falls with the width as the rest's
-            head_rate *= max(source.widths) / configuration.width
+    head_rate = rate.others.get("head") if arguments.head_lr is None else arguments.head_lr
     if head_rate is not None:
         check_learning_rate(head_rate, "--head_lr")
     model.attach(learning_rate=arguments.schedule(rate.value), head_learning_rate=head_rate)

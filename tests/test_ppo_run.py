@@ -131,6 +131,21 @@ def test_the_heads_rate_is_that_of_the_record_that_gives_the_rest():
     assert set_up(*parse(["--lr", "0.001"])[:2]).model.head_learning_rate is None  # that of the rest
 
 
+def test_the_rates_of_all_parts_come_from_one_look_at_where_they_come_from(tmp_path, monkeypatch):
+    """Else a record, or a folder, that changes meanwhile would give the heads another's rate."""
+    import mua_rl.arguments as arguments
+
+    looks, find_record, learning_rate = [], arguments.find_record, RunFolder.learning_rate
+    monkeypatch.setattr(arguments, "find_record", lambda *given: looks.append("record") or find_record(*given))
+    monkeypatch.setattr(RunFolder, "learning_rate", lambda run: looks.append("folder") or learning_rate(run))
+    began = set_up(*parse([])[:2])
+    folder = RunFolder.create(str(tmp_path / "run"), "")
+    folder.start({}, {**began.rate.as_dict(), "head": 0.003})
+    resumed = set_up(*parse(["--resume", str(folder.path)])[:2])
+    assert looks == ["record", "folder"]
+    assert (resumed.rate.value, resumed.model.head_learning_rate) == (began.rate.value, 0.003)
+
+
 def test_weights_and_biases_goes_on_under_the_id_in_the_run_folder(tmp_path, monkeypatch):
     asked = []
     fresh = iter(["first", "second"])
@@ -230,8 +245,7 @@ def test_a_resumed_run_trains_and_records_the_rates_that_it_began_with(tmp_path,
         patch.setattr(launcher.PPO, "learn", interrupt)
         run(*QUICK, "--output_dir", str(tmp_path / "run"))
     began = RunFolder(tmp_path / "run").learning_rate()
-    for module in (arguments, launcher):
-        monkeypatch.delattr(module, "find_record")
+    monkeypatch.delattr(arguments, "find_record")
     setup = launcher.set_up(*parse(["--resume", str(tmp_path / "run")])[:2])
     assert (setup.rate.value, setup.rate.reason) == (began["learning_rate"], began["reason"])
     assert setup.model.head_learning_rate == began["head"] is not None
