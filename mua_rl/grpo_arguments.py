@@ -149,6 +149,11 @@ class GRPOArguments(GRPOConfig):
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every trained weight is used; looking for others costs time
         super().__post_init__()
+        if cast(Any, self.accelerator_config).dispatch_batches:
+            raise UserError(
+                "--accelerator_config takes no dispatch_batches: accelerate dispatches tensors, and GRPO's rows are "
+                "text; each process reads its own without it."
+            )
         if precision := {"dtype", "torch_dtype"} & self.load_options.keys():
             raise UserError(f"--model_init_kwargs takes no {precision.pop()}: give --dtype.")
         self._n_gpu = min(self.n_gpu, 1)  # a process is for one GPU: no torch.nn.DataParallel over all that it sees

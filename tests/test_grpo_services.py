@@ -76,6 +76,7 @@ def test_the_hub_is_not_asked_for_where_it_cannot_be_had(flags, tmp_path, monkey
         (["--hub_token", "hf_secret"], "set HF_TOKEN"),  # the run folder is what is pushed
         (["--resume_from_checkpoint", "runs/x/checkpoint-50"], "--resume RUN"),
         (["--eval_on_start"], "measured before the first step"),
+        (["--accelerator_config", '{"dispatch_batches": true}'], "rows are text"),
     ],
 )
 def test_an_option_that_would_do_harm_or_nothing_is_refused_by_name(flags, instead):
