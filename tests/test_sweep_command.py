@@ -214,6 +214,19 @@ def test_resume_takes_the_sweeps_own_settings(sweep, tmp_path):
         parse(["--resume", str(folder), "--max_steps", "5"])
 
 
+def test_resume_goes_on_with_the_ranks_that_a_later_command_added(sweep):
+    sweep("--ranks", "8")
+    _, folder, _ = sweep("--ranks", "8", "full", "--time_limit", "1e-9")
+    assert parse(["--resume", str(folder)]).curves == [(8, "B", "1"), (None, "B", "1")]
+
+
+def test_runs_in_a_folder_are_never_read_into_a_study_of_other_settings(sweep):
+    sweep("--max_steps", "9")
+    with pytest.raises(UserError, match="max_steps: 9 → 10"):
+        sweep("--max_steps", "10", "--study_name", "another")
+    sweep("--max_steps", "9", "--study_name", "another")
+
+
 def test_time_that_is_up_is_said_and_leaves_no_record(sweep):
     text, folder, _ = sweep("--time_limit", "1e-9")
     assert "Time is up" in text

@@ -16,6 +16,7 @@ import warnings
 from dataclasses import asdict
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -25,7 +26,7 @@ from mua_rl.commands import command, full_finetuning, other_ranks
 from mua_rl.errors import UserError, exit_on_user_error
 from mua_rl.policy import gives_full_finetuning
 from mua_rl.run import CONFIG, RunFolder, open_run
-from mua_rl.sweep.arguments import Request, parse
+from mua_rl.sweep.arguments import Request, differences, parse
 from mua_rl.sweep.base import Facts, find_facts
 from mua_rl.sweep.closing import CSV, make_record, rows_of, warnings_of, write_csv, write_tables
 from mua_rl.sweep.measured import curve_name
@@ -43,15 +44,30 @@ def open_folder(request: Request) -> tuple[Path, bool]:
     """The folder of the sweep, and whether it is new: not where `--output_dir` names a sweep's, which goes on.
 
     Raises:
-        UserError: It is of something else.
+        UserError: It is of something else, or of a sweep whose runs, which would be read as this one's, had other
+            settings.
     """
     output_dir = request.everything.get("output_dir")
     if output_dir is not None and (Path(output_dir) / CONFIG).exists():
-        if "algo" not in RunFolder(output_dir).settings():
+        known = RunFolder(output_dir).settings()
+        if "algo" not in known:
             raise UserError(f"{output_dir} is the folder of something else than a sweep: choose another --output_dir.")
+        if differing := differences(request.comparable(known), request.comparable()):
+            raise UserError(
+                f"the sweep in {output_dir} has runs with other settings ({differing}): choose another --output_dir, "
+                "or give the settings it has."
+            )
         return Path(output_dir), False
     name = f"sweep-{request.sweep.algo}-{request.task.rpartition(':')[2]}"
     return open_run(None, output_dir, name, request.everything)[0].path, True
+
+
+def keep_settings(request: Request, folder: Path) -> None:
+    """Make this command's settings those that `--resume` goes on with: it may have added ranks or seeds."""
+    scratch = folder / f".{CONFIG}.{os.getpid()}"
+    settings = {**request.everything, "output_dir": str(folder.resolve())}
+    scratch.write_text(yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
+    os.replace(scratch, folder / CONFIG)
 
 
 def open_study(request: Request, folder: Path) -> tuple[Study, Facts]:
@@ -150,6 +166,7 @@ def sweep(request: Request, console: Console) -> Path:
         if is_new:  # nothing is left of a sweep that cannot be run
             shutil.rmtree(folder)
         raise
+    keep_settings(request, folder)
     searches = [facts.search(curve, request) for curve in request.curves]
     announce(request, facts, searches, folder, console)
     display, stop = Display(study, console), threading.Event()

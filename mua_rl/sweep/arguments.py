@@ -117,12 +117,17 @@ class Request:
         """Seeds of the arms."""
         return tuple(range(self.trainer.seed, self.trainer.seed + self.sweep.seeds))
 
-    def comparable(self) -> dict[str, Any]:
-        """What all runs of a study must have in common; a setting that is given as its default is none."""
+    def comparable(self, everything: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What all runs of a study, or of a folder, must have in common; a setting given as its default is none.
+
+        Args:
+            everything: Of another command; `None`: of this one.
+        """
+        everything = self.everything if everything is None else everything
         defaults = {f.name: f.default for arguments in (self.adapter, self.trainer) for f in fields(arguments)}
-        own = {f.name for f in fields(SweepArguments)} | {"rank", "init", "alpha"}
-        settings = {k: v for k, v in self.everything.items() if k not in own and k not in WITHOUT_EFFECT}
-        return {"algo": self.sweep.algo, **{k: v for k, v in settings.items() if v != defaults.get(k, MISSING)}}
+        own = {f.name for f in fields(SweepArguments)} - {"algo"} | {"rank", "init", "alpha"}
+        settings = {k: v for k, v in everything.items() if k not in own and k not in WITHOUT_EFFECT}
+        return {k: v for k, v in settings.items() if v != defaults.get(k, MISSING)}
 
 
 def parse(argv: list[str] | None = None) -> Request:
@@ -159,6 +164,12 @@ def parse(argv: list[str] | None = None) -> Request:
         everything={**given, "algo": algorithm},
         curves=_curves(sweep, adapter, given),
     )
+
+
+def differences(known: dict[str, Any], given: dict[str, Any]) -> str:
+    """How settings differ, for the reader; "" where they do not."""
+    differing = sorted(k for k in known.keys() | given.keys() if known.get(k) != given.get(k))
+    return ", ".join(f"{k}: {known.get(k, 'default')} → {given.get(k, 'default')}" for k in differing)
 
 
 def trainer_types(algorithm: str) -> tuple[type[AdapterArguments], type]:

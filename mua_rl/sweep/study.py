@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.errors import UserError
 from mua_rl.rules import AlphaRule
+from mua_rl.sweep.arguments import differences
 from mua_rl.sweep.search import Search, is_good
 from mua_rl.sweep.worker import Heartbeat, Watch, Worker
 
@@ -88,11 +89,10 @@ class Study:
         known = study.user_attrs.get(SETTINGS)
         if known is None:
             study.set_user_attr(SETTINGS, settings)
-        elif differing := sorted(k for k in known.keys() | settings.keys() if known.get(k) != settings.get(k)):
-            listed = ", ".join(f"{k}: {known.get(k, 'default')} → {settings.get(k, 'default')}" for k in differing)
+        elif differing := differences(known, settings):
             raise UserError(
-                f"the study {name!r} in {location} has runs with other settings ({listed}): choose another "
-                "--output_dir or --study_name, or give the settings it has."
+                f"the study {name!r} in {location} has runs with other settings ({differing}): choose another "
+                "--study_name, or give the settings it has."
             )
         path = _file_of(location)
         return cls(study, _ProcessLock(path.with_name(f"{path.name}.claims")) if path else nullcontext())
