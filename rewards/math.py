@@ -8,6 +8,8 @@ verdicts differ from Math-Verify's own, and why):
 
 - Against a gold that is a plain number only a number is an answer: `72` or `x = 72`, not `48+24` or `3^5`, which may
   be the question copied down.
+- Against an integer in a base (`12_8`) an answer has the same digits and the same base, or no base: the question names
+  it. The same value in another base is no answer, nor is such an integer one against a plain number.
 - Against any other gold, Math-Verify decides on the extracted answer alone. Tuples are ordered, sets are not; units
   and percent signs are ignored; decimals must agree to one in a million.
 - The same text, up to spaces, is equal without further question; words (`yes`, `no solution`) are compared as words,
@@ -20,12 +22,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 from mua_rl.rewards.completions import completion_text
 from mua_rl.rewards.extract_math import MAX_ANSWER_CHARS, extract_answer
-from mua_rl.rewards.numbers import PlainNumber, parse_number, same_number
+from mua_rl.rewards.numbers import NumberInBase, PlainNumber, parse_in_base, parse_number, same_number
 from mua_rl.rewards.worker_pool import Failure, WorkerPool, shared_pool
 
 WORKER_MODULE = "mua_rl.rewards.math_worker"
@@ -133,7 +136,7 @@ def gold_fault(gold: Any, *, pool: WorkerPool | None = None) -> str | None:
 def gold_faults(golds: Sequence[Any], *, pool: WorkerPool | None = None) -> list[str | None]:
     """`gold_fault` for many golds at once, on all workers."""
     texts = [_gold_text(gold) for gold in golds]
-    slow = list(dict.fromkeys(text for text in texts if text is not None and parse_number(text) is None))
+    slow = list(dict.fromkeys(text for text in texts if text is not None and not _is_number(text)))
     names = dict(zip(slow, _ask_math_verify([(text, text) for text in slow], pool), strict=True))
     faults: list[str | None] = []
     for gold, text in zip(golds, texts, strict=True):
@@ -232,12 +235,30 @@ def _quick_verdict(gold: str, answer: str) -> MathVerdict | None:
     if gold_number is not None:
         number = _stated_number(answer)
         return MathVerdict.RIGHT if number and same_number(gold_number, number) else MathVerdict.WRONG
+    in_base = parse_in_base(gold)
+    if in_base is not None:  # Math-Verify leaves the subscript out, so that `12_9` were `12_8`
+        return MathVerdict.RIGHT if _states(answer, in_base) else MathVerdict.WRONG
     left, right = _bare(gold), _bare(answer)
     if left == right:
         return MathVerdict.RIGHT
     if _WORDS.fullmatch(left) and _WORDS.fullmatch(right):  # to Math-Verify products, so that `stop` were `post`
         return MathVerdict.RIGHT if left.casefold() == right.casefold() else MathVerdict.WRONG
     return None
+
+
+def _is_number(text: str) -> bool:
+    """Whether a gold is compared without Math-Verify."""
+    return parse_number(text) is not None or parse_in_base(text) is not None
+
+
+def _states(answer: str, gold: NumberInBase) -> bool:
+    """Whether an answer states an integer in a base: `12_8`, `x = 12_8`, or without the base."""
+    is_open = "=" in answer and _STATES_NO_NUMBER.search(answer)
+    found = None if is_open else parse_in_base(answer.rpartition("=")[2], gold.base)
+    if found is not None:
+        return found == gold
+    number = _stated_number(answer)  # `1,101`
+    return number is not None and gold.digits.isdecimal() and same_number(PlainNumber(Fraction(gold.digits)), number)
 
 
 def _bare(text: str) -> str:

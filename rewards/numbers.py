@@ -10,6 +10,7 @@ Conventions (tests/test_math_numbers.py has the table):
   `1.5 \times 10^{3}`.
 - Currency signs, units (`12 apples`, `5\text{ cm}^2`, `90^\circ`) and markup (`$…$`, `**…**`) are stripped. A word
   that changes the value (`million`, `thirds`, `squared`) is no unit: such text is not a plain number.
+- `12_8`, `12_{8}`, `(12)_8`, `12 \text{ base } 8`: an integer in base 2 to 16 (`parse_in_base`), which is no plain one.
 - `p%` equals `p%` and, against a number without the sign, both `p` and `p/100`: questions ask for either.
 - Numbers are equal when they are equal as rationals. The one exception: a decimal of at least six significant digits
   equals the non-terminating fraction that it rounds (`0.333333` and `1/3`; not `0.33`).
@@ -40,6 +41,19 @@ class PlainNumber:
     value: Fraction
     percent: bool = False
     last_place: Fraction = Fraction(0)
+
+
+@dataclass(frozen=True, slots=True)
+class NumberInBase:
+    """An integer as it is written in another base than the ordinary one, or in ten where that is said.
+
+    Attributes:
+        digits: With a minus where there is one, capital letters, and no zeros in front.
+        base: 2 to 16.
+    """
+
+    digits: str
+    base: int
 
 
 def same_number(left: PlainNumber, right: PlainNumber) -> bool:
@@ -197,6 +211,34 @@ def parse_number(text: str) -> PlainNumber | None:
             return None
     negative = "-" in (match["sign"], match["inner_sign"])
     return PlainNumber(-magnitude if negative else magnitude, percent, last_place)
+
+
+_BASE_MARK = re.compile(r"_?[\s{(]*base|_")
+_BASES = frozenset(map(str, range(2, 17)))
+_IN_BASE = re.compile(r"[+-]?(?=.*[0-9]|[A-F]{2})(?:[0-9A-F]+|[0-9a-f]+)")  # `A_{12}` is a term of a sequence
+
+
+@lru_cache(maxsize=65536)
+def parse_in_base(text: str, base: int | None = None) -> NumberInBase | None:
+    """The integer in a base that `text` is as a whole, or `None` when it is anything else. Total.
+
+    Args:
+        text: What may be one.
+        base: That of a text which names none; `None`: such a text is no number in a base.
+    """
+    if len(text) > MAX_NUMBER_CHARS:
+        return None
+    bare = _strip_markup(_TEXT_COMMAND.sub(r" \1 ", text))
+    digits, *bases = (part.strip(" {}()\\") for part in _BASE_MARK.split(bare))
+    named = bases[0] if bases else str(base)
+    if len(bases) > 1 or named not in _BASES or not _IN_BASE.fullmatch(digits):
+        return None
+    try:
+        value = int(digits, int(named))
+    except ValueError:  # a digit that the base does not have
+        return None
+    shown = digits.lstrip("+-0").upper() or "0"
+    return NumberInBase(f"-{shown}" if value < 0 else shown, int(named))
 
 
 def _last_place(whole: str, decimals: str) -> Fraction:

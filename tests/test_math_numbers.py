@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mua_rl.rewards.numbers import parse_number, same_number
+from mua_rl.rewards.numbers import NumberInBase, parse_in_base, parse_number, same_number
 
 READ = [
     # integers, signs, thousands
@@ -75,6 +75,35 @@ def test_reads_plain_numbers_exactly(text, value):
 @pytest.mark.parametrize("text", NOT_PLAIN)
 def test_anything_else_is_not_a_plain_number(text):
     assert parse_number(text) is None
+
+
+IN_BASE = [
+    "12_8", "12_{8}", "$12_8$", "12_{ 8 }.", "0012_8", "+12_8", "12 _ 8", "12\\_8", "(12)_8", "(12_8)", "\\{12_8\\}",
+    "12_\\text{8}", "12_{\\text{base }8}", "\\mathrm{12}_{8}", "12_{(8)}", "12 base 8", "12 \\text{ (base 8)}",
+]  # fmt: skip
+NOT_IN_BASE = [
+    "12", "_8", "12_", "base 8", "12_1", "12_17", "19_8", "12_8_8", "12_{8,3}", "12_8^2", "1.2_8", "12_b", "12_{eight}",
+    "A_{12}", "ab_{12}", "x_1", "1A_8", "1aA_{16}", "10C_3", "f(12)_8", "12_8, 13_8", "12_8 = 10", "-(12)_8", "1 2_8",
+    "١٢_8", "1" * 500 + "_2", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", IN_BASE)
+def test_reads_an_integer_in_a_base_however_it_is_marked(text):
+    assert parse_in_base(text) == NumberInBase("12", 8) and parse_number(text) is None
+
+
+@pytest.mark.parametrize("text", NOT_IN_BASE)
+def test_anything_else_is_no_integer_in_a_base(text):
+    assert parse_in_base(text) is None
+
+
+def test_integers_in_a_base_have_a_sign_digits_beyond_nine_and_the_base_that_they_name():
+    assert parse_in_base("-012_8") == NumberInBase("-12", 8) and parse_in_base("0_2") == NumberInBase("0", 2)
+    assert parse_in_base("1a_{16}") == parse_in_base("1A_16") == NumberInBase("1A", 16)
+    assert parse_in_base("DEE_{16}") == NumberInBase("DEE", 16)
+    assert parse_in_base("12", 8) == parse_in_base("12_8", 9) == NumberInBase("12", 8)
+    assert parse_in_base("19", 8) is None
 
 
 @pytest.mark.parametrize("text", ["28%", "28\\%", "28 percent", "28 pct", "28\\text{ percent}", "$28\\%$"])

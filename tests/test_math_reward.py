@@ -29,6 +29,12 @@ RIGHT = [
     ("\\frac{1}{3}", "\\boxed{\\frac{1}{3} \\approx 0.33}"),
     ("5", "\\boxed{\\left(5\\right)}"),
     # MATH
+    ("12_8", "\\boxed{12_{8}}"),
+    ("(12)_8", "\\boxed{10 = 12_8}"),
+    ("12_{8}", "\\boxed{12}"),  # the question names the base
+    ("1101_2", "\\boxed{1,101}"),
+    ("DEE_{16}", "\\boxed{\\text{DEE}_{16}}"),
+    ("1E3_{16}", "\\boxed{1E3}"),
     ("2\\sqrt{3}", "\\boxed{\\sqrt{12}}"),
     ("$2\\sqrt{3}$", "\\boxed{2\\sqrt3}"),
     ("x^2+1", "\\boxed{1+x^2}"),
@@ -60,6 +66,19 @@ WRONG = [
     ("5", "\\boxed{5 \\geqslant x = 5}"),
     ("stop", "\\boxed{post}"),  # words, not products of letters
     ("HHT", "\\boxed{THH}"),
+    ("\\text{cab}", "\\boxed{abc}"),
+    ("B A C", "\\boxed{A B C}"),  # an order
+    ("12_8", "\\boxed{12_9}"),  # equal to Math-Verify, which leaves subscripts out
+    ("1101_2", "\\boxed{1101_{10}}"),
+    ("12_8", "\\boxed{10}"),  # its value: the question copied down
+    ("12_8", "\\boxed{14_6}"),
+    ("12_8", "\\boxed{x = 11_8, y = 12_8}"),
+    ("12_8", "\\boxed{12_8 = 10}"),
+    ("12_8", "\\boxed{x \\ne 7 = 12_8}"),
+    ("1E3_{16}", "\\boxed{1000}"),
+    ("DEE_{16}", "\\boxed{EDE_{16}}"),
+    ("12", "\\boxed{12_8}"),
+    ("10", "\\boxed{12_8}"),
     ("5", "\\boxed{x=4 \\text{ or } x=5}"),
     ("5", "\\boxed{x=4, x=5}"),
     ("5", "\\boxed{\\pm 5}"),
@@ -119,6 +138,7 @@ def test_a_bad_gold_gives_no_score_and_a_reason(gold):
 
 def test_good_golds_have_no_fault():
     golds = ["72", "$\\frac{1}{2}$", "10\\%", "2\\sqrt{3}", "x^2+1", "\\text{Evelyn}", "(1,2)", 5, 0.25]
+    golds += ["12_8", "(12)_8", "DEE_{16}"]
     assert gold_faults(golds) == [None] * len(golds)
 
 
