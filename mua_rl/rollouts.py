@@ -20,7 +20,6 @@ import requests
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
@@ -221,34 +220,6 @@ class FullRollouts(_Rollouts):
         model = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
         model.load_weights(self._iter_named_params())
         self.llm.reset_prefix_cache()
-
-    def _iter_fsdp2_params(self, module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """As TRL's, in its order, but gathered a wrapped layer at a time: TRL waits for the other processes per weight.
-
-        The weights are those that FSDP2 computes with, in bf16 under mixed precision, as the engine holds them; TRL's
-        are rounded by the engine. They are copies, which a loader may keep when their layer is sharded again.
-        """
-        if self.mode != "colocate":  # to a server they are sent by CUDA streams that do not wait for each other
-            yield from super()._iter_fsdp2_params(module)
-            return
-        holders: dict[str, Any] = {
-            name: holder
-            for prefix, holder in module.named_modules()  # outer ones first: the innermost has the last word
-            if isinstance(holder, FSDPModule)
-            for name, _ in holder.named_parameters(prefix)  # type: ignore[attr-defined]
-        }
-        gathered = None
-        for name in [name for name, _ in module.named_parameters()]:
-            if isinstance(module.get_parameter(name), DTensor):
-                if gathered is not None:
-                    gathered.reshard()
-                gathered = holders[name]
-                gathered.unshard()
-            weight = module.get_parameter(name).detach()
-            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight.clone()  # TP shards too
-            yield self._fix_param_name_to_vllm(name), whole
-        if gathered is not None:
-            gathered.reshard()
 
 
 class AdapterRollouts(_Rollouts):

@@ -13,12 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from trl.generation.vllm_generation import DistributedBackend
 
@@ -82,9 +80,6 @@ def jobs(folder, *names):
         for name in names:
             GRPOTrainer.training_step = disturbed(step, name)
             grpo.held_out = uneven if name == "killed" else held_out  # processes that end their answers at other times
-            if name.startswith("gather:"):
-                gather(Path(folder), name.removeprefix("gather:"))
-                continue
             if name.startswith("resume:"):
                 flags = ["--resume", str(Path(folder) / name.removeprefix("resume:"))]
             else:
@@ -138,42 +133,15 @@ def train_unmeasured(flags):
     trainer.save_model(str(run.path / setup.adapter.saved_as))
 
 
-def gather(folder, precision):
-    """Write down the weights that FSDP2 gathers for an engine, TRL's way and ours, with tied embeddings and without.
-
-    No forward pass has come before, as none need have at a run's first sync; one comes after.
-    """
-    accelerator = Accelerator(cpu=True, mixed_precision=precision)
-    for name, source in {"tied": models.EMBEDDED, "untied": str(untied(folder / "untied"))}.items():
-        model = models.load_model(source)
-        model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
-        rollouts = made_rollouts(model, accelerator)
-        rollouts.mode = "server"
-        trl = list(rollouts._iter_named_params())
-        rollouts.mode = "colocate"
-        ours = list(rollouts._iter_named_params())
-        assert all(isinstance(weight, DTensor) for weight in model.parameters())
-        ids = torch.tensor([[1, 5, 6, 7]])
-        model(input_ids=ids, labels=ids).loss.backward()
-        assert all(weight.grad.full_tensor().isfinite().all() for weight in model.parameters())
-        torch.save({"trl": trl, "ours": ours}, folder / f"{name}-{precision}-{processes.rank()}.pt")
-
-
-def made_rollouts(model, accelerator):
-    """The bringing of all weights to an engine in each process, without one."""
-    rollouts = object.__new__(FullRollouts)
-    rollouts.model, rollouts.accelerator, rollouts.mode = model, accelerator, "colocate"
-    rollouts.enable_sleep_mode, rollouts._dist = False, DistributedBackend(accelerator)
-    return rollouts
-
-
 def push(trainer, path):
     """Bring all weights to an engine that writes down what it is given."""
     pushed = {}
     runner = SimpleNamespace(model=SimpleNamespace(load_weights=pushed.update))
     engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=SimpleNamespace(model_runner=runner)))
-    rollouts = made_rollouts(trainer.model_wrapped, trainer.accelerator)
+    rollouts = object.__new__(FullRollouts)
+    rollouts.model, rollouts.accelerator, rollouts.mode = trainer.model_wrapped, trainer.accelerator, "colocate"
     rollouts.llm = SimpleNamespace(llm_engine=engine, reset_prefix_cache=lambda: None)
+    rollouts.enable_sleep_mode, rollouts._dist = False, DistributedBackend(trainer.accelerator)
     rollouts.sync_weights()
     if processes.is_main():
         named = {name.removeprefix("module."): weight.detach().clone() for name, weight in pushed.items()}

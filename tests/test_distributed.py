@@ -7,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 
 import distributed_driver
@@ -121,22 +120,6 @@ def test_an_engine_is_given_all_weights_as_they_are_after_a_measurement(two):
     assert pushed.keys() == saved.keys()
     for name in saved:
         torch.testing.assert_close(pushed[name], saved[name], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_fsdp2_gathers_for_an_engine_what_trl_does(precision, tmp_path):
-    """A layer at a time; in bf16 they are TRL's as the engine rounds them."""
-    distributed_driver.untied(tmp_path / "untied")  # here, so that the processes do not race for it
-    code, printed = launch("fsdp2", 2, tmp_path, f"gather:{precision}")
-    assert code == 0, printed
-    for model, rank in product(("tied", "untied"), range(2)):
-        gathered = torch.load(tmp_path / f"{model}-{precision}-{rank}.pt")
-        names = [name for name, _ in gathered["ours"]]
-        assert names == [name for name, _ in gathered["trl"]]
-        assert ("lm_head.weight" in names) == (model == "untied")
-        for (_, ours), (_, trl) in zip(gathered["ours"], gathered["trl"], strict=True):
-            assert trl.dtype == torch.float32
-            assert torch.equal(ours, trl if precision == "no" else trl.bfloat16())
 
 
 def test_only_the_main_process_speaks(two):
