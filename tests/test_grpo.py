@@ -476,7 +476,7 @@ def test_a_killed_run_resumes_to_bitwise_the_same_policy(tmp_path):
         grpo.parse(["--resume", str(broken)])
 
 
-def test_the_trainer_uses_trls_documented_seams():
+def test_the_trainer_uses_seams_that_trl_and_transformers_have():
     """What `GRPOTrainer` relies on in TRL and transformers; a failure here means that an upgrade moved a seam."""
     import inspect
 
@@ -485,6 +485,8 @@ def test_the_trainer_uses_trls_documented_seams():
     assert "model" in inspect.signature(Trainer.create_optimizer).parameters
     assert {"args", "model"} <= inspect.signature(Trainer.get_optimizer_cls_and_kwargs).parameters.keys()
     assert trl.GRPOTrainer.create_optimizer is Trainer.create_optimizer
+    assert all(getattr(trl.GRPOTrainer, name) is getattr(Trainer, name) for name in ("_run_epoch", "_save"))
+    assert "self.control.should_training_stop" in inspect.getsource(Trainer._inner_training_loop)  # after `_run_epoch`
     source = inspect.getsource(Trainer)
     assert "on_pre_optimizer_step" in source
 

@@ -24,6 +24,16 @@ def test_the_time_of_a_step_counts_all_steps_since_training_began_logged_or_not(
     assert resumed["seconds_per_step"] == pytest.approx(resumed["seconds"] / 2)
 
 
+def test_a_run_that_was_cut_off_after_its_last_step_takes_no_other_when_it_is_resumed(tmp_path):
+    flags = ["--max_steps", "2", "--save_steps", "2", "--output_dir", str(tmp_path / "run")]
+    run = grpo.train(*grpo.parse([*SMALL, *flags]))
+    weights = (run.path / "adapter" / "adapter_model.safetensors").read_bytes()
+    (run.path / "result.json").unlink()
+    assert grpo.train(*grpo.parse(["--resume", str(run.path)])).result()["steps"] == 2
+    assert (run.path / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+    assert [line["step"] for line in run.metrics() if "loss" in line] == [1, 2]
+
+
 def test_a_checkpoint_without_its_optimizer_is_not_gone_on_from(tmp_path):
     """transformers would begin with a new optimizer and the schedule's warm-up."""
     flags = ["--max_steps", "2", "--save_steps", "1", "--save_only_model", "--output_dir", str(tmp_path / "run")]
