@@ -254,6 +254,7 @@ def load_adapter(model: nn.Module, folder: Path | str, trainable: bool = True) -
     Raises:
         UserError: The folder holds no LoRA of this model.
     """
+    _leave_fast_path(model)
     try:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except (OSError, ValueError, RuntimeError) as error:
@@ -301,7 +302,17 @@ def _shared_weights(model: nn.Module) -> set[int]:
     return {weight for weight, modules in held.items() if modules > 1}
 
 
+def _leave_fast_path(model: nn.Module) -> None:
+    """Keep PyTorch's own encoder layers from their fast path, which reads the bare weights and passes LoRA by.
+
+    It is taken in evaluation, by rollouts say, and of no other layer; the switch is this process's.
+    """
+    if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
+        torch.backends.mha.set_fastpath_enabled(False)
+
+
 def _inject(model: nn.Module, config: LoraConfig) -> PeftModel:
+    _leave_fast_path(model)
     try:
         return get_peft_model(model, config)
     except (ValueError, re.error) as error:

@@ -255,6 +255,22 @@ def test_a_vision_transformer_carries_lora_too():
     assert all(lora_matrices(layer)[0].grad.abs().sum() > 0 for _, layer in lora_layers(model))  # B random: A moves
 
 
+def test_pytorchs_own_encoder_uses_its_lora_in_evaluation_as_in_training(tmp_path):
+    torch.manual_seed(0)
+    layer, x = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True), torch.randn(2, 5, 32)
+    for attach in (
+        lambda model: LoRA(4, "A", target_modules=["linear1", "linear2"]).attach(model),
+        lambda model: load_adapter(model, tmp_path),
+    ):
+        torch.backends.mha.set_fastpath_enabled(True)
+        model = attach(nn.Sequential(copy.deepcopy(layer)))
+        for _, carrier in lora_layers(model):
+            nn.init.normal_(lora_matrices(carrier)[1])
+        with torch.no_grad():
+            assert torch.allclose(model.eval()(x), model.train()(x), atol=1e-5)
+        model.save_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(("layer", "limit"), [("linear", 384), ("conv", 192), ("embed", 256)])
 def test_a_rank_above_a_layers_size_is_refused_by_name(layer, limit):
     LoRA(limit, target_modules=[layer]).attach(Zoo())
