@@ -217,7 +217,8 @@ def figure(found: Sequence[Line], axis: str) -> Figure:
     Among ranks, FFT is a dashed line in every panel.
     """
     shown = [line for line in found if line.axis == axis and None not in line.sizes]
-    full = [2 ** line.sizes[None] for line in found if line.axis == axis and None in line.sizes]
+    of_full = [line.sizes[None] for line in found if line.axis == axis and None in line.sizes]
+    full = [2**size for size in of_full if math.isfinite(size)]
     titles = list(dict.fromkeys(line.title for line in shown)) or ["FFT"]
     rules = list(dict.fromkeys(line.lr_rule for line in shown)) or [TRANSFERRED]
     drawing = Figure(figsize=(1 + 3 * len(titles), 1 + 2.6 * len(rules)), layout="constrained")
@@ -228,6 +229,8 @@ def figure(found: Sequence[Line], axis: str) -> Figure:
             if shown and not members:  # its fixed LR is the transferred one
                 axes.set_visible(False)
                 continue
+            axes.set_xscale("log", base=2)  # first, for of no data at all matplotlib makes no logarithmic axis later
+            axes.set_yscale("log", base=2)
             for line in members:
                 points = {x: 2**size for x, size in line.sizes.items() if x is not None and math.isfinite(size)}
                 width = 2.5 if line.quantity in (DELTA_Z, DELTA_Z_B) else 1.2
@@ -236,8 +239,6 @@ def figure(found: Sequence[Line], axis: str) -> Figure:
             for size in full:
                 axes.axhline(size, color="black", linestyle="--", linewidth=1, label="ΔZ of FFT")
             axes.set_title(f"{title}\nLR {rule}", fontsize=9)
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log", base=2)
             axes.grid(alpha=0.3)
             axes.legend(fontsize=7)
     drawing.supxlabel("rank r" if axis == "rank" else "width n (largest fan-in)")

@@ -1,8 +1,10 @@
 """The coordinate check finds flat what the rules keep flat, and finds out where a rule is broken."""
 
 import csv
+import io
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 from transformers import GPT2Config, LlamaConfig
@@ -173,6 +175,14 @@ def test_slopes_and_verdicts(size, verdict, slope):
     assert line.theory == pytest.approx(0)
     table([line], "rank")
     figure([line], "rank")
+
+
+@pytest.mark.parametrize("size", [0.0, math.nan])
+def test_full_finetuning_that_moved_nothing_or_diverged_has_a_verdict_and_a_figure_all_the_same(size):
+    full = replace(rows_of(lambda r: size, ranks=(4,))[0], scheme="FFT", alpha="", rank=None, quantity=DELTA_Z)
+    found = lines([*rows_of(lambda r: size), full])
+    figure(found, "rank").savefig(io.BytesIO())
+    assert {line.verdict for line in found} == {"zero" if size == 0 else "diverged"}
 
 
 def test_a_single_rank_has_no_verdict_and_embeddings_do_not_count():
