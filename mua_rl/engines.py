@@ -1,6 +1,7 @@
 """What answers prompts in an evaluation: transformers, on any machine, or vLLM, on a GPU."""
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from mua_rl.adapter import fingerprint
 from mua_rl.errors import UserError
 from mua_rl.heldout import generate, is_conversational
 from mua_rl.record import FILE_NAME, LRRecord
+from mua_rl.run import CONFIG, RunFolder
 from mua_rl.vllm_lora import engine_rank
 
 _SEED_STRIDE = 1_000_003  # beyond any number of samples: vLLM counts up from the seed of a prompt
@@ -148,8 +150,9 @@ def check_base(adapter: str, name: str, load: Callable[[], nn.Module]) -> None:
         return
     record = LRRecord.load(run)
     if fingerprint(load()) != record.base_fingerprint:
+        earlier = RunFolder(run).settings().get("start_from") if (run / CONFIG).exists() else None
+        maker = f", which {shlex.join(['python', '-m', 'mua_rl.merge', earlier, 'FOLDER'])} makes" if earlier else ""
         raise UserError(
             f"the adapter {adapter} was trained on other weights ({record.base_model}, by {run / FILE_NAME}) than "
-            f"--model {name} has: give the model that it was trained on (of a run that went on after a LoRA run: with "
-            "that LoRA merged)."
+            f"--model {name} has: give the model that it was trained on{maker}."
         )
