@@ -9,10 +9,19 @@ from helpers import make_record
 from torch import nn
 
 from mua_rl.grpo_report import announce
-from mua_rl.policy import EVIDENCE, RANK_EXPONENT, RANK_EXPONENTS, default_exponent, given, pair_kind, transfer
+from mua_rl.policy import (
+    EVIDENCE,
+    FROM_RANK,
+    RANK_EXPONENT,
+    RANK_EXPONENTS,
+    default_exponent,
+    given,
+    pair_kind,
+    transfer,
+)
 from mua_rl.rules import AlphaRule, Configuration, Scheme
 from mua_rl.run import RunFolder
-from mua_rl.sweep.measured import sweeps_of
+from mua_rl.sweep.measured import FFT, sweeps_of
 from mua_rl.sweep.report import parse_sizes
 from mua_rl.sweep.rows import read_all
 from mua_rl.sweep.transfer import (
@@ -82,7 +91,7 @@ def test_on_sweeps_that_had_no_part_in_choosing_it_the_rule_is_right_four_times_
 @pytest.mark.parametrize("algorithm", RANK_EXPONENTS)
 @pytest.mark.parametrize("target", [lora(16), FULL], ids=str)
 def test_a_transfer_says_how_far_off_it_may_be(algorithm, target):
-    found = transfer(make_record(algorithm=algorithm), target)
+    found = transfer(make_record(algorithm=algorithm, rank=32), target)
     evidence = EVIDENCE[default_exponent(algorithm)][pair_kind(Scheme.INIT_B, target.scheme)]
     assert found.evidence == evidence
     assert f"nine times in ten within a factor of {2**evidence.octaves:.2g} of the best, at a loss" in found.reason
@@ -126,6 +135,25 @@ def test_where_nothing_was_measured_a_warning_says_so_in_one_line_with_a_cure(re
     assert "within a factor" not in found.reason
     assert len(found.warning.splitlines()) == 1
     assert re.search(why, found.warning), found.warning
+
+
+def test_full_finetuning_is_tuned_at_a_rank_from_which_it_was_measured_to_lose_little(measured):
+    least = FROM_RANK[RANK_EXPONENT]
+    losses = [
+        (test.source.curve[0], test.loss)
+        for test in prediction_tests(measured[RANK_EXPONENT], RankCorrected(RANK_EXPONENT))
+        if test.target.curve == FFT
+    ]
+    assert max(loss for rank, loss in losses if rank >= least) < 0.033
+    small = [loss for rank, loss in losses if rank < least]
+    assert (len(small), sum(loss > 0.1 for loss in small)) == (8, 2)
+
+    doubtful = transfer(make_record(rank=8, outputs=512), FULL)
+    assert "lost more than a tenth of its gain in two measured sweeps of eight" in doubtful.warning
+    assert doubtful.warning.endswith("(python -m mua_rl.sweep --algo grpo --ranks 16).")
+    assert doubtful.evidence is None
+    for record, target in (({"rank": 16}, FULL), ({"rank": 8}, lora(64)), ({"rank": 8, "algorithm": "ppo"}, FULL)):
+        assert not transfer(make_record(outputs=512, **record), target).warning
 
 
 def test_a_rule_that_was_measured_to_lose_much_says_how_far_off_it_may_be_and_warns():

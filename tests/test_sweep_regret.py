@@ -41,6 +41,7 @@ def test_sweeps_of_fewer_seeds_are_dealt_from_a_larger_one_and_cost_their_share(
     for small in pairs:
         whole_curve = whole.curves[small.source.curve]
         assert small.steps == pytest.approx(whole_curve.steps / 2 / whole.fft.steps)
+        assert small.seconds == pytest.approx(whole_curve.seconds / 2 / whole.fft.seconds)
         assert len(small.source.points) == len(whole_curve.points) / 2
         assert small.source.optimum.log2_lr != whole_curve.optimum.log2_lr
         assert 0 <= small.share < 0.1

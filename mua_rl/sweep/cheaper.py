@@ -22,13 +22,14 @@ class SmallSweep:
         seeds: How many.
         share: Of FFT's gain that is lost where FFT takes its learning rate from there by the rule that ships, or, where
             `source` is FFT, at the optimum found; by FFT's curve over all seeds, as in `regret.Regret`.
-        steps: Its cost as a share of the steps of FFT's sweep with all seeds.
+        steps, seconds: Its cost as a share of that of FFT's sweep with all seeds.
     """
 
     source: Measured
     seeds: int
     share: float
     steps: float
+    seconds: float
 
 
 def small_sweeps(sweep: Sweep, seeds: int) -> list[SmallSweep]:
@@ -47,7 +48,8 @@ def small_sweeps(sweep: Sweep, seeds: int) -> list[SmallSweep]:
             own = Prediction(source.optimum.log2_lr)
             prediction = own if source.curve == FFT else rule.predict(source, FFT, sweep.context)
             if prediction is not None and not math.isnan(share := fft.share_lost(prediction.log2_lr)):
-                found.append(SmallSweep(source, seeds, share, source.steps / fft.steps))
+                cost = source.steps / fft.steps, source.seconds / fft.seconds
+                found.append(SmallSweep(source, seeds, share, *cost))
     return found
 
 

@@ -334,7 +334,7 @@ def regret_summary(sweeps: Sequence[Sweep], rules: Sequence[Rule]) -> ReportTabl
     return ReportTable("FFT's loss at a transferred LR, of its gain", columns, lines) if lines else None
 
 
-_LOSSES = ("sweeps", "cost in steps", "median loss", "within 3 %", "within 10 %")
+_LOSSES = ("sweeps", "cost in steps", "in seconds", "median loss", "within 3 %", "within 10 %")
 
 
 def small_sweep_table(sweeps: Sequence[Sweep]) -> ReportTable | None:
@@ -361,6 +361,7 @@ def _loss_cells(found: Sequence[SmallSweep]) -> list[str]:
     return [
         str(len(found)),
         f"{statistics.fmean(small.steps for small in found):.0%}",
+        f"{statistics.fmean(small.seconds for small in found):.0%}",
         f"{statistics.median(small.share for small in found):.1%}",
         *(_share([small.share <= most for small in found]) for most in (0.03, 0.1)),
     ]
@@ -371,12 +372,13 @@ def _introduction(sweeps: Sequence[Sweep], value: str) -> str:
         "Optima are those of a fit over all seeds (`mua_rl.sweep.optimum`); intervals in brackets hold "
         f"{COVERAGE:.0%}. “As good” are the learning rates whose value cannot be told from the best. A gain is the "
         "value less the held-out metric before training. Optima at an edge of their grid are left out of slopes and "
-        "predictions. A prediction's stated interval joins the source's own and the rule's error on the other tasks of "
-        "the algorithm (– where there is none; for the fitted rule on all other tasks), and that of the optimum it is "
-        "held against. A perfect rule knows how far apart two optima are found on average over seeds and misses by how "
-        "far the measured ones are off that: its row says how often it is expected to hit. Where tops are flat a miss "
-        "costs little: a prediction is as good as the best within the target's “as good” interval, whose median width "
-        "in octaves stands beside. Noise widens it; the share to beat is that of no rule."
+        "predictions. A prediction's stated interval is what nine in ten of the rule's predictions kept to on other "
+        "tasks of algorithms with the same rule, for the fitted rule on all other tasks (– where there is none); that "
+        "of the optimum it is held against joins it. A perfect rule knows how far apart optima are found on average "
+        "over seeds and misses by how far the measured ones are off that: its row says how often it is expected to "
+        "hit. Where tops are flat a miss costs little: a prediction is as good as the best within the target's “as "
+        "good” interval, whose median width in octaves stands beside. Noise widens it; the share to beat is that of no "
+        "rule."
     )
     if unknown := sorted({sweep.base for sweep in sweeps if sweep.context.outputs is None and sweep.fft}):
         text += f" Without `--sizes` of {', '.join(unknown)}, rules that need m say nothing of FFT there."

@@ -3,14 +3,14 @@
 A rule is anything with `Rule`'s attributes. `prediction_tests` holds its predictions against the measured optima, which
 other seeds would have put elsewhere: `Test.perfect_hit` says how often any rule could be right, `Unmoved` shows how
 often none is needed. How far off a rule may be is learnt from other sweeps than it is judged on: `calibrated` gives it
-an interval; `evidence` is for users (`mua_rl.policy`).
+the interval that `evidence` gives to users (`mua_rl.policy`).
 """
 
 import itertools
 import math
 import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -18,13 +18,12 @@ import numpy as np
 from mua_rl.policy import UNMOVED, Evidence, default_exponent, pair_kind
 from mua_rl.rules import Scheme
 from mua_rl.sweep.measured import FFT, Context, Curve, Measured, Sweep, log2_ratio
-from mua_rl.sweep.optimum import COVERAGE, RESOLUTION, Optimum
+from mua_rl.sweep.optimum import COVERAGE, RESOLUTION
 
 HIT = 0.5
 """Octaves within which a prediction counts as right."""
 ENOUGH = 20
 """Pairs of curves from which on their kind is judged by itself; fewer are judged by all pairs of the algorithm."""
-_Z = statistics.NormalDist().inv_cdf((1 + COVERAGE) / 2)
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class BareRule:
     def predict(self, source: Measured, target: Curve, context: Context) -> Prediction | None:
         """See `Rule`."""
         shift = log2_ratio(source.curve, target, context.width)
-        return None if shift is None else moved(source.optimum, shift)
+        return None if shift is None else Prediction(source.optimum.log2_lr + shift)
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Unmoved:
 
     def predict(self, source: Measured, target: Curve, context: Context) -> Prediction | None:
         """See `Rule`."""
-        return None if log2_ratio(source.curve, target, context.width) is None else moved(source.optimum, 0.0)
+        return None if log2_ratio(source.curve, target, context.width) is None else Prediction(source.optimum.log2_lr)
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class RankCorrected:
         correction = log2_rank_ratio(source.curve, target, context, self.inits)
         if shift is None or correction is None:
             return None
-        return moved(source.optimum, shift - self.exponent * correction)
+        return Prediction(source.optimum.log2_lr + shift - self.exponent * correction)
 
 
 @dataclass(frozen=True)
@@ -162,21 +161,22 @@ class EqualMovement:
         found = context.movement
         if source.curve not in found or target not in found:
             return None
-        return moved(source.optimum, -self.exponent * math.log2(found[target] / found[source.curve]))
+        shift = -self.exponent * math.log2(found[target] / found[source.curve])
+        return Prediction(source.optimum.log2_lr + shift)
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A rule with an interval that counts its own error beside its source's uncertainty; from `calibrated`.
+    """A rule that says how far off it may be; from `calibrated`.
 
     Attributes:
         rule: Which.
-        spreads: Standard deviation of its own error in octaves, by kind of pair.
-        otherwise: The same for other kinds. `None`, here and there: nothing is known, and no interval is stated.
+        octaves: To either side of a prediction, where nine optima in ten lie, by kind of pair.
+        otherwise: The same for other kinds; `None`: nothing is known, and no interval is stated.
     """
 
     rule: Rule
-    spreads: Mapping[str, float | None] = field(default_factory=dict)
+    octaves: Mapping[str, float] = field(default_factory=dict)
     otherwise: float | None = None
 
     @property
@@ -192,25 +192,15 @@ class Calibrated:
     def predict(self, source: Measured, target: Curve, context: Context) -> Prediction | None:
         """See `Rule`."""
         prediction = self.rule.predict(source, target, context)
-        if prediction is None or prediction.log2_interval is None:
+        octaves = self.octaves.get(_pair_kind(source.curve, target), self.otherwise)
+        if prediction is None or octaves is None:
             return prediction
-        spread = self.spreads.get(_pair_kind(source.curve, target), self.otherwise)
-        if spread is None:
-            return Prediction(prediction.log2_lr)
-        centre, (low, high) = prediction.log2_lr, prediction.log2_interval
-        return Prediction(
-            centre, (centre - math.hypot(centre - low, _Z * spread), centre + math.hypot(high - centre, _Z * spread))
-        )
+        return replace(prediction, log2_interval=(prediction.log2_lr - octaves, prediction.log2_lr + octaves))
 
 
 TRANSFER_RULES: tuple[Rule, ...] = (BareRule(), RankCorrected(0.25), RankCorrected(0.5))
 MOVEMENT_RULES: tuple[Rule, ...] = (EqualMovement(), EqualMovement(0.5))
 """Where movements were measured."""
-
-
-def moved(optimum: Optimum, shift: float) -> Prediction:
-    """An optimum and its interval, moved by `shift` octaves."""
-    return Prediction(optimum.log2_lr + shift, (optimum.low + shift, optimum.high + shift))
 
 
 def log2_rank_ratio(source: Curve, target: Curve, context: Context, inits: Sequence[str] = ("B",)) -> float | None:
@@ -256,8 +246,8 @@ class Test:
         return self.target.optimum.is_as_good(self.prediction.log2_lr)
 
     @property
-    def missing(self) -> float | None:
-        """Octaves by which the measured optimum is out of the stated interval, in quadrature; `None`: none is stated.
+    def is_covered(self) -> bool | None:
+        """Whether the optimum is in the stated interval, but for its own error; `None`: none is stated.
 
         The interval is of the true optimum. What was measured is off that by an error of its own, whose interval joins
         the stated one, like any independent errors, by the root of the sum of squares.
@@ -270,12 +260,7 @@ class Test:
             allowed = math.hypot(self.prediction.log2_lr - low, optimum.high - optimum.log2_lr)
         else:
             allowed = math.hypot(high - self.prediction.log2_lr, optimum.log2_lr - optimum.low)
-        return math.sqrt(max(0.0, self.error**2 - allowed**2))
-
-    @property
-    def is_covered(self) -> bool | None:
-        """Whether the measured optimum is in the stated interval, but for its own error; `None`: none is stated."""
-        return None if self.missing is None else self.missing < 1e-6  # rounding
+        return abs(self.error) <= allowed + 1e-6  # rounding
 
     @property
     def loss(self) -> float:
@@ -348,18 +333,19 @@ def fit_exponent(sweeps: Sequence[Sweep], inits: tuple[str, ...] = ("B",)) -> Ra
 
 
 def calibrated(rule: Rule, sweeps: Sequence[Sweep]) -> Calibrated:
-    """A rule with the smallest spreads whose stated intervals cover these sweeps as often as they say.
+    """A rule with the interval that nine in ten of its predictions in these sweeps kept to, noise included.
 
     To be judged on other sweeps (`leave_one_out`). No interval is stated where these have no pair that the rule covers.
+    Were the noise of these sweeps' optima taken off, a noisy task would hide how far off the rule is on a steady one.
     """
     tests = prediction_tests(sweeps, rule)
-    spreads = {kind: _spread(alike) for kind, alike in _by_pair(tests).items()}
-    return Calibrated(rule, spreads, _spread(tests))
+    by_kind = {kind: _off(alike) for kind, alike in _by_pair(tests).items()}
+    return Calibrated(rule, by_kind, otherwise=_off(tests) if tests else None)
 
 
-def _spread(tests: Sequence[Test]) -> float | None:
-    missing = [test.missing for test in tests if test.missing is not None]
-    return _nine_in_ten(missing) / _Z if missing else None
+def _off(tests: Sequence[Test]) -> float:
+    """Octaves from the measured optimum within which nine predictions in ten are."""
+    return _nine_in_ten([abs(test.error) for test in tests])
 
 
 def fitted(sweeps: Sequence[Sweep]) -> Calibrated | None:
@@ -378,7 +364,7 @@ def evidence(sweeps: Sequence[Sweep], rule: Rule) -> dict[str, Evidence]:
             ranks=(min(ranks), max(ranks)),
             alphas=tuple(sorted({m.curve[2] for m in curves if m.curve != FFT})),
             steps=max(round(m.steps / len(m.points)) for m in curves),
-            octaves=_nine_in_ten([abs(test.error) for test in alike]),
+            octaves=_off(alike),
             loss=_nine_in_ten([test.loss for test in alike]),
         )
     return found
