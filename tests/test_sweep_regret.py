@@ -49,6 +49,17 @@ def test_sweeps_of_fewer_seeds_are_dealt_from_a_larger_one_and_cost_their_share(
     assert small_sweeps(whole, 5) == []
 
 
+def test_a_sweep_of_whole_octaves_is_made_of_the_rates_of_the_scan():
+    rows = sweep_rows(schemes=SCHEMES[:1], exponent=0.5, seeds=2)  # in half octaves
+    (sweep,) = sweeps_of([r for r in rows if r.arm.log2_lr % 2], contexts=lambda key: SIZES)
+    found = small_sweeps(sweep, 1, step=1.0)
+    assert {lr % 1 for small in found for lr, _, _ in small.source.points} == {0.5}
+    assert len(found) == 2 * len(sweep.curves)
+    for small in found:
+        assert len(small.source.points) == 9
+        assert 0.3 < small.steps < 0.35
+
+
 def test_a_seed_that_has_not_run_at_every_rate_makes_no_sweep_of_its_own():
     rows = [r for r in sweep_rows(schemes=SCHEMES[:1], exponent=0.5) if r.arm.seed == 0 or r.arm.log2_lr > -12]
     (sweep,) = sweeps_of(rows, contexts=lambda key: SIZES)

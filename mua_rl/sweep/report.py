@@ -338,19 +338,20 @@ _LOSSES = ("sweeps", "cost in steps", "in seconds", "median loss", "within 3 %",
 
 
 def small_sweep_table(sweeps: Sequence[Sweep]) -> ReportTable | None:
-    """What sweeps of fewer seeds would have done for FFT, beside sweeps of FFT itself with as many."""
+    """What smaller sweeps would have done for FFT, beside sweeps of FFT itself that are as small."""
     lines = []
     for algorithm in dict.fromkeys(sweep.algorithm for sweep in sweeps):
         of_algorithm = [sweep for sweep in sweeps if sweep.algorithm == algorithm]
         most = max((len({seed for _, _, seed in sweep.fft.points}) for sweep in of_algorithm if sweep.fft), default=0)
-        for seeds in [2**k for k in range(most.bit_length()) if 2**k < most]:
-            found = [small for sweep in of_algorithm for small in small_sweeps(sweep, seeds)]
+        for seeds, step in [(1, 1.0), *((2**k, 0.0) for k in range(most.bit_length()) if 2**k < most)]:
+            found = [small for sweep in of_algorithm for small in small_sweeps(sweep, seeds, step)]
             loras = [small for small in found if small.source.curve != FFT]
             ffts = [small for small in found if small.source.curve == FFT]
             if loras:
-                lines.append([f"{algorithm}, {seeds} of {most} seeds", *_loss_cells(loras), *_loss_cells(ffts)])
+                name = f"{algorithm}, {seeds} of {most} seeds{', whole octaves' if step else ''}"
+                lines.append([name, *_loss_cells(loras), *_loss_cells(ffts)])
     columns = ["sweep", *(f"{of}: {what}" for of in ("LoRA", "FFT") for what in _LOSSES)]
-    title = "FFT's loss at the LR that a sweep of fewer seeds gives, by mua_rl's rule; cost against FFT's whole sweep"
+    title = "FFT's loss at the LR that a smaller sweep gives, by mua_rl's rule; cost against FFT's whole sweep"
     return ReportTable(title, columns, lines) if lines else None
 
 
