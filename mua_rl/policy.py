@@ -243,7 +243,7 @@ def _judged(rate: LearningRate, record: LRRecord, target: Configuration, exponen
     doubt, nearer = _why_unmeasured(record, target, exponent, known), target.rank or "full"
     least = FROM_RANK.get(exponent, 0)
     if not doubt and target.scheme is Scheme.FFT and record.rank is not None and record.rank < least:
-        doubt = "from r = 4, full finetuning lost more than a tenth of its gain in two measured sweeps of eight"
+        doubt = f"r = {record.rank} is small: from r = 4, FFT lost more than a tenth of its gain in two sweeps of eight"
         nearer = least
     rate = replace(rate, evidence=None if doubt else known)
     if rate.evidence and rate.evidence.loss > WEAK_LOSS:
