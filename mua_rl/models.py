@@ -134,23 +134,38 @@ def check_finite(model: nn.Module, name: str) -> None:
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """A model's folder, which is made the first time, whole or not at all.
+    """A model's folder, which is made the first time, whole or not at all; by one of several processes, for all.
 
     Args:
         folder: Where it is to be.
         make: Writes the model to a folder that it is given, within an empty one.
+
+    Raises:
+        UserError: There is something else in the folder.
     """
-    if not (folder / "config.json").exists():
+    if not _is_made(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             made = Path(scratch) / "model"
             make(made)
             try:
                 os.replace(made, folder)
-            except OSError:  # another run was faster; its folder is as good
-                if not (folder / "config.json").exists():
+            except OSError:  # another process was faster; its folder is as good
+                if not _is_made(folder):
                     raise
     return folder
+
+
+def _is_made(folder: Path) -> bool:
+    """Whether a folder has its model: it comes whole, by a rename.
+
+    Raises:
+        UserError: There is something else in it.
+    """
+    there = os.listdir(folder) if folder.is_dir() else []  # in one look: another process may rename between two
+    if there and "config.json" not in there:
+        raise UserError(f"the folder {folder} holds no model (there is no config.json in it): delete it or empty it.")
+    return bool(there)
 
 
 def smollm2_folder() -> Path:
