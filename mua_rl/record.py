@@ -6,7 +6,6 @@ A run or a sweep writes it; any later run reads it, whatever its rank, LoRA or f
 import dataclasses
 import importlib.metadata
 import json
-import math
 import os
 import platform
 from dataclasses import dataclass, field
@@ -173,7 +172,7 @@ def check_learning_rate(value: float, what: str = "the learning rate") -> float:
     Raises:
         UserError: It is not a finite number between 0 and 1.
     """
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and 0 < value < 1):
+    if not (isinstance(value, (int, float)) and 0 < value < 1):  # so NaN and infinity are none
         raise UserError(f"{what} must be a number between 0 and 1, not {value}; typical values are 1e-6 to 1e-2.")
     return float(value)
 
