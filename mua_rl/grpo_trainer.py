@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
@@ -79,6 +80,16 @@ class GRPOTrainer(CorrectedGRPOTrainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As the Trainer's, which of several adapters loads those in subfolders alone: TRL's frozen "ref" (`--beta`).
+
+        The policy's own, at the top, would be a new one then.
+        """
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        policy = self.model if model is None else model
+        if isinstance(policy, PeftModel) and len(policy.peft_config) > 1 and not self.is_fsdp_enabled:
+            policy.load_adapter(resume_from_checkpoint, policy.active_adapter, is_trainable=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """As the Trainer's, without the second copy that FSDP2 makes of a tied weight."""

@@ -485,7 +485,8 @@ def test_the_trainer_uses_seams_that_trl_and_transformers_have():
     assert "model" in inspect.signature(Trainer.create_optimizer).parameters
     assert {"args", "model"} <= inspect.signature(Trainer.get_optimizer_cls_and_kwargs).parameters.keys()
     assert trl.GRPOTrainer.create_optimizer is Trainer.create_optimizer
-    assert all(getattr(trl.GRPOTrainer, name) is getattr(Trainer, name) for name in ("_run_epoch", "_save"))
+    names = ("_run_epoch", "_save", "_load_from_checkpoint")
+    assert all(getattr(trl.GRPOTrainer, name) is getattr(Trainer, name) for name in names)
     assert "self.control.should_training_stop" in inspect.getsource(Trainer._inner_training_loop)  # after `_run_epoch`
     source = inspect.getsource(Trainer)
     assert "on_pre_optimizer_step" in source

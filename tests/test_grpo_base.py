@@ -1,9 +1,11 @@
 """What a GRPO run starts from: models, tokenizers and earlier runs are loaded as was asked, or refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, dynamic_module_utils
 
 from mua_rl import grpo, models
@@ -41,6 +43,19 @@ def test_full_finetuning_after_a_lora_is_held_to_the_policy_that_it_starts_from(
     flags = ["--start-from", lora_run, "--beta", 0.1, "--max_steps", 1, "--output_dir", tmp_path / "r"]
     (kl,) = [line["kl"] for line in grpo.train(*parsed(*flags)).metrics() if "kl" in line]
     assert kl == pytest.approx(0, abs=1e-6)
+
+
+def test_a_lora_held_to_a_reference_policy_resumes_where_it_was(tmp_path):
+    """The reference is an adapter beside the policy's own, and transformers loads the former alone."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    flags = ["--rank", 4, "--lr", 2**-8, "--beta", 0.1, "--max_steps", 4, "--save_steps", 2, "--output_dir", whole]
+    grpo.train(*parsed(*flags))
+    shutil.copytree(whole, broken)
+    (broken / "result.json").unlink()
+    shutil.rmtree(broken / "checkpoint-4")
+    grpo.train(*grpo.parse(["--resume", str(broken)]))
+    one, two = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, broken))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_a_lora_is_not_merged_into_other_weights_than_it_was_trained_on(lora_run, base_folder):
