@@ -17,14 +17,14 @@ from pathlib import Path
 
 from reproduce_grpo import add_run_options, run_all
 
-from mua_rl.arms.arm import Arm, Outcome
+from mua_rl.arms.arm import FFT, Arm, Curve, Outcome
 from mua_rl.errors import UserError, exit_on_user_error
 from mua_rl.policy import transfer
 from mua_rl.record import LRRecord
 from mua_rl.sweep.arguments import parse
 from mua_rl.sweep.base import Facts, find_facts
 from mua_rl.sweep.closing import make_record
-from mua_rl.sweep.measured import FFT, Curve, curve_name, sweeps_of
+from mua_rl.sweep.measured import curve_name, sweeps_of
 from mua_rl.sweep.report import ReportTable
 from mua_rl.sweep.rows import read
 from mua_rl.sweep.search import HIGHEST, LOWEST, Search, best_of

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 
 from mua_rl.adapter import Adapter, TargetModules, adapter_for
 
+Curve = tuple[int | None, str, str]
+"""(rank, init, alpha): what arms have in common that differ in learning rate and seed alone."""
+FFT: Curve = (None, "", "")
+"""The curve of full finetuning, which has neither rank nor initialisation nor multiplier."""
+
 PER_ARM = ("rank", "init", "alpha", "lr", "learning_rate", "lr_from", "rank_exponent", "seed", "output_dir")
 """Settings of a trainer that each arm brings along."""
 WITHOUT_EFFECT = (
@@ -41,9 +46,9 @@ class Arm:
         return 2.0**self.log2_lr
 
     @property
-    def curve(self) -> tuple[int | None, str, str]:
-        """What arms have in common that differ in learning rate and seed alone: one curve of the sweep's figure."""
-        return (None, "", "") if self.rank is None else (self.rank, self.init, self.alpha)
+    def curve(self) -> Curve:
+        """Which curve of the sweep's figure it is on."""
+        return FFT if self.rank is None else (self.rank, self.init, self.alpha)
 
     @property
     def name(self) -> str:

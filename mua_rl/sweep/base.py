@@ -7,6 +7,7 @@ from typing import Any
 
 from mua_rl import policy
 from mua_rl.arguments import find_record
+from mua_rl.arms.arm import Curve
 from mua_rl.errors import UserError
 from mua_rl.record import LRRecord
 from mua_rl.rules import best_lr_order
@@ -15,8 +16,6 @@ from mua_rl.sweep.search import Search, scan_around, scan_range
 
 PLACEHOLDER = math.nextafter(1e-3, 1.0)
 """A template's learning rate, and that of a head that follows it: none that anyone gives, so that a given one stays."""
-
-Curve = tuple[int | None, str, str]
 
 
 @dataclass(frozen=True)

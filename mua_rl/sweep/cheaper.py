@@ -9,8 +9,9 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from mua_rl.arms.arm import FFT
 from mua_rl.errors import UserError
-from mua_rl.sweep.measured import FFT, Measured, Sweep
+from mua_rl.sweep.measured import Measured, Sweep
 from mua_rl.sweep.optimum import estimate_optimum
 from mua_rl.sweep.transfer import Prediction, shipped
 

@@ -8,16 +8,14 @@ from itertools import groupby
 
 import numpy as np
 
+from mua_rl.arms.arm import FFT, Curve
 from mua_rl.errors import UserError
 from mua_rl.rules import AlphaRule, Configuration, Scheme, TransferError, lr_ratio
 from mua_rl.sweep.optimum import COVERAGE, RESOLUTION, Array, Optimum, estimate_optimum
 from mua_rl.sweep.rows import Row
 
-Curve = tuple[int | None, str, str]
-"""(rank, init, alpha), as `mua_rl.arms.arm.Arm.curve`."""
 Key = tuple[str, str, str]
 """(algorithm, task, base): what learning rates can be compared in."""
-FFT: Curve = (None, "", "")
 VALUES = ("metric", "reward_mean", "reward_last")
 """Fields of `Outcome` that a curve can show."""
 

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from mua_rl.arms.arm import Curve
 from mua_rl.errors import UserError
-from mua_rl.sweep.measured import Curve
 
 Movements = dict[tuple[str, str], dict[Curve, float]]
 """By (task, base) and curve: √KL per step and unit of learning rate."""

@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mua_rl.sweep.measured import FFT, Context, Curve, Measured, Sweep
+from mua_rl.arms.arm import FFT, Curve
+from mua_rl.sweep.measured import Context, Measured, Sweep
 from mua_rl.sweep.transfer import Prediction, Rule
 
 

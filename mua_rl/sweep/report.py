@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mua_rl.arms.arm import FFT
 from mua_rl.errors import UserError, exit_on_user_error
 from mua_rl.sweep.cheaper import SmallSweep, small_sweeps
 from mua_rl.sweep.figure import learning_rate_curves, optimum_against_rank
 from mua_rl.sweep.measured import (
-    FFT,
     VALUES,
     Context,
     Key,

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from mua_rl.arms.arm import Arm, Outcome
+from mua_rl.arms.arm import Arm, Curve, Outcome
 from mua_rl.statistics import is_clear
 from mua_rl.sweep.optimum import estimate_optimum
 
@@ -50,7 +50,7 @@ class Search:
     seeds: tuple[int, ...]
 
     @property
-    def curve(self) -> tuple[int | None, str, str]:
+    def curve(self) -> Curve:
         """See `Arm.curve`."""
         return self.arm(0.0, 0).curve
 
@@ -183,7 +183,7 @@ def has_learnt(outcomes: Sequence[Outcome]) -> bool:
     return is_clear(statistics.fmean(o.metric - o.before for o in good), error)
 
 
-def runs_of(outcomes: Mapping[Arm, Outcome], curve: tuple[int | None, str, str]) -> list[tuple[float, float, int]]:
+def runs_of(outcomes: Mapping[Arm, Outcome], curve: Curve) -> list[tuple[float, float, int]]:
     """The runs of a curve as `estimate_optimum` takes them; one that was stopped counts as one that diverged."""
     return sorted(
         (arm.log2_lr, outcome.metric if is_good(outcome) else math.nan, arm.seed)

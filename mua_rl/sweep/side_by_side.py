@@ -10,7 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from mua_rl.arms.arm import Arm, Outcome
+from mua_rl.arms.arm import Arm, Curve, Outcome
 from mua_rl.errors import UserError
 from mua_rl.sweep.arguments import Request
 from mua_rl.sweep.runner import Runner, Single, die_with_parent
@@ -89,7 +89,7 @@ class Chosen:
         return self.single if self.singly[arm.rank is None] else self.together
 
 
-def why_not(request: Request, curve: tuple[int | None, str, str], obstacle: str = "") -> str:
+def why_not(request: Request, curve: Curve, obstacle: str = "") -> str:
     """Why arms of a curve cannot be trained side by side; "" where they can.
 
     Args:

@@ -15,9 +15,10 @@ from typing import Protocol
 
 import numpy as np
 
+from mua_rl.arms.arm import FFT, Curve
 from mua_rl.policy import UNMOVED, Evidence, default_exponent, pair_kind
 from mua_rl.rules import Scheme
-from mua_rl.sweep.measured import FFT, Context, Curve, Measured, Sweep, log2_ratio
+from mua_rl.sweep.measured import Context, Measured, Sweep, log2_ratio
 from mua_rl.sweep.optimum import COVERAGE, RESOLUTION
 
 HIT = 0.5
