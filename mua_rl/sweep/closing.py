@@ -20,9 +20,7 @@ from mua_rl.sweep.search import Search, is_good
 CSV = "sweep.csv"
 
 
-def rows_of(
-    task: str, facts: Facts, outcomes: Mapping[Arm, Outcome], machines: Mapping[Arm, str]
-) -> list[rows.Row]:  # fmt: skip
+def rows_of(task: str, facts: Facts, outcomes: Mapping[Arm, Outcome], machines: Mapping[Arm, str]) -> list[rows.Row]:
     """The runs of a study as lines of a CSV."""
     template = facts.template
     return [
@@ -60,14 +58,11 @@ def warnings_of(search: Search, outcomes: Mapping[Arm, Outcome]) -> list[str]:
     return [f"{curve_name(search.curve)}: {warning}" for warning in found if warning]
 
 
-def make_record(
-    facts: Facts, search: Search, measured: Measured, outcomes: Mapping[Arm, Outcome]
-) -> LRRecord | None:  # fmt: skip
+def make_record(facts: Facts, search: Search, measured: Measured, outcomes: Mapping[Arm, Outcome]) -> LRRecord | None:
     """The LR record of a finished search: the fitted optimum as it is; `None` where no run got better than the base.
 
     Its metric is the mean over the runs at the learning rate next to the optimum.
     """
-    warning = search.verdict(outcomes)
     if not search.has_learnt(outcomes):
         return None
     good = {arm: o for arm, o in outcomes.items() if arm.curve == search.curve and is_good(o)}
@@ -84,6 +79,7 @@ def make_record(
         f"up to {len(seeds)} seed{'s'[: len(seeds) > 1]}; log2 of it {optimum.log2_lr:.2f}, {COVERAGE:.0%} interval "
         f"{optimum.low:.2f} to {optimum.high:.2f}"
     )
+    warning = search.verdict(outcomes)
     return replace(
         template,
         learning_rate=learning_rate,
