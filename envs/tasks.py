@@ -201,6 +201,20 @@ def checked(reward: RewardFunc, task: str) -> RewardFunc:
     return score
 
 
+def is_scored(rewards: Sequence[float | None]) -> bool:
+    """Whether the mean rewards of a run's steps have a number among them; true of no steps."""
+    return not rewards or any(reward is not None and not math.isnan(reward) for reward in rewards)
+
+
+def unscored(task: Task, steps: int) -> UserError:
+    """What to say of a run in which no completion had a score."""
+    names = ", ".join(getattr(reward, "__name__", "a reward without a name") for reward in task.rewards)
+    return UserError(
+        f"no completion had a score in any of {steps} steps, so nothing was learnt, and there is no LR record: see why "
+        f"the rewards of the task {task.name} ({names}) give None; --log_completions shows what they were given."
+    )
+
+
 def with_whole_path(spec: str) -> str:
     """A spec that means the same from any folder: the path in it, if there is one, made absolute."""
     file, found, name = spec.rpartition(".py:")

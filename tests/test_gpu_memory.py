@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mua_rl import grpo, models
+from mua_rl import grpo, grpo_setup, models
 from mua_rl.adapter import Full, LoRA
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import UserError
@@ -92,8 +92,8 @@ def test_a_task_of_many_rows_is_planned_by_its_prompts_not_by_the_longest_that_t
     make(80)
     tokenizer, rows = models.load_tokenizer("embedded"), get_task("arithmetic").train(False)
     longest = max(len(ids) for ids in prompt_ids(tokenizer, rows["prompt"]))
-    assert grpo._longest_prompt(tokenizer, rows, {}) == (longest, True)
-    assert grpo._longest_prompt(tokenizer, rows, {}, most=10) == (longest, False)
+    assert grpo_setup.longest_prompt(tokenizer, rows, {}) == (longest, True)
+    assert grpo_setup.longest_prompt(tokenizer, rows, {}, most=10) == (longest, False)
     policy = LoRA(8).attach(models.load_model("embedded"))
     policy.config.max_position_embeddings = 131072
     assert plan_engine(arguments, policy, 8, longest, is_longest=False).roomy

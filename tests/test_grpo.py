@@ -259,7 +259,7 @@ def test_a_step_for_which_no_reward_has_a_score_does_not_end_the_run(tmp_path, m
         return [next(scores)] * len(completions)
 
     task = replace(get_task("arithmetic"), rewards=(late,))
-    monkeypatch.setattr(grpo, "get_task", lambda *spec: task)
+    monkeypatch.setattr("mua_rl.grpo_setup.get_task", lambda *spec: task)
     run_ = run("--rank", 4, "--lr", 1e-3, "--max_steps", 2, "--output_dir", tmp_path / "r")
     assert [line["reward"] for line in run_.metrics() if "reward" in line] == [None, 1.0]
     assert LRRecord.load(run_.path).learning_rate == 1e-3
@@ -270,7 +270,7 @@ def test_a_run_whose_rewards_never_gave_a_score_says_so_and_leaves_no_record(tmp
         return [None] * len(completions)
 
     task = replace(get_task("arithmetic"), rewards=(silent,))
-    monkeypatch.setattr(grpo, "get_task", lambda *spec: task)
+    monkeypatch.setattr("mua_rl.grpo_setup.get_task", lambda *spec: task)
     with pytest.raises(UserError, match=r"no completion had a score in any of 2 steps.*\(silent\) give None"):
         run("--rank", 4, "--lr", 1e-3, "--max_steps", 2, "--output_dir", tmp_path / "r")
     assert RunFolder(tmp_path / "r").result()["diverged"]
@@ -282,7 +282,7 @@ def test_a_reward_that_fails_is_named_with_its_line_below_the_progress_bar(tmp_p
         raise KeyError("gold")
 
     task = replace(get_task("arithmetic"), rewards=(broken,))
-    monkeypatch.setattr(grpo, "get_task", lambda *spec: task)
+    monkeypatch.setattr("mua_rl.grpo_setup.get_task", lambda *spec: task)
     with pytest.raises(
         UserError, match=r"the reward broken of the task arithmetic failed: KeyError: 'gold' \(.*:\d+\)"
     ):

@@ -13,8 +13,8 @@ from mua_rl.arms import grpo, vllm_rollouts
 from mua_rl.arms.arm import Arm
 from mua_rl.arms.grpo import SideBySide
 from mua_rl.errors import UserError
-from mua_rl.grpo import load_base
 from mua_rl.grpo_arguments import GRPOArguments
+from mua_rl.grpo_base import load_base
 from mua_rl.rollout_correction import importance_ratio
 
 if find_spec("vllm") is None:

@@ -43,12 +43,12 @@ from mua_rl.arms.scoring import Metrics, Rollout, Scoring
 from mua_rl.arms.stacked import LoRAStack
 from mua_rl.arms.state import ArmState
 from mua_rl.arms.vllm_rollouts import ArmsEngine, EngineSettings, engine, gpu_share
-from mua_rl.envs.tasks import get_task
+from mua_rl.envs.tasks import get_task, is_scored, unscored
 from mua_rl.errors import UserError
 from mua_rl.gpu_memory import PolicySize
-from mua_rl.grpo import check_vllm, check_vocabulary, is_scored, splits, unscored
 from mua_rl.grpo_arguments import GRPOArguments
 from mua_rl.grpo_base import load_base, load_tokenizer
+from mua_rl.grpo_setup import check_vllm, check_vocabulary, splits
 from mua_rl.grpo_trainer import RunCallback
 from mua_rl.heldout import HeldOutResult, end_ids, is_conversational, prompt_ids, score
 from mua_rl.optim import learning_rates

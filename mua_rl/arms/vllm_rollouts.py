@@ -18,7 +18,7 @@ from mua_rl.arms.generation import Answers
 from mua_rl.arms.memory import Work
 from mua_rl.arms.stacked import LoRAStack
 from mua_rl.gpu_memory import PolicySize, plan
-from mua_rl.grpo import free_port
+from mua_rl.grpo_setup import free_port
 from mua_rl.rollouts import engine_failures, engine_start
 from mua_rl.vllm_lora import adapter_llm, engine_rank
 
