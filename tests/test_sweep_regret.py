@@ -80,6 +80,18 @@ def test_where_fft_gains_nothing_there_is_no_share_to_lose():
     assert all(math.isnan(regret.share) for regret in regrets(sweeps(rows), BareRule()))
 
 
+def test_where_fft_gains_no_more_than_noise_there_is_no_share_to_lose_either():
+    rows = [replace(row, outcome=replace(row.outcome, metric=0.5, before=0.5)) for row in sweep_rows()]
+    assert all(math.isnan(regret.share) for regret in regrets(sweeps(rows), BareRule()))
+
+
+def test_runs_whose_cost_is_not_known_have_losses_all_the_same():
+    rows = [replace(row, outcome=replace(row.outcome, steps=0, seconds=0.0)) for row in sweep_rows(exponent=0.5)]
+    found = sweeps(rows)
+    assert {(regret.steps, regret.seconds) for regret in regrets(found, BareRule())} == {(0.0, 0.0)}
+    assert {(small.steps, small.seconds) for small in small_sweeps(found[0], 1)} == {(0.0, 0.0)}
+
+
 def test_a_rate_at_which_full_finetuning_diverged_loses_all_and_one_off_the_grid_is_but_a_bound():
     def hill(curve, best, lowest, highest, cliff=math.inf):
         for lr in range(lowest, highest + 1):

@@ -134,10 +134,11 @@ def test_a_sweep_of_one_curve_has_a_report(tmp_path, monkeypatch, capsys, rows):
     assert "optima by held-out accuracy" in run_report(monkeypatch, capsys, tmp_path / "c.csv", "--out", tmp_path)
 
 
-def test_two_sweeps_whose_names_make_one_file_name_have_two_figures(tmp_path):
-    rows = [r for base in ("a/b", "a b") for r in sweep_rows(schemes=(), base=base)]
+def test_sweeps_whose_names_are_long_or_make_one_file_name_have_figures_of_their_own(tmp_path):
+    deep = "/a-folder" * 30  # one name's length is more than file systems take
+    rows = [r for base in ("a/b", "a b", f"{deep}/a", f"{deep}/b") for r in sweep_rows(schemes=(), base=base)]
     report.write_report(sweeps(rows), tmp_path)
-    assert len(list(tmp_path.glob("*-curves*.png"))) == 2
+    assert len(list(tmp_path.glob("*-curves*.png"))) == 4
 
 
 @pytest.mark.parametrize(

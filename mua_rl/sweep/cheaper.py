@@ -50,8 +50,7 @@ def small_sweeps(sweep: Sweep, seeds: int, step: float = 0.0) -> list[SmallSweep
             own = Prediction(source.optimum.log2_lr)
             prediction = own if source.curve == FFT else rule.predict(source, FFT, sweep.context)
             if prediction is not None and not math.isnan(share := fft.share_lost(prediction.log2_lr)):
-                cost = source.steps / fft.steps, source.seconds / fft.seconds
-                found.append(SmallSweep(source, share, *cost))
+                found.append(SmallSweep(source, share, *source.cost_beside(fft)))
     return found
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from mua_rl.arms.arm import FFT, Curve
 from mua_rl.errors import UserError
 from mua_rl.rules import AlphaRule, Configuration, Scheme, TransferError, lr_ratio
+from mua_rl.statistics import is_clear
 from mua_rl.sweep.optimum import COVERAGE, RESOLUTION, Array, Optimum, estimate_optimum
 from mua_rl.sweep.rows import Row
 
@@ -67,10 +68,15 @@ class Measured:
         return float(np.interp(log2_lr, [last, cliff], [self.optimum.value_at(last), self.before]))
 
     def share_lost(self, log2_lr: float) -> float:
-        """Of the best value's gain over the metric before training; NaN where nothing was gained."""
+        """Of the best value's gain over the metric before training; NaN where nothing was gained but noise."""
         best = float(self.optimum.values.max())
         gain = best - self.before
-        return (best - self.value_at(log2_lr)) / gain if gain > 0 else math.nan
+        return (best - self.value_at(log2_lr)) / gain if is_clear(gain, self.optimum.error) else math.nan
+
+    def cost_beside(self, other: "Measured") -> tuple[float, float]:
+        """Steps and seconds as shares of another curve's; 0 where that one's are not known."""
+        steps = self.steps / other.steps if other.steps else 0.0
+        return steps, self.seconds / other.seconds if other.seconds else 0.0
 
 
 @dataclass(frozen=True, eq=False)

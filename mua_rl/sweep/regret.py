@@ -103,6 +103,7 @@ def regrets(sweeps: Sequence[Sweep], rule: Rule) -> list[Regret]:
 
 
 def _regret(rule: Rule, sweep: Sweep, fft: Measured, source: Measured | None, log2_lr: float) -> Regret:
+    steps, seconds = source.cost_beside(fft) if source else (0.0, 0.0)
     return Regret(
         rule=rule.name,
         sweep=sweep,
@@ -111,6 +112,6 @@ def _regret(rule: Rule, sweep: Sweep, fft: Measured, source: Measured | None, lo
         share=fft.share_lost(log2_lr),
         is_bound=not fft.optimum.covers(log2_lr) and not log2_lr >= fft.cliff,
         within_noise=fft.optimum.is_as_good(log2_lr),
-        steps=source.steps / fft.steps if source else 0.0,
-        seconds=source.seconds / fft.seconds if source and fft.seconds else 0.0,
+        steps=steps,
+        seconds=seconds,
     )

@@ -386,11 +386,15 @@ def _introduction(sweeps: Sequence[Sweep], value: str) -> str:
     return text
 
 
+_LONGEST_SLUG = 100
+"""Letters: file systems take some 250, and a task or a base may be a path of many folders."""
+
+
 def _slugs(sweeps: Sequence[Sweep]) -> list[str]:
     """A file name's beginning for each sweep."""
     slugs: list[str] = []
     for sweep in sweeps:
-        slug = re.sub(r"[^A-Za-z0-9.]+", "-", str(sweep)).strip("-.")
+        slug = re.sub(r"[^A-Za-z0-9.]+", "-", str(sweep))[:_LONGEST_SLUG].strip("-.")
         slugs.append(slug if slug not in slugs else f"{slug}-{len(slugs)}")
     return slugs
 
