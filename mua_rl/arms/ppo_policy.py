@@ -17,11 +17,12 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal
 
-from mua_rl.adapter import LoRA, TargetModules, lora_layers, lora_matrices
+from mua_rl.adapter import TargetModules, lora_layers, lora_matrices
 from mua_rl.arms.arm import Arm
 from mua_rl.errors import UserError
 from mua_rl.ppo_base import BasePolicy
 from mua_rl.ppo_trainer import HEAD, exactly, head_role_of, resolve_layers
+from mua_rl.rules import AlphaRule
 
 Weights = dict[str, Tensor]
 """Trained tensors by name, each `[K, …]`."""
@@ -94,7 +95,7 @@ class StackedPolicy:
         self.sizes = [shape.numel() for shape in self.shapes.values()]
         self.body = sum(shape.numel() for name, shape in self.shapes.items() if head_role_of(name) != HEAD)
         self.trained = torch.cat([stacked[name].flatten(1) for name in names], 1).to(device)
-        alphas = [1.0 if arm.rank is None else _lora(arm).alpha(arm.rank) for arm in arms]
+        alphas = [1.0 if arm.rank is None else AlphaRule.parse(arm.alpha)(arm.rank) for arm in arms]
         self.multipliers = torch.tensor(alphas, dtype=torch.float32, device=device)
         self.frozen = {name: p.detach().to(device) for name, p in policy.named_parameters() if name not in stacked}
         on_cpu = self.trained.device.type == "cpu"
@@ -155,12 +156,6 @@ class StackedPolicy:
         return {name: value.cpu().clone() for name, value in state.items()}
 
 
-def _lora(arm: Arm, target_modules: TargetModules = "mlp") -> LoRA:
-    adapter = arm.adapter(target_modules)
-    assert isinstance(adapter, LoRA)
-    return adapter
-
-
 def _initial_weights(policy: ActorCriticPolicy, arms: Sequence[Arm], target_modules: TargetModules) -> Weights:
     """What the arms train, at its start: every weight (FFT), or A and B as `LoRA.attach` draws them, and the heads."""
     parameters = {name: parameter.detach() for name, parameter in policy.named_parameters()}
@@ -182,16 +177,16 @@ def _initial_weights(policy: ActorCriticPolicy, arms: Sequence[Arm], target_modu
     for k, arm in enumerate(arms):
         key = (arm.rank, arm.init, arm.seed)
         if key not in drawn:
-            drawn[key] = _draw(policy, _lora(arm, exactly(layers)), arm.seed)
+            drawn[key] = _draw(policy, arm, exactly(layers))
         for layer, a, b in drawn[key]:
             weights[f"{layer}.lora_A"][k, : len(a)] = a
             weights[f"{layer}.lora_B"][k, :, : len(a)] = b
     return weights
 
 
-def _draw(policy: ActorCriticPolicy, adapter: LoRA, seed: int) -> list[tuple[str, Tensor, Tensor]]:
-    """Layer, A and B of each layer, as the adapter draws them for a policy that trains alone."""
-    attached = adapter.attach(copy.deepcopy(policy), seed)
+def _draw(policy: ActorCriticPolicy, arm: Arm, target_modules: TargetModules) -> list[tuple[str, Tensor, Tensor]]:
+    """Layer, A and B of each layer, as a LoRA arm's adapter draws them for a policy that trains alone."""
+    attached = arm.adapter(target_modules).attach(copy.deepcopy(policy), arm.seed)
     found = []
     for name, layer in lora_layers(attached):
         a, b = lora_matrices(layer)
