@@ -164,13 +164,20 @@ def held_out(
 
     Args:
         template: Options of the chat template.
+
+    Raises:
+        UserError: A verifier of one's own failed.
     """
     answers = generate(model, tokenizer, problems["prompt"], max_new_tokens, temperature, template=template)
     return score(answers, task, problems)
 
 
 def score(completions: list[str], task: Task, problems: Dataset) -> HeldOutResult:
-    """Score answers to `problems` with the verifiers of their task."""
+    """Score answers to `problems` with the verifiers of their task.
+
+    Raises:
+        UserError: A verifier of one's own failed.
+    """
     columns = {name: problems[name] for name in problems.column_names if name != "prompt"}
     columns |= {"prompts": problems["prompt"], "completions": as_completions(problems["prompt"], completions)}
     scores, strict = (

@@ -20,14 +20,24 @@ EPILOG = """examples:
   python -m mua_rl.lr runs/my-run --rank full  the same for full finetuning"""
 
 
-def target_configuration(record: LRRecord, rank: int | None, init: str | None = None, alpha: str | None = None):
-    """The record's configuration at another rank (`None`: full finetuning), initialisation or multiplier."""
+def target_configuration(
+    record: LRRecord, rank: int | None, init: str | None = None, alpha: str | None = None
+) -> Configuration:
+    """The record's configuration at another rank (`None`: full finetuning), initialisation or multiplier.
+
+    Args:
+        init, alpha: "A" or "B", and a rule as `AlphaRule.parse` reads it; `None`: the record's. Of a record of full
+            finetuning, Init[B] and α = 1: the LoRA that shares its learning rate.
+
+    Raises:
+        UserError: The layers have no such rank, or the multiplier cannot be read.
+    """
     source = record.configuration()
     if rank is None:
         return Configuration(Scheme.FFT, source.width, optimizer=source.optimizer, outputs=source.outputs)
     scheme = Scheme(f"Init[{init}]") if init else source.scheme
     if scheme is Scheme.FFT:
-        scheme = Scheme.INIT_B  # the LoRA that shares FFT's learning rate
+        scheme = Scheme.INIT_B
     try:
         rule = AlphaRule.parse(alpha) if alpha else source.alpha
         return replace(source, scheme=scheme, rank=rank, alpha=rule)
@@ -55,6 +65,7 @@ def table(record: LRRecord, name: str, init: str | None, alpha: str | None, rank
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m mua_rl.lr", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawTextHelpFormatter
     )
