@@ -10,6 +10,7 @@ verdicts differ from Math-Verify's own, and why):
   be the question copied down.
 - Against an integer in a base (`12_8`) an answer has the same digits and the same base, or no base: the question names
   it. The same value in another base is no answer, nor is such an integer one against a plain number.
+- Against amounts (`3 feet 4 inches`, `7 R 2`) and dates an answer has the same numbers in the same places.
 - Against any other gold, Math-Verify decides on the extracted answer alone. Tuples are ordered, sets are not; units
   and percent signs are ignored; decimals must agree to one in a million.
 - The same text, up to spaces, is equal without further question; words (`yes`, `no solution`) are compared as words,
@@ -28,7 +29,14 @@ from typing import Any
 
 from mua_rl.rewards.completions import completion_text
 from mua_rl.rewards.extract_math import MAX_ANSWER_CHARS, extract_answer
-from mua_rl.rewards.numbers import NumberInBase, PlainNumber, parse_in_base, parse_number, same_number
+from mua_rl.rewards.numbers import (
+    NumberInBase,
+    PlainNumber,
+    parse_amounts,
+    parse_in_base,
+    parse_number,
+    same_number,
+)
 from mua_rl.rewards.worker_pool import Failure, WorkerPool, shared_pool
 
 WORKER_MODULE = "mua_rl.rewards.math_worker"
@@ -243,7 +251,17 @@ def _quick_verdict(gold: str, answer: str) -> MathVerdict | None:
         return MathVerdict.RIGHT
     if _WORDS.fullmatch(left) and _WORDS.fullmatch(right):  # to Math-Verify products, so that `stop` were `post`
         return MathVerdict.RIGHT if left.casefold() == right.casefold() else MathVerdict.WRONG
+    amounts = parse_amounts(gold)  # to Math-Verify a product: `3 feet 4 inches` were `4 feet 3 inches`
+    if amounts is not None:
+        return MathVerdict.RIGHT if parse_amounts(answer.rpartition("=")[2]) == amounts else MathVerdict.WRONG
+    if _DATE.fullmatch(left):  # to Math-Verify a difference or a quotient
+        same = _DATE.fullmatch(right) and _date_parts(left) == _date_parts(right)
+        return MathVerdict.RIGHT if same else MathVerdict.WRONG
     return None
+
+
+def _date_parts(date: str) -> list[int]:
+    return [int(part) for part in re.split("[-/]", date)]
 
 
 def _is_number(text: str) -> bool:
@@ -266,6 +284,7 @@ def _bare(text: str) -> str:
 
 
 _WORDS = re.compile(r"[A-Za-z]{3,}")
+_DATE = re.compile(r"[0-9]{4}([-/])[0-9]{1,2}\1[0-9]{1,2}|[0-9]{1,2}([-/])[0-9]{1,2}\2[0-9]{4}")
 _STATES_NO_NUMBER = re.compile(  # but a choice, or a bound: `x >= 5`, `x != 5` (where `5! = 120` states one)
     r"[,;<>≠≤≥]|\\\\|[A-Za-z]\s*!=|\b(?:or|and)\b"
     r"|\\(?:lor|vee|land|wedge|q?quad|pm|mp|text|mbox|mathrm|not|ne|neq|[lg]t|[lg]eq?|[lg]eqq|[lg]eqslant)(?![A-Za-z])"

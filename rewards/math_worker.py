@@ -14,6 +14,13 @@ from mua_rl.rewards.worker_loop import serve
 
 _MAX_NESTING = 30  # the parser backtracks: its time grows without bound in the nesting
 _RELATIVE_TOLERANCE = 1e-6
+_SPELLINGS = (
+    (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
+    (r"(?:\\left\s*)?\\langle(?![A-Za-z])", "("),
+    (r"(?:\\right\s*)?\\rangle(?![A-Za-z])", ")"),
+)
+"""What Math-Verify 0.9 does not read, in words that it does."""
+_PRIMES = re.compile(r"(?<=[A-Za-z])(?:'+|\^\s*(?:\{\s*(?:\\prime\s*)+\}|\\prime(?![A-Za-z])))")
 
 
 def clean_latex(text: str) -> str | None:
@@ -26,6 +33,10 @@ def clean_latex(text: str) -> str | None:
     if any(unicodedata.category(char) in ("Nd", "Cs") and not char.isascii() for char in text):
         return None
     text = re.sub(r"\$|\\[()\[\]]|\\?%|\\displaystyle|\\boxed|\\fbox", " ", text.replace("−", "-"))
+    for ours, known in _SPELLINGS:
+        text = re.sub(ours, known, text)
+    # Math-Verify leaves primes out, so that `y' = y` were `y = y`; subscripts it keeps.
+    text = _PRIMES.sub(lambda found: "_{" + "prime" * len(re.findall("prime|'", found[0])) + "}", text)
     text = re.sub(r"\\mathrm\s*\{([A-Za-z])\}", r"\1", text)  # Math-Verify 0.9 loses the rest of the text after it
     text = " ".join(text.split()).rstrip(".,;: ")
     depth = 0

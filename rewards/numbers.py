@@ -7,7 +7,7 @@ Conventions (tests/test_math_numbers.py has the table):
 
 - ASCII digits. A comma groups thousands (`1,234,567`, `1{,}234`, `1\,234`) and is nothing else; a point is decimal.
 - Fractions `3/4`, `\frac{3}{4}`, `\frac34`, mixed numbers `1 3/4`, `1\frac{3}{4}`; powers of ten `1.5e3`,
-  `1.5 \times 10^{3}`.
+  `1.5 \times 10^{3}`; repeating decimals `0.1\overline{6}`, which are exact.
 - Currency signs, units (`12 apples`, `5\text{ cm}^2`, `90^\circ`) and markup (`$…$`, `**…**`) are stripped. A word
   that changes the value (`million`, `thirds`, `squared`) is no unit: such text is not a plain number.
 - `12_8`, `12_{8}`, `(12)_8`, `12 \text{ base } 8`: an integer in base 2 to 16 (`parse_in_base`), which is no plain one.
@@ -98,7 +98,9 @@ _NUMBER = re.compile(
                          (?: \s*\{{\s*(?P<den1>[0-9]+)\s*\}} | (?P<den2>[0-9]) )
           | (?P<num3>{_GROUPED}) \s*/\s* (?P<den3>{_GROUPED}) )
     |   10\s*\^\s*(?:\{{\s*(?P<power1>[+-]?[0-9]{{1,3}})\s*\}}|(?P<power2>[0-9]))
-    |   (?P<integer>{_GROUPED})? (?:\.(?P<decimals>[0-9]*))?
+    |   (?P<integer>{_GROUPED})?
+        (?:\.(?P<decimals>[0-9]*)
+            (?: \\(?:overline|bar) \s* (?: \{{(?P<repeated1>[0-9]+)\}} | (?P<repeated2>[0-9]) ) )? )?
         (?: [eE](?P<exponent1>[+-]?[0-9]{{1,3}})
           | \s*(?:\\times|\\cdot|\*|×)\s*10\s*\^\s*
             (?: \{{\s*(?P<exponent2>[+-]?[0-9]{{1,3}})\s*\}} | (?P<exponent3>[0-9]) ) )?
@@ -241,6 +243,28 @@ def parse_in_base(text: str, base: int | None = None) -> NumberInBase | None:
     return NumberInBase(f"-{shown}" if value < 0 else shown, int(named))
 
 
+_AMOUNT_WORDS = r"(?:\s*(?:[A-Za-z]{2,}|[rR])\b\.?)"
+_AMOUNTS = re.compile(rf"[0-9]+(?:\.[0-9]+)?{_AMOUNT_WORDS}+(?:\s+[0-9]+(?:\.[0-9]+)?{_AMOUNT_WORDS}*)+")
+_AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?)([^0-9]*)")
+
+
+def parse_amounts(text: str) -> list[tuple[Fraction, str]] | None:
+    """The numbers of `3 feet 4 inches` or `7 R 2`, each with the words after it, sorted; `None` for anything else.
+
+    Total. Whose words are "and" and "or" alone is a list.
+    """
+    if len(text) > MAX_NUMBER_CHARS:
+        return None
+    bare = re.sub(r"\\[ ,;:]|~", " ", _strip_markup(_TEXT_COMMAND.sub(r" \1 ", text)))
+    words = {word.casefold() for word in re.findall(r"[A-Za-z]+", bare)}
+    if "or" in words or words == {"and"} or not _AMOUNTS.fullmatch(" ".join(bare.split())):
+        return None
+    return sorted(
+        (Fraction(number), " ".join(word for word in re.findall(r"[a-z]+", unit.casefold()) if word != "and"))
+        for number, unit in _AMOUNT.findall(bare)
+    )
+
+
 def _last_place(whole: str, decimals: str) -> Fraction:
     """One unit in the last place of a decimal that is long enough to stand for a fraction, otherwise 0."""
     significant = (whole + decimals).lstrip("-0")
@@ -262,11 +286,13 @@ def _magnitude(match: re.Match[str]) -> tuple[Fraction, Fraction] | None:
     power = match["power1"] or match["power2"]
     if power is not None:
         return Fraction(10) ** int(power), Fraction(0)
-    integer, decimals = match["integer"], match["decimals"]
-    if integer is None and not decimals:
+    integer, decimals, repeated = match["integer"], match["decimals"], match["repeated1"] or match["repeated2"]
+    if integer is None and not decimals and not repeated:
         return None
     exponent = int(match["exponent1"] or match["exponent2"] or match["exponent3"] or 0)
     digits = (integer or "").replace(",", "") + (decimals or "")
     scale = Fraction(10) ** exponent
-    value = Fraction(int(digits), 10 ** len(decimals or "")) * scale
-    return value, _last_place(integer or "", decimals or "") * scale
+    value = Fraction(int(digits or 0), 10 ** len(decimals or ""))
+    if repeated:
+        return (value + Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** len(decimals))) * scale, Fraction(0)
+    return value * scale, _last_place(integer or "", decimals or "") * scale

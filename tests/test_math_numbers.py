@@ -28,6 +28,10 @@ READ = [
     ("1e3", 1000),
     ("1.5 \\times 10^{-3}", Fraction(15, 10000)),
     ("10^{-8}", Fraction(1, 10**8)),
+    ("0.\\overline{3}", Fraction(1, 3)),
+    ("-0.1\\overline{6}", Fraction(-1, 6)),
+    (".\\overline{142857}", Fraction(1, 7)),
+    ("1{,}000.\\bar3", Fraction(3001, 3)),
     # fractions
     ("3/4", Fraction(3, 4)),
     ("\\frac{3}{4}", Fraction(3, 4)),
@@ -60,6 +64,7 @@ NOT_PLAIN = [
     "", " ", "$", "-", "--5", "+-5", ".", "x", "5x", "5 x", "5 m", "5\\pi", "5 pi", "\\sqrt{2}", "2+3", "3^5", "5!",
     "12/0", "\\frac{1}{0}", "2\\frac{7}{3}", "1,2345", "1,22", "12,34,567", "1 000", "0x10", "1_000", "3:30",
     "5 or 6", "5, 6", "5;6", "5 and 6", "(5, 6)", "5 \\text{ or } 6", "5 but 6", "5 not",
+    "\\overline{3}", "3\\overline{3}", "0.\\overline{}", "0.\\overline{x}",
     "5 million", "3 halves", "two", "5 squared", "5 dozen", "5 factorial", "5 times",
     "nan", "NaN", "inf", "-inf", "infinity", "\\infty", "1e9999",
     "١٢", "５", "²", "5\x00", "\ud800", "9" * 501, "5" + " " * 600,

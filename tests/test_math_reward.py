@@ -50,6 +50,16 @@ RIGHT = [
     ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "\\boxed{\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}}"),
     ("2^{10}", "\\boxed{1024}"),
     ("1-\\frac{1}{\\mathrm{e}}", "\\boxed{1-\\frac1e}"),
+    ("\\emptyset", "\\boxed{\\varnothing}"),
+    ("(1, \\sqrt2)", "\\boxed{\\left\\langle 1, \\sqrt{2} \\right\\rangle}"),
+    ("0.\\overline{3}", "\\boxed{\\frac13}"),
+    ("f'(x) = 2x", "\\boxed{2x}"),
+    ("y'' + y = 0", "\\boxed{y^{\\prime\\prime} + y = 0}"),
+    ("3 feet 4 inches", "\\boxed{3 \\text{ feet and } 4 \\text{ inches}}"),
+    ("\\text{5 red and 3 blue}", "\\boxed{3 blue and 5 red}"),
+    ("7 \\text{ R } 2", "\\boxed{7 r 2}"),
+    ("1 and 2", "\\boxed{2, 1}"),
+    ("2024-01-05", "\\boxed{2024-1-5}"),
 ]
 
 WRONG = [
@@ -100,6 +110,17 @@ WRONG = [
     ("x+1", "\\boxed{\u0661+x}"),
     ("\\text{Evelyn}", "\\boxed{Bob}"),
     ("x > 5", "\\boxed{x < 5}"),
+    ("0.\\overline{3}", "\\boxed{0.3}"),
+    # Equal to Math-Verify, which leaves primes out and multiplies words and numbers:
+    ("f'(x)", "\\boxed{f(x)}"),
+    ("y'' + y = 0", "\\boxed{y' + y = 0}"),
+    ("y' = 2y", "\\boxed{y = 2y}"),
+    ("3 feet 4 inches", "\\boxed{4 feet 3 inches}"),
+    ("2 hours 30 minutes", "\\boxed{60 hours minutes}"),
+    ("7 \\text{ R } 2", "\\boxed{2 \\text{ R } 7}"),
+    ("12 remainder 3", "\\boxed{3 remainder 12}"),
+    ("2024-01-05", "\\boxed{2018}"),
+    ("3/4/2024", "\\boxed{6/8/2024}"),
 ]
 
 
