@@ -19,7 +19,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import pad
 
 from mua_rl.errors import UserError
-from mua_rl.rollouts import output_layer_called
+from mua_rl.fsdp2 import output_layer_called
 
 WARN_KL = 0.02
 """Nats per token above which rollouts are off-policy enough to say so."""

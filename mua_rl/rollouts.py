@@ -2,7 +2,7 @@
 
 TRL's own way, for comparison `--vllm_sync merged`, merges the adapter into the weights, pushes every weight and takes
 the adapter out again at each sync: slow, and inexact wherever the engine's weights are bf16. Here the engine of a
-LoRA run loads the base once and gets A and B alone (issue 5).
+LoRA run loads the base once and gets A and B alone.
 """
 
 import contextlib
@@ -19,7 +19,6 @@ from unittest import mock
 import requests
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
@@ -27,6 +26,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from mua_rl import processes
 from mua_rl.adapter import lora_layers, lora_matrices
 from mua_rl.errors import UserError, one_line
+from mua_rl.fsdp2 import reshard
 from mua_rl.gpu_memory import Plan, PolicySize, plan, trainer_memory, usable
 from mua_rl.vllm_lora import (
     AdapterFolders,
@@ -342,42 +342,6 @@ def leave_uncompiled(model: nn.Module) -> None:
     for kind in {type(module) for module in model.modules()}:
         if kind.__call__.__module__.startswith("vllm.") and not hasattr(kind, "do_not_compile"):
             kind.do_not_compile = True  # type: ignore[attr-defined]  # the engine's own have one of their own
-
-
-def reshard(model: nn.Module) -> None:
-    """Give FSDP2's weights back to their processes.
-
-    accelerate keeps embedding, last norm and output layer whole from a forward pass to its backward pass. Where none
-    follows, as after a measurement, TRL finds plain weights among the sharded ones and fails.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-@contextlib.contextmanager
-def output_layer_called(model: nn.Module) -> Iterator[None]:
-    """Within the block, each forward pass calls FSDP2's output layer, on no rows, when the layers before it are done.
-
-    TRL reads the weight of that layer and never calls it, while FSDP2 gathers and gives back weights where layers are
-    called. A layer on its own that never was, as under LoRA, breaks the first backward pass that leaves gradients
-    where they are, as all passes of a step but the last do. One that was wrapped with the last norm would, before
-    torch 2.13, keep both from being sharded again for an engine.
-    """
-    head: Any = model.get_output_embeddings() if isinstance(model, FSDPModule) else None  # type: ignore[operator]
-    if not isinstance(head, FSDPModule):
-        yield
-        return
-    backbone: Any = getattr(model, "get_base_model", lambda: model)().base_model
-
-    def call(module: nn.Module, inputs: Any, output: Any) -> None:
-        head(output.last_hidden_state[:, :0])  # type: ignore[operator]
-
-    handle = backbone.register_forward_hook(call)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def compute_dtype(generation: VLLMGeneration) -> str:

@@ -22,8 +22,9 @@ from trl.generation.vllm_generation import DistributedBackend
 
 from mua_rl import grpo, models, processes
 from mua_rl.errors import exit_on_user_error
+from mua_rl.fsdp2 import reshard
 from mua_rl.grpo_trainer import GRPOTrainer
-from mua_rl.rollouts import FullRollouts, reshard
+from mua_rl.rollouts import FullRollouts
 from mua_rl.run import RunFolder
 
 STEPS, SAVED, DEATH = 5, 2, 4  # steps of a run; of its first checkpoint; the one in which a process of "killed" dies
