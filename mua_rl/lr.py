@@ -46,9 +46,10 @@ def target_configuration(
 
 
 def table(record: LRRecord, name: str, init: str | None, alpha: str | None, rank_exponent: float | None) -> Table:
-    """One row per power-of-two rank up to the smallest fan-in, and one for full finetuning."""
+    """One row per power-of-two rank up to the smallest fan-in, one for full finetuning, and its warning below."""
     source, largest = record.configuration(), min(record.widths)
-    columns = Table(title=f"{name}: {record.learning_rate:.4g} for {source}", title_justify="left")
+    title = f"{name}: {record.learning_rate:.4g} for {source}"
+    columns = Table(title=title, title_justify="left", caption_justify="left")
     for heading in ("rank", "learning rate", "times the record's", "nine times in ten"):
         columns.add_column(heading, justify="right")
     ranks = sorted({2**k for k in range(largest.bit_length()) if 2**k <= largest} | {source.rank or 1})
@@ -56,7 +57,10 @@ def table(record: LRRecord, name: str, init: str | None, alpha: str | None, rank
     for label, target in [*targets, ("full", target_configuration(record, None))]:
         try:
             rate = transfer(record, target, name, rank_exponent)
-            accuracy = rate.accuracy or ("not measured" if rate.warning else "")
+            unknown = "not measured" if target.rank else "see below"
+            accuracy = rate.accuracy or (unknown if rate.warning else "")
+            if rate.warning and target.rank is None:
+                columns.caption = f"full: {rate.warning}"
             cells = (f"{rate.value:.4g}", f"{rate.value / record.learning_rate:.4g}", accuracy)
         except UserError as error:
             cells = ("–", str(error).rsplit(": ", 1)[-1], "")

@@ -45,6 +45,13 @@ def test_the_table_says_how_far_off_each_rate_may_be_but_the_records_own(tmp_pat
     assert said["full"] != said["16"]
 
 
+def test_below_the_table_is_why_full_finetuning_should_not_rely_on_it(tmp_path, monkeypatch, capsys):
+    for rank, warns in (4, True), (16, False):
+        make_record(rank=rank, outputs=128).save(tmp_path)
+        out = run(monkeypatch, capsys, tmp_path)
+        assert ("see below" in out) == ("full: r = 4 is small" in out) == warns
+
+
 def test_the_table_has_every_rank_and_full_finetuning(tmp_path, monkeypatch, capsys):
     make_record(rank=24).save(tmp_path)
     out = run(monkeypatch, capsys, tmp_path)
