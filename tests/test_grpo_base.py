@@ -58,6 +58,14 @@ def test_a_lora_held_to_a_reference_policy_resumes_where_it_was(tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_a_sweep_is_no_policy_to_start_from(lora_run, tmp_path):
+    sweep = RunFolder.create(str(tmp_path / "sweep"), "")
+    sweep.start({"algo": "grpo"})
+    LRRecord.load(lora_run).save(sweep.path)
+    with pytest.raises(UserError, match="is a sweep, which holds no policy: name a run"):
+        load_base(GRPOArguments(), str(sweep.path))
+
+
 def test_a_lora_is_not_merged_into_other_weights_than_it_was_trained_on(lora_run, base_folder):
     weights = base_folder / "model.safetensors"
     before = weights.read_bytes()
