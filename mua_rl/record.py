@@ -122,7 +122,7 @@ class LRRecord:
         if path.is_dir():
             if not (path / FILE_NAME).exists():
                 raise UserError(
-                    f"the folder {path} holds no {FILE_NAME}: a run writes it when it ends without having diverged "
+                    f"the folder {path} holds no {FILE_NAME}: a run writes it when it ends no worse than it began "
                     "(an unfinished one goes on with --resume)."
                 )
             path = path / FILE_NAME
