@@ -25,9 +25,9 @@ from stable_baselines3.common.logger import Logger
 
 from mua_rl.arms.arm import Arm
 from mua_rl.arms.ppo import SideBySide
-from mua_rl.ppo import training_envs
 from mua_rl.ppo_arguments import PPOArguments
 from mua_rl.ppo_base import BasePolicy, read_base_policy, shipped_policy
+from mua_rl.ppo_setup import training_envs
 from mua_rl.record import machine
 
 LOW, HIGH = -11.0, -7.0

@@ -312,8 +312,9 @@ def write_records(results: list[Result], names: list[str], folder: Path) -> None
     from dataclasses import replace
 
     from mua_rl.arguments import AdapterArguments
-    from mua_rl.ppo import lr_record, set_up
+    from mua_rl.ppo import lr_record
     from mua_rl.ppo_arguments import PPOArguments
+    from mua_rl.ppo_setup import set_up
 
     for name in names:
         task, chosen = TASKS[name], tuned(results, name)

@@ -18,10 +18,11 @@ from mua_rl import ppo_evaluation  # noqa: E402
 from mua_rl.adapter import LoRA, fingerprint  # noqa: E402
 from mua_rl.envs.control import FAMILIES  # noqa: E402
 from mua_rl.errors import UserError  # noqa: E402
-from mua_rl.ppo import parse, set_up  # noqa: E402
+from mua_rl.ppo import parse  # noqa: E402
 from mua_rl.ppo_base import SHIPPED, read_base_policy, shipped_policy  # noqa: E402
 from mua_rl.ppo_envs import build_envs, evaluation_envs, with_statistics  # noqa: E402
 from mua_rl.ppo_evaluation import Returns, evaluate  # noqa: E402
+from mua_rl.ppo_setup import set_up  # noqa: E402
 from mua_rl.ppo_trainer import PPO  # noqa: E402
 from mua_rl.record import LRRecord  # noqa: E402
 

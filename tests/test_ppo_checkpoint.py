@@ -7,8 +7,9 @@ import pytest
 pytest.importorskip("stable_baselines3")
 
 from mua_rl.errors import UserError
-from mua_rl.ppo import parse, set_up, train
+from mua_rl.ppo import parse, train
 from mua_rl.ppo_checkpoint import list_checkpoints, save_checkpoint
+from mua_rl.ppo_setup import set_up
 from mua_rl.record import LRRecord
 
 FLAGS = ["--total_timesteps", "1024", "--n_steps", "32", "--checkpoint_steps", "256", "--eval_episodes", "2"]

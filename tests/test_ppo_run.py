@@ -20,9 +20,10 @@ stable_baselines3 = pytest.importorskip("stable_baselines3")
 from stable_baselines3.common.vec_env import VecNormalize  # noqa: E402
 
 from mua_rl.errors import UserError  # noqa: E402
-from mua_rl.ppo import parse, set_up, train  # noqa: E402
+from mua_rl.ppo import parse, train  # noqa: E402
 from mua_rl.ppo_arguments import DEFAULT_ENV, PPOArguments  # noqa: E402
 from mua_rl.ppo_envs import FiniteGuard, build_envs, evaluation_envs  # noqa: E402
+from mua_rl.ppo_setup import set_up  # noqa: E402
 from mua_rl.record import LRRecord  # noqa: E402
 from mua_rl.run import RunFolder, start_wandb  # noqa: E402
 

@@ -30,11 +30,11 @@ from mua_rl.arms.ppo_rollouts import Collector, GymnasiumEnvs, held_out_returns
 from mua_rl.arms.ppo_update import Options, StackedAdam, update
 from mua_rl.envs.control.tensor import Task, TensorEnvs, tensor_task
 from mua_rl.errors import UserError, one_line
-from mua_rl.ppo import bare_envs, training_envs
 from mua_rl.ppo_arguments import PPOArguments
 from mua_rl.ppo_base import BasePolicy
 from mua_rl.ppo_envs import check_env_id, evaluation_envs
 from mua_rl.ppo_evaluation import Returns, evaluate
+from mua_rl.ppo_setup import bare_envs, training_envs
 from mua_rl.ppo_trainer import PPO
 from mua_rl.record import check_learning_rate
 from mua_rl.statistics import is_clear

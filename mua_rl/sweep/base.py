@@ -87,11 +87,12 @@ def find_facts(request: Request) -> Facts:
         base, template = grpo_setup.base, grpo.lr_record(arguments, grpo_setup, metric, arguments.max_steps)
         obstacle = _obstacle(grpo_setup.policy, arguments) if ranks else ""
     else:
-        from mua_rl import ppo
+        from mua_rl.ppo import lr_record
+        from mua_rl.ppo_setup import set_up
 
-        ppo_setup = ppo.set_up(arguments, adapter)
-        base, template, obstacle = ppo_setup.base, ppo.lr_record(arguments, ppo_setup, metric), ""
-        if (envs := ppo_setup.model.get_env()) is not None:
+        setup = set_up(arguments, adapter)
+        base, template, obstacle = setup.base, lr_record(arguments, setup, metric), ""
+        if (envs := setup.model.get_env()) is not None:
             envs.close()
     source, source_name = find_record(request.adapter, base, request.sweep.algo)
     return Facts(template, source, source_name, base.is_base_of(source), obstacle)

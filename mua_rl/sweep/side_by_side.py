@@ -158,9 +158,9 @@ def _ppo_base(request: Request) -> tuple[Any, Any]:
     Raises:
         UserError: There is no base policy.
     """
-    from mua_rl import ppo
+    from mua_rl.ppo_setup import find_base
 
-    base, name, _ = ppo.find_base(request.trainer, request.adapter.start_from)
+    base, name, _ = find_base(request.trainer, request.adapter.start_from)
     if base is None:
         raise UserError(f"{name} has no stacked form: run it singly.")
     return base, request.adapter.adapter("hidden").target_modules
