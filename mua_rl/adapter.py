@@ -124,8 +124,8 @@ class LoRA:
         """See `Adapter.attach`. A and B are drawn from a generator of their own, so that `seed` alone decides them.
 
         Raises:
-            UserError: The rank exceeds a layer's size, no layer matches, one is tied to another, or there is an
-                adapter already.
+            UserError: The rank exceeds a layer's size, no layer matches, one is tied to another or never called, or
+                there is an adapter already.
         """
         if any(isinstance(module, LoraLayer) for module in model.modules()):
             raise UserError(
@@ -141,6 +141,11 @@ class LoRA:
                 raise UserError(
                     f"the layer {layer_name} has its weight in common with another (tied embeddings, say), so that "
                     "its LoRA could not be merged without changing that one too: leave it out of --target-modules."
+                )
+            if _is_read_past(wrapped, name):
+                raise UserError(
+                    f"PyTorch's MultiheadAttention reads the weight of {layer_name} past any LoRA, which would train "
+                    "nothing: leave it out of --target-modules."
                 )
             if self.rank > min(fan_in(a), len(b)):
                 raise UserError(
@@ -300,6 +305,13 @@ def _shared_weights(model: nn.Module) -> set[int]:
     """`id`s of the parameters that several modules hold."""
     held = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     return {weight for weight, modules in held.items() if modules > 1}
+
+
+def _is_read_past(model: nn.Module, name: str) -> bool:
+    """Whether a layer is the `out_proj` of PyTorch's own attention, which is not called; PEFT's wrapper of that is."""
+    parent, _, own = name.rpartition(".")
+    attention = model.get_submodule(parent)
+    return own == "out_proj" and isinstance(attention, nn.MultiheadAttention) and not parent.endswith("base_layer")
 
 
 def _leave_fast_path(model: nn.Module) -> None:

@@ -271,6 +271,25 @@ def test_pytorchs_own_encoder_uses_its_lora_in_evaluation_as_in_training(tmp_pat
         model.save_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("targets", [["linear1", "out_proj"], "all-linear"])
+def test_a_layer_that_pytorchs_attention_never_calls_is_refused(targets):
+    with pytest.raises(
+        UserError, match="reads the weight of 0.self_attn.out_proj past any LoRA, which would train noth"
+    ):
+        LoRA(4, target_modules=targets).attach(nn.Sequential(nn.TransformerEncoderLayer(32, 4, 64)))
+
+
+def test_pytorchs_attention_as_a_whole_carries_lora_by_pefts_wrapper():
+    attention, x = nn.MultiheadAttention(32, 4), torch.randn(5, 2, 32)
+    model = LoRA(4, "A", target_modules=["attention"]).attach(nn.ModuleDict({"attention": attention}))
+    assert len(list(lora_layers(model))) == 2
+    layer = model.base_model.model["attention"]
+    before = layer(x, x, x)[0]
+    for _, carrier in lora_layers(model):
+        nn.init.normal_(lora_matrices(carrier)[1])
+    assert not torch.allclose(layer(x, x, x)[0], before)
+
+
 @pytest.mark.parametrize(("layer", "limit"), [("linear", 384), ("conv", 192), ("embed", 256)])
 def test_a_rank_above_a_layers_size_is_refused_by_name(layer, limit):
     LoRA(limit, target_modules=[layer]).attach(Zoo())
