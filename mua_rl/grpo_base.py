@@ -38,11 +38,7 @@ def load_base(arguments: GRPOArguments, start_from: str | None) -> tuple[PreTrai
     if start_from is None:
         model = _load(arguments, arguments.model)
         return model, Base(arguments.model, fingerprint(model))
-    run = RunFolder.open(start_from)
-    if "algo" in run.settings():
-        raise UserError(
-            f"{start_from} is a sweep, which holds no policy: name a run, such as one with --lr-from {start_from}."
-        )
+    run = RunFolder.open_policy(start_from)
     record = LRRecord.load(run.path)
     if (run.path / MODEL_FOLDER).is_dir():
         model = _load(arguments, run.path / MODEL_FOLDER, _PLACES)

@@ -40,7 +40,7 @@ def find_base(arguments: PPOArguments, start_from: str | None) -> tuple[BasePoli
     """
     statistics = None if arguments.vec_normalize in ("auto", "new", "none") else arguments.vec_normalize
     if start_from is not None:
-        run = RunFolder.open(start_from)
+        run = RunFolder.open_policy(start_from)
         record = LRRecord.load(run.path)
         return read_base_policy(run.path / POLICY, statistics), f"{record.base_model} after {start_from}", record
     path = shipped_policy(arguments.env_id) if arguments.base == "auto" else Path(arguments.base)

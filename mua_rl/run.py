@@ -90,6 +90,18 @@ class RunFolder:
             raise UserError(f"{path} is no run folder: it has no {CONFIG}.")
         return run
 
+    @classmethod
+    def open_policy(cls, path: str) -> "RunFolder":
+        """The folder of an earlier run that left a policy.
+
+        Raises:
+            UserError: There is none, or it is a sweep's.
+        """
+        run = cls.open(path)
+        if "algo" in run.settings():
+            raise UserError(f"{path} is a sweep, which holds no policy: name a run, such as one with --lr-from {path}.")
+        return run
+
     def start(self, settings: dict[str, Any], rate: dict[str, Any] | None = None) -> None:
         """Write down what was asked and what it runs with.
 

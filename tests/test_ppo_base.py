@@ -22,9 +22,10 @@ from mua_rl.ppo import parse  # noqa: E402
 from mua_rl.ppo_base import SHIPPED, read_base_policy, shipped_policy  # noqa: E402
 from mua_rl.ppo_envs import build_envs, evaluation_envs, with_statistics  # noqa: E402
 from mua_rl.ppo_evaluation import Returns, evaluate  # noqa: E402
-from mua_rl.ppo_setup import set_up  # noqa: E402
+from mua_rl.ppo_setup import find_base, set_up  # noqa: E402
 from mua_rl.ppo_trainer import PPO  # noqa: E402
 from mua_rl.record import LRRecord  # noqa: E402
+from mua_rl.run import RunFolder  # noqa: E402
 
 
 class Endless(gymnasium.Env):
@@ -243,3 +244,10 @@ def test_interquartile_mean_by_hand():
     returns = Returns([100.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, -50.0])
     assert returns.iqm == pytest.approx((2 + 3 + 4 + 5) / 4)
     assert Returns([7.0]).iqm == 7.0
+
+
+def test_a_sweep_is_no_policy_to_start_from(tmp_path):
+    sweep = RunFolder.create(str(tmp_path / "sweep"), "")
+    sweep.start({"algo": "ppo"})
+    with pytest.raises(UserError, match="is a sweep, which holds no policy: name a run"):
+        find_base(PPOArguments(), str(sweep.path))
