@@ -19,6 +19,7 @@ from mua_rl.adapter import LoRA, fingerprint  # noqa: E402
 from mua_rl.envs.control import FAMILIES  # noqa: E402
 from mua_rl.errors import UserError  # noqa: E402
 from mua_rl.ppo import parse  # noqa: E402
+from mua_rl.ppo_arguments import PPOArguments  # noqa: E402
 from mua_rl.ppo_base import SHIPPED, read_base_policy, shipped_policy  # noqa: E402
 from mua_rl.ppo_envs import build_envs, evaluation_envs, with_statistics  # noqa: E402
 from mua_rl.ppo_evaluation import Returns, evaluate  # noqa: E402
