@@ -200,8 +200,10 @@ def _report(
     rows.add_row("run folder", str(run.path))
     console.print(rows)
     if worse:
+        normalised = setup.model.get_vec_normalize_env() is not None
+        moved = ", or the observation statistics have moved away from what the base policy knew" if normalised else ""
         console.print(
-            "[bold red]The policy got worse[/]: this learning rate is too large, and no LR record was written. "
+            f"[bold red]The policy got worse[/]: this learning rate is too large{moved}, and no LR record was written. "
             "Try a quarter of it with --lr."
         )
         return
