@@ -142,12 +142,11 @@ class WorkerPool:
 
     def _ask_one(self, request: Any) -> Any:
         with self._slots:
-            reply: Any = Failure.KILLED
-            for _ in range(2):  # a worker killed from outside is not the answer's fault: one more try
-                worker = self._take()
+            worker = self._take()
+            reply = worker.ask(request)
+            if reply is Failure.KILLED:  # from outside, perhaps, and the idle ones with it: a new one has one more try
+                worker = _Worker(self.module, self.seconds)
                 reply = worker.ask(request)
-                if reply is not Failure.KILLED:
-                    break
             if reply is not Failure.TIMEOUT and reply is not Failure.KILLED:
                 with self._lock:
                     self._idle.append(worker)

@@ -14,6 +14,7 @@ from mua_rl.record import LRRecord
 from mua_rl.run import RunFolder
 
 ppo = pytest.importorskip("mua_rl.ppo")
+ppo_base = pytest.importorskip("mua_rl.ppo_base")
 
 GRPO = ["--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1", "--report_to", "none"]
 GRPO += ["--held_out_steps", "0", "--max_steps", "1", "--held_out_problems", "8", "--lr", "1e-6"]
@@ -78,7 +79,7 @@ def test_after_a_ppo_run_in_an_environment_of_ones_own_both_commands_train_in_it
 
 
 def policy_of(folder):
-    return ppo.read_base_policy(folder / "policy.zip").state_dict
+    return ppo_base.read_base_policy(folder / "policy.zip").state_dict
 
 
 def earlier(folder, **settings):

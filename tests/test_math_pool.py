@@ -117,9 +117,12 @@ def test_many_threads_share_one_pool(pool):
 
 
 def test_a_worker_killed_from_outside_costs_no_verdict(pool):
-    pool.ask([("2x", "x+x")])
-    for pid in idle_processes(pool):
+    pool.ask([("2x", "x+x"), ("x", "y")] * 4)
+    pids = idle_processes(pool)
+    assert len(pids) > 1
+    for pid in pids:
         os.kill(pid, signal.SIGKILL)
+    assert pool.ask([("2x", "x+x")]) == ["right"]
     assert pool.ask([("2x", "x+x"), ("x", "y")]) == ["right", "wrong"]
 
 
