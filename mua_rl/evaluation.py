@@ -10,7 +10,6 @@ An evaluation is a folder:
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from mua_rl.engines import Engine
 from mua_rl.envs.tasks import RewardFunc, Task, as_completions, checked
 from mua_rl.errors import UserError
+from mua_rl.files import write_whole
 from mua_rl.statistics import Estimate, PairedDifference, mean_estimate, paired_difference, pass_at_k
 
 PROBLEMS_AT_ONCE = 16
@@ -232,14 +232,8 @@ def _read_problems(path: Path) -> list[dict[str, Any]]:
 
 
 def _write_problems(path: Path, problems: list[dict[str, Any]]) -> None:
-    _replace(path, "".join(json.dumps(problem) + "\n" for problem in problems))
+    write_whole(path, "".join(json.dumps(problem) + "\n" for problem in problems))
 
 
 def _write_json(path: Path, value: Any) -> None:
-    _replace(path, json.dumps(value, indent=2) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    scratch = path.with_name(path.name + ".new")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+    write_whole(path, json.dumps(value, indent=2) + "\n")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from mua_rl.errors import UserError
+from mua_rl.files import write_whole
 from mua_rl.rules import AlphaRule, Configuration, Scheme
 
 FILE_NAME = "lr_record.json"
@@ -106,9 +107,7 @@ class LRRecord:
             path = path / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=2)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        scratch.write_text(text + "\n")
-        os.replace(scratch, path)
+        write_whole(path, text + "\n")
         return path
 
     @classmethod

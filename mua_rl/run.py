@@ -27,6 +27,7 @@ import yaml
 
 from mua_rl import processes
 from mua_rl.errors import UserError, one_line
+from mua_rl.files import write_whole
 from mua_rl.record import package_versions
 
 CONFIG, VERSIONS, METRICS, RESULT, CURVE = "config.yaml", "versions.json", "metrics.jsonl", "result.json", "curve.png"
@@ -190,9 +191,7 @@ class RunFolder:
     def rewind(self, step: int) -> None:
         """Forget metrics after `step`, which a resumed run measures again."""
         kept = [line for line in self.metrics() if line["step"] <= step]
-        scratch = self.path / f".{METRICS}"
-        scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(scratch, self.path / METRICS)
+        write_whole(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result and let go of the folder."""

@@ -10,7 +10,7 @@ verdicts differ from Math-Verify's own, and why):
   be the question copied down.
 - Against an integer in a base (`12_8`) an answer has the same digits and the same base, or no base: the question names
   it. The same value in another base is no answer, nor is such an integer one against a plain number.
-- Against amounts (`3 feet 4 inches`, `7 R 2`) and dates an answer has the same numbers in the same places.
+- Against amounts (`3 feet 4 inches`, `7 R 2`) and dates an answer has the same numbers with the same words.
 - Against any other gold, Math-Verify decides on the extracted answer alone. Tuples are ordered, sets are not; units
   and percent signs are ignored; decimals must agree to one in a million.
 - The same text, up to spaces, is equal without further question; words (`yes`, `no solution`) are compared as words,

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.commands import command, full_finetuning, other_ranks
 from mua_rl.errors import UserError, exit_on_user_error
+from mua_rl.files import write_whole
 from mua_rl.policy import gives_full_finetuning
 from mua_rl.run import CONFIG, RunFolder, open_run
 from mua_rl.sweep.arguments import Request, differences, parse
@@ -64,10 +65,8 @@ def open_folder(request: Request) -> tuple[Path, bool]:
 
 def keep_settings(request: Request, folder: Path) -> None:
     """Make this command's settings those that `--resume` goes on with: it may have added ranks or seeds."""
-    scratch = folder / f".{CONFIG}.{os.getpid()}"
     settings = {**request.everything, "output_dir": str(folder.resolve())}
-    scratch.write_text(yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
-    os.replace(scratch, folder / CONFIG)
+    write_whole(folder / CONFIG, yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
 
 
 def open_study(request: Request, folder: Path) -> tuple[Study, Facts]:

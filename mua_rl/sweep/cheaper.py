@@ -55,7 +55,7 @@ def small_sweeps(sweep: Sweep, seeds: int, step: float = 0.0) -> list[SmallSweep
 
 
 def _parts(measured: Measured, seeds: int, step: float) -> Iterator[Measured]:
-    """A curve's seeds in groups of so many, each with the whole grid, as curves of their own."""
+    """A curve's seeds in groups of so many, each with the whole of its grid, as curves of their own."""
     grid = _grid(measured, step)
     by_seed = {seed: {lr for lr, _, s in measured.points if s == seed} for _, _, seed in measured.points}
     whole = sorted(seed for seed, lrs in by_seed.items() if grid <= lrs)

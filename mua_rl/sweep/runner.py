@@ -15,6 +15,7 @@ import yaml
 
 from mua_rl.arms.arm import Arm, Outcome, reward_means
 from mua_rl.errors import UserError
+from mua_rl.files import write_whole
 from mua_rl.run import ADAPTER_FOLDER, MODEL_FOLDER, RunFolder
 from mua_rl.sweep.arguments import Request
 from mua_rl.sweep.search import why_hopeless
@@ -73,9 +74,7 @@ class Single:
         self.runs = folder / "runs"
         self.runs.mkdir(parents=True, exist_ok=True)
         self.config = folder / "trainer.yaml"
-        scratch = self.config.with_name(f".trainer.{os.getpid()}.{threading.get_ident()}")
-        scratch.write_text(yaml.safe_dump(request.given, sort_keys=True, allow_unicode=True))
-        os.replace(scratch, self.config)
+        write_whole(self.config, yaml.safe_dump(request.given, sort_keys=True, allow_unicode=True))
 
     def group(self, arm: Arm) -> Hashable:
         """See `Runner.group`: every arm is by itself."""
