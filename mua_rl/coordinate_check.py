@@ -2,8 +2,8 @@
 
 A few optimizer steps for each scheme at each rank (and, with --widths, at each width, on random weights), with the
 learning rate scaled by the rules and, for contrast, with one fixed learning rate; then the size of each layer's feature
-update (`mua_rl.feature_updates`), its slope against rank or width, and a verdict. Exit code 1: a scheme that should be
-flat is not.
+update (`mua_rl.probes.feature_updates`), its slope against rank or width, and a verdict. Exit code 1: a scheme that
+should be flat is not.
 
 The loss is that of a GRPO step: completions that the model itself samples for one prompt of the task, with advantages
 of ±1 at random, the normalised rewards of a group of which half is right. Which completions are the good ones changes
@@ -25,17 +25,18 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from mua_rl import models
-from mua_rl.adapter import Adapter, fan_in
-from mua_rl.arguments import AdapterArguments
-from mua_rl.coordinate_check_report import FIXED, TOLERANCE, TRANSFERRED, Row, figure, lines, table, write_csv
+from mua_rl.adapter.adapters import Adapter, fan_in
 from mua_rl.envs.tasks import get_task
-from mua_rl.errors import UserError, exit_on_user_error
-from mua_rl.feature_updates import Loss, feature_updates
-from mua_rl.heldout import complete, is_conversational, prompt_ids
-from mua_rl.record import check_learning_rate
-from mua_rl.rules import Configuration, best_lr_order, lr_ratio
-from mua_rl.run import RunFolder
+from mua_rl.errors import UserError
+from mua_rl.exits import run_command
+from mua_rl.lm import models
+from mua_rl.lm.heldout import complete, is_conversational, prompt_ids
+from mua_rl.lr.record import check_learning_rate
+from mua_rl.lr.rules import Configuration, best_lr_order, lr_ratio
+from mua_rl.probes.coordinate_report import FIXED, TOLERANCE, TRANSFERRED, Row, figure, lines, table, write_csv
+from mua_rl.probes.feature_updates import Loss, feature_updates
+from mua_rl.run.arguments import AdapterArguments
+from mua_rl.run.folder import RunFolder
 
 EPILOG = """examples:
   python -m mua_rl.coordinate_check                                    the embedded model across ranks
@@ -295,4 +296,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_command(main)

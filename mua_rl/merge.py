@@ -7,12 +7,13 @@ merged policy of the run that it started from.
 import argparse
 from pathlib import Path
 
-from mua_rl import models
-from mua_rl.errors import UserError, exit_on_user_error
-from mua_rl.grpo_arguments import parse
-from mua_rl.grpo_base import load_base, load_tokenizer
-from mua_rl.record import LRRecord
-from mua_rl.run import RunFolder
+from mua_rl.errors import UserError
+from mua_rl.exits import run_command
+from mua_rl.grpo.arguments import parse
+from mua_rl.grpo.base import load_base, load_tokenizer
+from mua_rl.lm import models
+from mua_rl.lr.record import LRRecord
+from mua_rl.run.folder import RunFolder
 
 LANGUAGE = ("grpo", "sft")
 """Algorithms whose policy is a causal language model."""
@@ -71,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_command(main)

@@ -1,8 +1,8 @@
 """`python -m mua_rl.plan MODEL --rank 32 --gpus 8`: memory by part, expected speed and what to type, for each layout.
 
 Everything comes from the model's configuration: the sizes are those of the model on the meta device with the adapter
-attached, the memory is the arithmetic of `mua_rl.gpu_memory` that runs themselves plan with, and the speed a roofline
-(`Estimate`), which is an estimate and says so.
+attached, the memory is the arithmetic of `mua_rl.rollouts.memory` that runs themselves plan with, and the speed a
+roofline (`Estimate`), which is an estimate and says so.
 """
 
 import argparse
@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from mua_rl import models
-from mua_rl.adapter import adapter_for
-from mua_rl.arguments import parse_rank
-from mua_rl.errors import UserError, exit_on_user_error
-from mua_rl.gpu_memory import GIB, EngineMemory, PolicySize, TrainerMemory, engine_memory, trainer_memory
+from mua_rl.adapter.adapters import adapter_for
+from mua_rl.errors import UserError
+from mua_rl.exits import run_command
+from mua_rl.lm import models
+from mua_rl.lr.rank import parse_rank
+from mua_rl.rollouts.memory import GIB, EngineMemory, PolicySize, TrainerMemory, engine_memory, trainer_memory
 
 SHAPES = {
     # hidden, intermediate, layers, heads, key heads, vocabulary, tied: SmolLM2, Qwen2.5, Llama 3.1
@@ -417,4 +418,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_command(main)

@@ -27,7 +27,7 @@ from typing import Any
 
 from random_llama import SIZES, llama_config
 
-from mua_rl.record import machine
+from mua_rl.lr.record import machine
 
 ARMS = {
     # name: (trainer, flags of mua_rl.grpo)
@@ -145,9 +145,9 @@ def step_arm(name: str, options: argparse.Namespace) -> dict[str, Any]:
     import trl
     from transformers import TrainerCallback
 
-    from mua_rl import grpo
-    from mua_rl.rollout_correction import Mismatch
-    from mua_rl.run import RunFolder
+    from mua_rl.grpo import run as grpo
+    from mua_rl.rollouts.correction import Mismatch
+    from mua_rl.run.folder import RunFolder
 
     kind, flags = ARMS[name]
     micro, accumulation = options.micro_batch, options.accumulation
@@ -277,8 +277,8 @@ def sync_arm(size: str, way: str) -> dict[str, Any]:
     from accelerate import Accelerator
     from transformers import AutoModelForCausalLM
 
-    from mua_rl.adapter import LoRA, lora_layers, lora_matrices
-    from mua_rl.rollouts import generation_class
+    from mua_rl.adapter.adapters import LoRA, lora_layers, lora_matrices
+    from mua_rl.rollouts.sync import generation_class
 
     cuda = torch.cuda.is_available()
     config = llama_config(*SIZES[size])

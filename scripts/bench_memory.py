@@ -72,13 +72,14 @@ def memory_run(size: str, rank: str, options: argparse.Namespace) -> dict[str, A
     """Some steps of the trainer alone, on completions that are made up, and the plan of the same."""
     import torch
 
-    from mua_rl import grpo, models
-    from mua_rl.adapter import adapter_for
-    from mua_rl.arguments import parse_rank
+    from mua_rl.adapter.adapters import adapter_for
     from mua_rl.envs.tasks import get_task
-    from mua_rl.gpu_memory import PolicySize, trainer_memory
-    from mua_rl.grpo_trainer import GRPOTrainer
-    from mua_rl.record import machine, package_versions
+    from mua_rl.grpo import run as grpo
+    from mua_rl.grpo.trainer import GRPOTrainer
+    from mua_rl.lm import models
+    from mua_rl.lr.rank import parse_rank
+    from mua_rl.lr.record import machine, package_versions
+    from mua_rl.rollouts.memory import PolicySize, trainer_memory
 
     cuda = torch.cuda.is_available()
     _, micro, length = MEMORY[size]

@@ -27,9 +27,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
 
 import mua_rl.envs.control  # noqa: F401  (registers the tasks)
-from mua_rl.adapter import Full, LoRA
-from mua_rl.ppo_trainer import PPO
-from mua_rl.record import machine
+from mua_rl.adapter.adapters import Full, LoRA
+from mua_rl.lr.record import machine
+from mua_rl.ppo.trainer import PPO
 
 
 def build(name: str, arguments: argparse.Namespace) -> tuple[stable_baselines3.PPO, BaseCallback]:

@@ -168,7 +168,7 @@ def serve(model: str, rank: str, device: str, options: argparse.Namespace) -> It
     """A vLLM server of a model on a GPU of its own, as `mua_rl.grpo` asks for it; it starts while the trainer does."""
     import torch
 
-    from mua_rl import models
+    from mua_rl.lm import models
 
     path = str(random_model(model, options.out) or models.model_path(model))
     port = free_port()
@@ -207,7 +207,7 @@ def server_log(model: str, rank: str, options: argparse.Namespace) -> Path:
 
 def child(options: argparse.Namespace) -> None:
     """In a process of a run: do it, and let the main process write the result."""
-    from mua_rl import processes
+    from mua_rl.run import processes
 
     result = layout_run(*options.child.split(":"), options)
     if processes.is_main():
@@ -226,9 +226,10 @@ def layout_run(layout: str, model: str, rank: str, options: argparse.Namespace) 
     import torch
     from transformers import TrainerCallback
 
-    from mua_rl import grpo, processes
-    from mua_rl.record import machine, package_versions
-    from mua_rl.run import RunFolder
+    from mua_rl.grpo import run as grpo
+    from mua_rl.lr.record import machine, package_versions
+    from mua_rl.run import processes
+    from mua_rl.run.folder import RunFolder
 
     number = LAYOUTS[layout][0]
     folder = random_model(model, options.out)
@@ -302,8 +303,8 @@ def layout_run(layout: str, model: str, rank: str, options: argparse.Namespace) 
 
 def bytes_of_a_sync(trainer: Any, rank: str) -> int:
     """What an engine is given at a sync: A and B of a LoRA, else every weight, in the engine's precision."""
-    from mua_rl.adapter import lora_layers, lora_matrices
-    from mua_rl.rollouts import compute_dtype
+    from mua_rl.adapter.adapters import lora_layers, lora_matrices
+    from mua_rl.rollouts.sync import compute_dtype
 
     generation = getattr(trainer, "vllm_generation", None)
     if generation is None:

@@ -22,12 +22,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mua_rl.arms.arm import Arm
-from mua_rl.arms.memory import TIMES_ONE_RUN, ArmsMemory, Parts
-from mua_rl.errors import exit_on_user_error
-from mua_rl.gpu_memory import TrainerMemory
-from mua_rl.models import model_path
-from mua_rl.record import machine, package_versions
+from mua_rl.exits import run_command
+from mua_rl.grpo.stacked.memory import TIMES_ONE_RUN, ArmsMemory, Parts
+from mua_rl.lm.models import model_path
+from mua_rl.lr.record import machine, package_versions
+from mua_rl.rollouts.memory import TrainerMemory
+from mua_rl.run.trial import Arm
 
 TOP = {"embedded": -9.0, "smollm2": -11.5}
 """log2 of the largest learning rate, by model; the others follow in half octaves downwards."""
@@ -105,8 +105,8 @@ def together(options: argparse.Namespace, passed: list[str]) -> dict[str, Any]:
     """All arms side by side."""
     import dataclasses
 
-    from mua_rl import grpo
-    from mua_rl.arms.grpo import SideBySide
+    from mua_rl.grpo import run as grpo
+    from mua_rl.grpo.stacked.trainer import SideBySide
 
     arguments, _, _ = grpo.parse(flags(options, passed))
     parts = Parts(*options.parts) if options.parts else None
@@ -141,8 +141,8 @@ def mebibytes(memory: ArmsMemory | TrainerMemory) -> dict[str, int]:
 
 def single(number: int, options: argparse.Namespace, passed: list[str]) -> dict[str, Any]:
     """One arm as its own run."""
-    from mua_rl import grpo
-    from mua_rl.run import RunFolder
+    from mua_rl.grpo import run as grpo
+    from mua_rl.run.folder import RunFolder
 
     arm, folder = arms(options)[number], options.out / f"run-{number}"
     given = ["--rank", str(arm.rank), "--lr", repr(arm.learning_rate), "--seed", str(arm.seed)]
@@ -244,4 +244,4 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_command(main)

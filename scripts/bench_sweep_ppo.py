@@ -23,12 +23,12 @@ import stable_baselines3
 import torch
 from stable_baselines3.common.logger import Logger
 
-from mua_rl.arms.arm import Arm
-from mua_rl.arms.ppo import SideBySide
-from mua_rl.ppo_arguments import PPOArguments
-from mua_rl.ppo_base import BasePolicy, read_base_policy, shipped_policy
-from mua_rl.ppo_setup import training_envs
-from mua_rl.record import machine
+from mua_rl.lr.record import machine
+from mua_rl.ppo.arguments import PPOArguments
+from mua_rl.ppo.base import BasePolicy, read_base_policy, shipped_policy
+from mua_rl.ppo.setup import training_envs
+from mua_rl.ppo.stacked.trainer import SideBySide
+from mua_rl.run.trial import Arm
 
 LOW, HIGH = -11.0, -7.0
 # Without these, large blocks go back to the operating system each time and their pages are faulted in anew.

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from mua_rl import models
 from mua_rl.errors import UserError
+from mua_rl.lm import models
 
 
 @dataclass

@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mua_rl.errors import exit_on_user_error
-from mua_rl.evaluation import compare, load_evaluation
+from mua_rl.evaluation.evaluation import compare, load_evaluation
+from mua_rl.exits import run_command
 
 
 def main() -> None:
@@ -32,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_command(main)

@@ -97,13 +97,13 @@ def execute(run: Run) -> Result:
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.logger import Logger
 
-    from mua_rl.adapter import Full, LoRA
-    from mua_rl.ppo_arguments import FINETUNING, limit_threads, linear_decay
-    from mua_rl.ppo_base import SHIPPED, read_base_policy
-    from mua_rl.ppo_envs import build_envs, evaluation_envs, with_statistics
-    from mua_rl.ppo_evaluation import evaluate
-    from mua_rl.ppo_trainer import PPO
-    from mua_rl.record import machine
+    from mua_rl.adapter.adapters import Full, LoRA
+    from mua_rl.lr.record import machine
+    from mua_rl.ppo.arguments import FINETUNING, limit_threads, linear_decay
+    from mua_rl.ppo.base import SHIPPED, read_base_policy
+    from mua_rl.ppo.envs import build_envs, evaluation_envs, with_statistics
+    from mua_rl.ppo.evaluation import evaluate
+    from mua_rl.ppo.trainer import PPO
 
     class Curve(BaseCallback):
         """Mean return of the episodes that ended in each rollout."""
@@ -311,10 +311,10 @@ def write_records(results: list[Result], names: list[str], folder: Path) -> None
     """One LR record per task whose stage 1 is complete, named after its base policy."""
     from dataclasses import replace
 
-    from mua_rl.arguments import AdapterArguments
-    from mua_rl.ppo import lr_record
-    from mua_rl.ppo_arguments import PPOArguments
-    from mua_rl.ppo_setup import set_up
+    from mua_rl.ppo.arguments import PPOArguments
+    from mua_rl.ppo.run import lr_record
+    from mua_rl.ppo.setup import set_up
+    from mua_rl.run.arguments import AdapterArguments
 
     for name in names:
         task, chosen = TASKS[name], tuned(results, name)

@@ -33,19 +33,20 @@ from transformers import get_cosine_schedule_with_warmup, set_seed
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
 
-from mua_rl import models, optim
-from mua_rl.adapter import Adapter, Full, TargetModules, fingerprint, lora_layers
-from mua_rl.arguments import AdapterArguments, Base, parse_arguments, parse_rank, resolve_learning_rate
-from mua_rl.arms.arm import Arm, Outcome
+from mua_rl.adapter import groups as optim
+from mua_rl.adapter.adapters import Adapter, Full, TargetModules, fingerprint, lora_layers
+from mua_rl.analysis.measured import Context, sweeps_of
+from mua_rl.analysis.report import write_report
+from mua_rl.analysis.rows import Row, append, read_all
 from mua_rl.errors import Diverged, UserError
-from mua_rl.record import LRRecord, check_learning_rate, machine, package_versions
-from mua_rl.run import MODEL_FOLDER, open_run
-from mua_rl.statistics import is_clear
-from mua_rl.sweep.base import PLACEHOLDER, Facts
+from mua_rl.lm import models
+from mua_rl.lr.rank import parse_rank
+from mua_rl.lr.record import LRRecord, check_learning_rate, machine, package_versions
+from mua_rl.run.arguments import AdapterArguments, Base, parse_arguments, resolve_learning_rate
+from mua_rl.run.folder import MODEL_FOLDER, open_run
+from mua_rl.run.trial import Arm, Outcome, is_clear
 from mua_rl.sweep.closing import make_record, warnings_of
-from mua_rl.sweep.measured import Context, sweeps_of
-from mua_rl.sweep.report import write_report
-from mua_rl.sweep.rows import Row, append, read_all
+from mua_rl.sweep.facts import PLACEHOLDER, Facts
 from mua_rl.sweep.search import HIGHEST, LOWEST, Search, scan_range
 
 HEAD = "head"
@@ -231,7 +232,7 @@ def run_once(problem: Field, adapter_arguments: AdapterArguments, curves: CurveA
     """One run with a run folder: settings, versions, what was trained, result and LR record.
 
     Raises:
-        UserError: As `mua_rl.arguments.resolve_learning_rate`.
+        UserError: As `mua_rl.run.arguments.resolve_learning_rate`.
         Diverged: The run left the finite numbers.
     """
     adapter = adapter_arguments.adapter(problem.target_modules)
@@ -403,7 +404,7 @@ def made_once(name: str, make: Callable[[], Sequence[Any]]) -> Path:
     """The folder of a base model that a script pretrains; the first time, it is made.
 
     Args:
-        name: Of the folder, within `mua_rl.models.cache_folder()`.
+        name: Of the folder, within `mua_rl.lm.models.cache_folder()`.
         make: Gives what is saved in it, a model and its tokenizer, say.
     """
     folder = models.cache_folder() / name

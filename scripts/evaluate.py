@@ -13,10 +13,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mua_rl.engines import Engine, TransformersEngine, VLLMEngine
 from mua_rl.envs.tasks import get_task
-from mua_rl.errors import exit_on_user_error
-from mua_rl.evaluation import Evaluation, Settings, default_ks, evaluate
+from mua_rl.evaluation.engines import Engine, TransformersEngine, VLLMEngine
+from mua_rl.evaluation.evaluation import Evaluation, Settings, default_ks, evaluate
+from mua_rl.exits import run_command
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -84,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_command(main)

@@ -2,8 +2,8 @@
 
 Model, processor and training loop are transformers', the batches TRL's. Without flags it needs no hub: a small model of
 SmolVLM's class learns to caption generated pictures (a minute and a half on one core, once, kept in
-`mua_rl.models.cache_folder()`), and is finetuned on captions of another house style: from the last group to the first,
-the place ahead, and each colour by the next one's name. The paper's case:
+`mua_rl.lm.models.cache_folder()`), and is finetuned on captions of another house style: from the last group to the
+first, the place ahead, and each colour by the next one's name. The paper's case:
 
     python scripts/finetune_captions.py --model Qwen/Qwen3-VL-2B-Instruct --dataset_name trl-lib/llava-instruct-mix \
         --examples 20000 --held_out 500 --steps 500 --batch_size 32 --ranks 4 16 64 256 full
@@ -48,8 +48,9 @@ from transformers import (
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling as Collator
 
-from mua_rl import models
-from mua_rl.errors import UserError, exit_on_user_error
+from mua_rl.errors import UserError
+from mua_rl.exits import run_command
+from mua_rl.lm import models
 
 CELL = 8
 """Pixels: a picture has 4 × 4 cells, each a patch of the vision tower."""
@@ -285,4 +286,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_command(main)

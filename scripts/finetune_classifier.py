@@ -1,7 +1,7 @@
 """Sequence classification: the learning-rate curves of LoRA and of FFT with transformers' `Trainer` (issue 10).
 
 Without flags it needs no hub: a small BERT learns how many stars a made-up review gives (two minutes on one core, once,
-kept in `mua_rl.models.cache_folder()`), and is finetuned, with a new head, to tell bad, mixed and good reviews of
+kept in `mua_rl.lm.models.cache_folder()`), and is finetuned, with a new head, to tell bad, mixed and good reviews of
 an ironic domain, where "not" and "very" have traded places.
 
     python scripts/finetune_classifier.py                       # the curves
@@ -41,8 +41,9 @@ from transformers import (
     set_seed,
 )
 
-from mua_rl import models
-from mua_rl.errors import UserError, exit_on_user_error
+from mua_rl.errors import UserError
+from mua_rl.exits import run_command
+from mua_rl.lm import models
 
 TARGET_MODULES = r".*\.layer\.\d+\..*\.(query|key|value|dense)"
 """The linear layers of every encoder layer of BERT, RoBERTa and their like; for others, --target_modules."""
@@ -180,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_command(main)

@@ -2,7 +2,7 @@
 
 A UNet and a noise scheduler of `diffusers`, the loop of its `train_text_to_image.py` without its trimmings. Without
 flags it needs no hub: a small UNet learns scikit-learn's digits from their names (two minutes on one core, once, kept
-in `mua_rl.models.cache_folder()`), and is finetuned on the same digits lying on their side. With a
+in `mua_rl.lm.models.cache_folder()`), and is finetuned on the same digits lying on their side. With a
 hub, the paper's model:
 
     python scripts/finetune_diffusion.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 \
@@ -27,8 +27,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import set_seed
 
-from mua_rl import models
-from mua_rl.errors import Diverged, UserError, exit_on_user_error
+from mua_rl.errors import Diverged, UserError
+from mua_rl.exits import run_command
+from mua_rl.lm import models
 
 TARGET_MODULES = r".*\.(conv1|conv2|to_q|to_k|to_v|to_out\.0)"
 """Both convolutions of every residual block, the four projections of every self- and cross-attention."""
@@ -236,4 +237,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_command(main)

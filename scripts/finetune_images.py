@@ -1,7 +1,7 @@
 """Image classification: the learning-rate curves of LoRA and of FFT with transformers' `Trainer` (issue 10).
 
 Without flags it needs no hub: a small vision transformer (ViT) learns scikit-learn's digits (a minute on one core,
-once, kept in `mua_rl.models.cache_folder()`), and is finetuned on the same digits lying on their side.
+once, kept in `mua_rl.lm.models.cache_folder()`), and is finetuned on the same digits lying on their side.
 
     python scripts/finetune_images.py                       # the curves
     python scripts/finetune_images.py --lr 0.001 --rank 8   # one run
@@ -38,8 +38,9 @@ from transformers import (
     set_seed,
 )
 
-from mua_rl.errors import UserError, exit_on_user_error
-from mua_rl.models import model_path
+from mua_rl.errors import UserError
+from mua_rl.exits import run_command
+from mua_rl.lm.models import model_path
 
 TARGET_MODULES = r".*\.layers\.\d+\..*\.(q_proj|k_proj|v_proj|o_proj|fc1|fc2)"
 """The linear layers of every layer of a ViT; for others, --target_modules."""
@@ -171,4 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_command(main)

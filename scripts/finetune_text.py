@@ -37,10 +37,11 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from mua_rl import models
 from mua_rl.envs.tasks import get_task
-from mua_rl.errors import UserError, exit_on_user_error, one_line
-from mua_rl.heldout import is_conversational
+from mua_rl.errors import UserError, one_line
+from mua_rl.exits import run_command
+from mua_rl.lm import models
+from mua_rl.lm.heldout import is_conversational
 
 FORMATS = (["prompt", "completion"], ["messages"], ["conversations"], ["text"])
 """Columns of a data set that TRL learns from; the first that are there."""
@@ -225,4 +226,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_command(main)

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from reproduce_grpo import searches, wanted
 
-from mua_rl import models
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import Diverged
-from mua_rl.movement import movement, probe_batch
-from mua_rl.record import machine
+from mua_rl.lm import models
+from mua_rl.lr.record import machine
+from mua_rl.probes.movement import movement, probe_batch
 
 
 def main() -> None:

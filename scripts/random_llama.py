@@ -47,7 +47,7 @@ def random_model(name: str, out: Path) -> Path | None:
         return None
     folder = out / f"random-{name}"
     if not (folder / "config.json").exists():
-        from mua_rl import models
+        from mua_rl.lm import models
 
         random_llama(name, torch.bfloat16).save_pretrained(folder)
         models.load_tokenizer(models.EMBEDDED).save_pretrained(folder)

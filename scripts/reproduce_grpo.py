@@ -3,7 +3,7 @@
     python scripts/reproduce_grpo.py --only rank=4,16 --time-limit 500      # LoRA: many arms in one process
     python scripts/reproduce_grpo.py --only rank=full --parallel 5          # FFT: runs of their own, five at once
     python scripts/reproduce_grpo.py --model embedded --steps 120 --per-group 12 --parallel 1  # a small model, on a CPU
-    python -m mua_rl.sweep.report docs/results/reproduce_grpo.csv --out docs/results/reproduce_grpo
+    python -m mua_rl.analysis.report docs/results/reproduce_grpo.csv --out docs/results/reproduce_grpo
 
 Each curve is searched as `python -m mua_rl.sweep` does (`mua_rl.sweep.search`). One line of the CSV is one run; lines
 that are there are not repeated, so the same command goes on after a stop, and several processes share the work by
@@ -22,13 +22,14 @@ from pathlib import Path
 
 from selection import passes
 
-from mua_rl import grpo
-from mua_rl.arms.arm import Arm, Outcome
-from mua_rl.arms.grpo import train_side_by_side
-from mua_rl.errors import UserError, exit_on_user_error
-from mua_rl.record import machine
-from mua_rl.run import RunFolder
-from mua_rl.sweep.rows import Row, append, read
+from mua_rl.analysis.rows import Row, append, read
+from mua_rl.errors import UserError
+from mua_rl.exits import run_command
+from mua_rl.grpo import run as grpo
+from mua_rl.grpo.stacked.trainer import train_side_by_side
+from mua_rl.lr.record import machine
+from mua_rl.run.folder import RunFolder
+from mua_rl.run.trial import Arm, Outcome
 from mua_rl.sweep.runner import arm_flags, read_outcome
 from mua_rl.sweep.search import Search
 
@@ -169,4 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_command(main)

@@ -22,11 +22,11 @@ import torch
 from compare_ppo import TASKS, half_octaves
 from selection import passes
 
-from mua_rl.arms.arm import Arm, Outcome
-from mua_rl.errors import exit_on_user_error
-from mua_rl.ppo_base import BasePolicy, read_base_policy
-from mua_rl.record import machine
-from mua_rl.sweep import rows
+from mua_rl.analysis import rows
+from mua_rl.exits import run_command
+from mua_rl.lr.record import machine
+from mua_rl.ppo.base import BasePolicy, read_base_policy
+from mua_rl.run.trial import Arm, Outcome
 
 WIDTH = 256
 BASE_SEEDS = (0, 1)
@@ -127,8 +127,8 @@ def append(path: Path, work: Sequence[Work], outcomes: Sequence[Outcome], where:
 
 def train_group(work: Sequence[Work], base: BasePolicy, device: str) -> list[Outcome]:
     """Train the arms of a group."""
-    from mua_rl.arms.ppo import train_side_by_side
-    from mua_rl.ppo_arguments import PPOArguments
+    from mua_rl.ppo.arguments import PPOArguments
+    from mua_rl.ppo.stacked.trainer import train_side_by_side
 
     task = TASKS[work[0].task]
     arguments = PPOArguments(env_id=task.env_id, total_timesteps=task.steps)
@@ -173,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_command(main)

@@ -5,8 +5,8 @@
 
 The LR record is that of SmolLM2's Init[B] r = 16 in docs/results/reproduce_grpo.csv: the fitted optimum, as the end of
 a sweep writes it. It stays beside the CSV of results, and a later call reads it from there. From it
-`mua_rl.policy.transfer` gives the learning rates of LoRA at other ranks and of FFT. They are run as they are, and FFT
-over a grid beside them. One line of the CSV is one run; lines that are there are not repeated.
+`mua_rl.lr.transfer.transfer` gives the learning rates of LoRA at other ranks and of FFT. They are run as they are, and
+FFT over a grid beside them. One line of the CSV is one run; lines that are there are not repeated.
 """
 
 import argparse
@@ -17,16 +17,17 @@ from pathlib import Path
 
 from reproduce_grpo import add_run_options, run_all
 
-from mua_rl.arms.arm import FFT, Arm, Curve, Outcome
-from mua_rl.errors import UserError, exit_on_user_error
-from mua_rl.policy import transfer
-from mua_rl.record import LRRecord
+from mua_rl.analysis.measured import curve_name, sweeps_of
+from mua_rl.analysis.report import ReportTable
+from mua_rl.analysis.rows import read
+from mua_rl.errors import UserError
+from mua_rl.exits import run_command
+from mua_rl.lr.record import LRRecord
+from mua_rl.lr.transfer import transfer
+from mua_rl.run.trial import FFT, Arm, Curve, Outcome
 from mua_rl.sweep.arguments import parse
-from mua_rl.sweep.base import Facts, find_facts
 from mua_rl.sweep.closing import make_record
-from mua_rl.sweep.measured import curve_name, sweeps_of
-from mua_rl.sweep.report import ReportTable
-from mua_rl.sweep.rows import read
+from mua_rl.sweep.facts import Facts, find_facts
 from mua_rl.sweep.search import HIGHEST, LOWEST, Search, best_of
 
 TASK = "reasoning-gym:chain_sum,min_terms=2,max_terms=2,min_digits=1,max_digits=2,answer=number,size=4096"
@@ -150,4 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_command(main)

@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from mua_rl.record import LRRecord
-from mua_rl.run import RunFolder
+from mua_rl.lr.record import LRRecord
+from mua_rl.run.folder import RunFolder
 
 RECORDS = Path(__file__).parent.parent / "mua_rl" / "assets" / "records"
 

@@ -20,12 +20,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainerCallback
 from trl.generation.vllm_generation import DistributedBackend
 
-from mua_rl import grpo, models, processes
-from mua_rl.errors import exit_on_user_error
-from mua_rl.fsdp2 import reshard
-from mua_rl.grpo_trainer import GRPOTrainer
-from mua_rl.rollouts import FullRollouts
-from mua_rl.run import RunFolder
+from mua_rl.exits import run_command
+from mua_rl.grpo import run as grpo
+from mua_rl.grpo.trainer import GRPOTrainer
+from mua_rl.lm import models
+from mua_rl.rollouts.fsdp2 import reshard
+from mua_rl.rollouts.sync import FullRollouts
+from mua_rl.run import processes
+from mua_rl.run.folder import RunFolder
 
 STEPS, SAVED, DEATH = 5, 2, 4  # steps of a run; of its first checkpoint; the one in which a process of "killed" dies
 FLAGS = ["--completions_per_step", "16", "--num_generations", "2", "--max_steps", str(STEPS), "--report_to", "none"]
@@ -183,4 +185,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if processes.sharding() == "fsdp2":
         allow_fsdp_on_the_cpu()
-    exit_on_user_error(lambda: jobs(*sys.argv[1:]))
+    run_command(lambda: jobs(*sys.argv[1:]))

@@ -1,6 +1,6 @@
 """What several test files need."""
 
-from mua_rl.record import LRRecord
+from mua_rl.lr.record import LRRecord
 
 
 def make_record(**changes) -> LRRecord:

@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 
-from mua_rl.arms.arm import Arm, Outcome
-from mua_rl.sweep.measured import FFT, Context, sweeps_of
-from mua_rl.sweep.rows import Row
+from mua_rl.analysis.measured import FFT, Context, sweeps_of
+from mua_rl.analysis.rows import Row
+from mua_rl.run.trial import Arm, Outcome
 
 SIZES = Context(width=512, outputs=256)
 FFT_OPTIMUM = -12.3

@@ -22,9 +22,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from mua_rl.adapter import Full, LoRA, adapter_for, fingerprint, load_adapter, lora_layers, lora_matrices
+from mua_rl.adapter.adapters import Full, LoRA, adapter_for, fingerprint, load_adapter, lora_layers, lora_matrices
 from mua_rl.errors import UserError
-from mua_rl.rules import AlphaRule, Scheme
+from mua_rl.lr.rules import AlphaRule, Scheme
 
 
 class Zoo(nn.Module):

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from mua_rl.arms.arm import Arm
-from mua_rl.arms.checkpoint import Checkpoint, Checkpoints, mark, path_of
-from mua_rl.arms.grpo import SideBySide, train_side_by_side
-from mua_rl.grpo_arguments import GRPOArguments
+from mua_rl.grpo.arguments import GRPOArguments
+from mua_rl.grpo.stacked.checkpoint import Checkpoint, Checkpoints, mark, path_of
+from mua_rl.grpo.stacked.trainer import SideBySide, train_side_by_side
+from mua_rl.run.trial import Arm
 
 ARMS = [
     Arm(rank=4, init="B", alpha="1", log2_lr=-8, seed=1),

@@ -8,18 +8,18 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import RepeatSampler
 
-from mua_rl import models
-from mua_rl.adapter import LoRA, load_adapter, lora_layers, lora_matrices
-from mua_rl.arms.arm import Arm
-from mua_rl.arms.generation import Decoder, choose, share
-from mua_rl.arms.grpo import SideBySide, prompt_order, train_side_by_side
-from mua_rl.arms.grpo_settings import check_dropout, device_of
-from mua_rl.arms.stacked import LoRAStack
+from mua_rl.adapter.adapters import LoRA, load_adapter, lora_layers, lora_matrices
 from mua_rl.errors import UserError
-from mua_rl.grpo_arguments import GRPOArguments
-from mua_rl.heldout import held_out
-from mua_rl.rules import AlphaRule
-from mua_rl.run import RunFolder
+from mua_rl.grpo.arguments import GRPOArguments
+from mua_rl.grpo.stacked.generation import Decoder, choose, share
+from mua_rl.grpo.stacked.settings import check_dropout, device_of
+from mua_rl.grpo.stacked.stack import LoRAStack
+from mua_rl.grpo.stacked.trainer import SideBySide, prompt_order, train_side_by_side
+from mua_rl.lm import models
+from mua_rl.lm.heldout import held_out
+from mua_rl.lr.rules import AlphaRule
+from mua_rl.run.folder import RunFolder
+from mua_rl.run.trial import Arm
 from mua_rl.sweep.runner import read_outcome
 
 MIXED = [

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from mua_rl import grpo
-from mua_rl.adapter import lora_layers, lora_matrices
-from mua_rl.arms.arm import Arm
-from mua_rl.arms.generation import Answers
-from mua_rl.arms.grpo import SideBySide
-from mua_rl.arms.objective import completion_weights, group_advantages
-from mua_rl.run import RunFolder
+from mua_rl.adapter.adapters import lora_layers, lora_matrices
+from mua_rl.grpo import run as grpo
+from mua_rl.grpo.stacked.generation import Answers
+from mua_rl.grpo.stacked.objective import completion_weights, group_advantages
+from mua_rl.grpo.stacked.trainer import SideBySide
+from mua_rl.run.folder import RunFolder
+from mua_rl.run.trial import Arm
 
 ARM = Arm(rank=4, init="B", alpha="1", log2_lr=-10, seed=1)
 FLAGS = ["--rank", "4", "--seed", "1", "--per_device_train_batch_size", "32", "--gradient_accumulation_steps", "1"]

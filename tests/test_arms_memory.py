@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mua_rl.arms.arm import Arm
-from mua_rl.arms.generation import Answers
-from mua_rl.arms.grpo import SideBySide
-from mua_rl.arms.memory import CACHE_ALIGNED, Parts, Work, arms_memory, memory_limit, one_run, plan_parts
 from mua_rl.errors import UserError
-from mua_rl.gpu_memory import GIB, PolicySize
-from mua_rl.grpo_arguments import GRPOArguments
+from mua_rl.grpo.arguments import GRPOArguments
+from mua_rl.grpo.stacked.generation import Answers
+from mua_rl.grpo.stacked.memory import CACHE_ALIGNED, Parts, Work, arms_memory, memory_limit, one_run, plan_parts
+from mua_rl.grpo.stacked.trainer import SideBySide
+from mua_rl.rollouts.memory import GIB, PolicySize
+from mua_rl.run.trial import Arm
 
 # SmolLM2-135M with eight LoRAs of rank 32 on the MLP projections; linear layers in bf16, the embedding in fp32.
 EMBEDDING, LINEAR = 49152 * 576, 30 * (2 * 576 * (576 + 192) + 3 * 576 * 1536)

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from mua_rl.arms.arm import Arm
-from mua_rl.arms.grpo import SideBySide
-from mua_rl.arms.packing import UNLABELLED, Completion, attention_bias, batches, completion_sums, pack
-from mua_rl.grpo_arguments import GRPOArguments
+from mua_rl.grpo.arguments import GRPOArguments
+from mua_rl.grpo.stacked.packing import UNLABELLED, Completion, attention_bias, batches, completion_sums, pack
+from mua_rl.grpo.stacked.trainer import SideBySide
+from mua_rl.run.trial import Arm
 
 COMPLETIONS = [Completion((30, 31), 0.5), Completion((40,), -1.0), Completion((50, 33, 34, 35), 0.25)]
 PROMPTS = [[5, 9, 20, 7], [8]]  # of two arms

@@ -12,11 +12,13 @@ from stable_baselines3.common.env_util import make_vec_env  # noqa: E402
 from stable_baselines3.common.logger import Logger  # noqa: E402
 from stable_baselines3.common.vec_env import VecNormalize  # noqa: E402
 
-from mua_rl.arms.arm import Arm  # noqa: E402
-from mua_rl.arms.ppo import SideBySide, ppo_options, train_side_by_side  # noqa: E402
-from mua_rl.arms.ppo_policy import StackedPolicy, build_policy  # noqa: E402
-from mua_rl.arms.ppo_rollouts import generalized_advantages  # noqa: E402
-from mua_rl.arms.ppo_update import (  # noqa: E402
+from mua_rl.errors import UserError  # noqa: E402
+from mua_rl.ppo.arguments import PPOArguments  # noqa: E402
+from mua_rl.ppo.base import read_base_policy  # noqa: E402
+from mua_rl.ppo.stacked.policy import StackedPolicy, build_policy  # noqa: E402
+from mua_rl.ppo.stacked.rollouts import generalized_advantages  # noqa: E402
+from mua_rl.ppo.stacked.trainer import SideBySide, ppo_options, train_side_by_side  # noqa: E402
+from mua_rl.ppo.stacked.update import (  # noqa: E402
     Rollout,
     StackedAdam,
     clipped,
@@ -24,10 +26,8 @@ from mua_rl.arms.ppo_update import (  # noqa: E402
     loss_and_kl,
     update,
 )
-from mua_rl.errors import UserError  # noqa: E402
-from mua_rl.ppo_arguments import PPOArguments  # noqa: E402
-from mua_rl.ppo_base import read_base_policy  # noqa: E402
-from mua_rl.ppo_trainer import PPO  # noqa: E402
+from mua_rl.ppo.trainer import PPO  # noqa: E402
+from mua_rl.run.trial import Arm  # noqa: E402
 
 CARTPOLE, PENDULUM = "mua_rl/CartPole-LongPole-v0", "mua_rl/Pendulum-HighGravity-v0"
 FFT = Arm(None, "B", "1", -8.0, 3)

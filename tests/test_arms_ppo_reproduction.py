@@ -15,7 +15,7 @@ def script():
 
 
 def outcome(metric):
-    from mua_rl.arms.arm import Outcome
+    from mua_rl.run.trial import Outcome
 
     return Outcome(metric, 1.0, 16.0, 100.0, 200.0, False, "", 25600, 1.5)
 

@@ -234,14 +234,14 @@ def test_where_namespaces_are_forbidden_strong_is_refused_and_process_works(tmp_
         "libc = ctypes.CDLL(None)\n"
         "assert libc.prctl(38, 1, 0, 0, 0) == 0\n"
         "assert libc.prctl(22, 2, ctypes.byref(P(4, program)), 0, 0) == 0\n"
-        "from mua_rl.errors import exit_on_user_error\n"
+        "from mua_rl.exits import run_command\n"
         "from mua_rl.rewards.sandbox.pool import Pool\n"
         "from mua_rl.rewards.sandbox.row import parse_row\n"
         "from mua_rl.rewards.sandbox.settings import Settings\n"
         "def main():\n"
         "    with Pool(Settings(isolation=sys.argv[1], workers=1)) as pool:\n"
         f"        print(pool.run({RIGHT!r}, parse_row('assert f(3) == 7')).reason.value)\n"
-        "exit_on_user_error(main)\n"
+        "run_command(main)\n"
     )
     if os.uname().machine != "x86_64":
         pytest.skip("the filter above knows x86_64's system calls")

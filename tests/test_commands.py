@@ -6,15 +6,16 @@ from dataclasses import asdict, fields
 
 import pytest
 
-from mua_rl import commands, grpo
-from mua_rl.adapter import fingerprint
+from mua_rl.adapter.adapters import fingerprint
 from mua_rl.errors import UserError
-from mua_rl.grpo_arguments import parse as parse_grpo
-from mua_rl.record import LRRecord
-from mua_rl.run import RunFolder
+from mua_rl.grpo import run as grpo
+from mua_rl.grpo.arguments import parse as parse_grpo
+from mua_rl.lr.record import LRRecord
+from mua_rl.run import commands
+from mua_rl.run.folder import RunFolder
 
-ppo = pytest.importorskip("mua_rl.ppo")
-ppo_base = pytest.importorskip("mua_rl.ppo_base")
+ppo = pytest.importorskip("mua_rl.ppo.run")
+ppo_base = pytest.importorskip("mua_rl.ppo.base")
 
 GRPO = ["--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1", "--report_to", "none"]
 GRPO += ["--held_out_steps", "0", "--max_steps", "1", "--held_out_problems", "8", "--lr", "1e-6"]

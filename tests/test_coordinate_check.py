@@ -11,10 +11,11 @@ from transformers import GPT2Config, LlamaConfig
 
 from mua_rl import coordinate_check
 from mua_rl.coordinate_check import at_width, random_model
-from mua_rl.coordinate_check_report import FIXED, TRANSFERRED, Row, figure, lines, table, theory_order
-from mua_rl.errors import UserError, exit_on_user_error
-from mua_rl.feature_updates import DELTA_1, DELTA_2, DELTA_3, DELTA_Z, DELTA_Z_B
-from mua_rl.rules import Configuration, Scheme
+from mua_rl.errors import UserError
+from mua_rl.exits import run_command
+from mua_rl.lr.rules import Configuration, Scheme
+from mua_rl.probes.coordinate_report import FIXED, TRANSFERRED, Row, figure, lines, table, theory_order
+from mua_rl.probes.feature_updates import DELTA_1, DELTA_2, DELTA_3, DELTA_Z, DELTA_Z_B
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -22,7 +23,7 @@ def run(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["mua_rl.coordinate_check", *map(str, arguments)])
     code = 0
     try:
-        exit_on_user_error(coordinate_check.main)
+        run_command(coordinate_check.main)
     except SystemExit as stop:
         code = stop.code
     return code, capsys.readouterr()

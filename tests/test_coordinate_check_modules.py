@@ -18,10 +18,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from mua_rl.adapter import LoRA, lora_layers
+from mua_rl.adapter.adapters import LoRA, lora_layers
 from mua_rl.coordinate_check import Place, check
-from mua_rl.coordinate_check_report import FIXED, TRANSFERRED, lines
-from mua_rl.feature_updates import DELTA_Z_B, feature_updates
+from mua_rl.probes.coordinate_report import FIXED, TRANSFERRED, lines
+from mua_rl.probes.feature_updates import DELTA_Z_B, feature_updates
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from mua_rl.accelerate_configs import config_file, names
 from mua_rl.errors import UserError
-from mua_rl.record import LRRecord
-from mua_rl.run import RunFolder
+from mua_rl.lr.record import LRRecord
+from mua_rl.run.folder import RunFolder
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from mua_rl.errors import Diverged, UserError, exit_on_user_error
+from mua_rl.errors import Diverged, UserError
+from mua_rl.exits import run_command
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,7 @@ def test_known_failures_are_one_line_and_an_exit_code(error, code, capsys):
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        exit_on_user_error(main)
+        run_command(main)
     assert stop.value.code == code
     printed = capsys.readouterr().err
     assert str(error) in printed
@@ -33,7 +34,7 @@ def test_known_failures_are_one_line_and_an_exit_code(error, code, capsys):
 
 def test_an_unknown_failure_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="a fault of ours"):
-        exit_on_user_error(lambda: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
+        run_command(lambda: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
 
 
 def test_an_interrupted_command_says_so_and_exits_as_shells_expect(capsys):
@@ -41,6 +42,6 @@ def test_an_interrupted_command_says_so_and_exits_as_shells_expect(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as stop:
-        exit_on_user_error(main)
+        run_command(main)
     assert stop.value.code == 130
     assert capsys.readouterr().err.strip() == "mua_rl: interrupted."

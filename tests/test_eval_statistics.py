@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from mua_rl.statistics import is_clear, mcnemar_exact, mean_estimate, paired_difference, pass_at_k
+from mua_rl.evaluation.statistics import mcnemar_exact, mean_estimate, paired_difference, pass_at_k
+from mua_rl.run.trial import is_clear
 
 
 def test_a_difference_is_clear_beyond_two_standard_errors_and_in_one_direction():

@@ -14,12 +14,11 @@ import torch
 from datasets import Dataset
 from helpers import make_record
 
-from mua_rl import models
-from mua_rl.adapter import fingerprint
-from mua_rl.engines import TransformersEngine, check_adapter
+from mua_rl.adapter.adapters import fingerprint
 from mua_rl.envs.tasks import Task
 from mua_rl.errors import UserError
-from mua_rl.evaluation import (
+from mua_rl.evaluation.engines import TransformersEngine, check_adapter
+from mua_rl.evaluation.evaluation import (
     PROBLEMS_AT_ONCE,
     Settings,
     compare,
@@ -27,6 +26,7 @@ from mua_rl.evaluation import (
     evaluate,
     load_evaluation,
 )
+from mua_rl.lm import models
 
 ROOT = Path(__file__).parent.parent
 PROBLEMS = 3 * PROBLEMS_AT_ONCE + 5

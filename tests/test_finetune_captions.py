@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from mua_rl.adapter import LoRA, fingerprint, load_adapter, lora_layers
+from mua_rl.adapter.adapters import LoRA, fingerprint, load_adapter, lora_layers
+from mua_rl.analysis.rows import read
 from mua_rl.errors import UserError
-from mua_rl.record import LRRecord
-from mua_rl.sweep.rows import read
+from mua_rl.lr.record import LRRecord
 
 pytest.importorskip("PIL", reason="PIL is not installed: pip install 'mua-rl[fields]'")
 

@@ -16,10 +16,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from mua_rl.adapter import Full, LoRA, fingerprint, load_adapter, lora_layers
-from mua_rl.arms.arm import Outcome
+from mua_rl.adapter.adapters import Full, LoRA, fingerprint, load_adapter, lora_layers
 from mua_rl.errors import UserError
-from mua_rl.record import LRRecord
+from mua_rl.lr.record import LRRecord
+from mua_rl.run.trial import Outcome
 
 for package in ("sklearn", "PIL"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install 'mua-rl[fields]'")

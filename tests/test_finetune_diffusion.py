@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from mua_rl.adapter import Full, LoRA, fingerprint, load_adapter, lora_layers
+from mua_rl.adapter.adapters import Full, LoRA, fingerprint, load_adapter, lora_layers
+from mua_rl.analysis.rows import read
 from mua_rl.errors import Diverged, UserError
-from mua_rl.record import LRRecord
-from mua_rl.sweep.rows import read
+from mua_rl.lr.record import LRRecord
 
 for package in ("diffusers", "sklearn", "PIL"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install 'mua-rl[fields]'")

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from mua_rl import grpo
-from mua_rl.adapter import LoRA, fingerprint
-from mua_rl.arms.arm import Arm, Outcome
+from mua_rl.adapter.adapters import LoRA, fingerprint
+from mua_rl.analysis.rows import Row, append
 from mua_rl.errors import UserError
-from mua_rl.models import load_model, load_tokenizer
-from mua_rl.record import LRRecord
-from mua_rl.run import RunFolder
-from mua_rl.sweep.rows import Row, append
+from mua_rl.grpo import run as grpo
+from mua_rl.lm.models import load_model, load_tokenizer
+from mua_rl.lr.record import LRRecord
+from mua_rl.run.folder import RunFolder
+from mua_rl.run.trial import Arm, Outcome
 
 SMALL = ["--max_steps", "4", "--per_device_train_batch_size", "8", "--held_out", "16"]
 

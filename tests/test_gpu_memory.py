@@ -4,13 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from mua_rl import grpo, grpo_setup, models
-from mua_rl.adapter import Full, LoRA
+from mua_rl.adapter.adapters import Full, LoRA
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import UserError
-from mua_rl.gpu_memory import GIB, PolicySize, plan
-from mua_rl.heldout import prompt_ids
-from mua_rl.rollouts import plan_engine
+from mua_rl.grpo import run as grpo
+from mua_rl.grpo import setup as grpo_setup
+from mua_rl.lm import models
+from mua_rl.lm.heldout import prompt_ids
+from mua_rl.rollouts.memory import GIB, PolicySize, plan
+from mua_rl.rollouts.sync import plan_engine
 
 # Llama-3.1-8B with LoRA of rank 32 on the MLP projections, base in bf16.
 LLAMA = PolicySize(16 * 10**9, 8 * 10**9, 57 * 10**6, 32, 4096, 14336, 1024, 128256)

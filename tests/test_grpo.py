@@ -1,5 +1,6 @@
 """GRPO end to end on the embedded model, in runs of a few steps."""
 
+import importlib
 import json
 import math
 import os
@@ -16,14 +17,16 @@ import trl
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from mua_rl import grpo, grpo_arguments, models
-from mua_rl.adapter import lora_layers
+from mua_rl.adapter.adapters import lora_layers
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import Diverged, UserError
-from mua_rl.grpo_trainer import GRPOTrainer
-from mua_rl.heldout import held_out
-from mua_rl.record import LRRecord
-from mua_rl.run import RunFolder
+from mua_rl.grpo import arguments as grpo_arguments
+from mua_rl.grpo import run as grpo
+from mua_rl.grpo.trainer import GRPOTrainer
+from mua_rl.lm import models
+from mua_rl.lm.heldout import held_out
+from mua_rl.lr.record import LRRecord
+from mua_rl.run.folder import RunFolder
 
 SMALL = ["--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1", "--report_to", "none"]
 SMALL += ["--held_out_steps", "0"]
@@ -259,7 +262,7 @@ def test_a_step_for_which_no_reward_has_a_score_does_not_end_the_run(tmp_path, m
         return [next(scores)] * len(completions)
 
     task = replace(get_task("arithmetic"), rewards=(late,))
-    monkeypatch.setattr("mua_rl.grpo_setup.get_task", lambda *spec: task)
+    monkeypatch.setattr("mua_rl.grpo.setup.get_task", lambda *spec: task)
     run_ = run("--rank", 4, "--lr", 1e-3, "--max_steps", 2, "--output_dir", tmp_path / "r")
     assert [line["reward"] for line in run_.metrics() if "reward" in line] == [None, 1.0]
     assert LRRecord.load(run_.path).learning_rate == 1e-3
@@ -270,7 +273,7 @@ def test_a_run_whose_rewards_never_gave_a_score_says_so_and_leaves_no_record(tmp
         return [None] * len(completions)
 
     task = replace(get_task("arithmetic"), rewards=(silent,))
-    monkeypatch.setattr("mua_rl.grpo_setup.get_task", lambda *spec: task)
+    monkeypatch.setattr("mua_rl.grpo.setup.get_task", lambda *spec: task)
     with pytest.raises(UserError, match=r"no completion had a score in any of 2 steps.*\(silent\) give None"):
         run("--rank", 4, "--lr", 1e-3, "--max_steps", 2, "--output_dir", tmp_path / "r")
     assert RunFolder(tmp_path / "r").result()["diverged"]
@@ -282,7 +285,7 @@ def test_a_reward_that_fails_is_named_with_its_line_below_the_progress_bar(tmp_p
         raise KeyError("gold")
 
     task = replace(get_task("arithmetic"), rewards=(broken,))
-    monkeypatch.setattr("mua_rl.grpo_setup.get_task", lambda *spec: task)
+    monkeypatch.setattr("mua_rl.grpo.setup.get_task", lambda *spec: task)
     with pytest.raises(
         UserError, match=r"the reward broken of the task arithmetic failed: KeyError: 'gold' \(.*:\d+\)"
     ):
@@ -371,10 +374,10 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(flags, message, tmp_path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # as where vLLM is not installed
     monkeypatch.setattr(sys, "argv", ["mua_rl.grpo", *SMALL, *flags])
-    from mua_rl.errors import exit_on_user_error
+    from mua_rl.exits import run_command
 
     with pytest.raises(SystemExit) as stop:
-        exit_on_user_error(grpo.main)
+        run_command(importlib.import_module("mua_rl.grpo.__main__").main)
     assert stop.value.code == 2
     error = capsys.readouterr().err.strip()
     assert message in error

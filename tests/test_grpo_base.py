@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, dynamic_module_utils
 
-from mua_rl import grpo, models
 from mua_rl.errors import UserError
-from mua_rl.grpo_arguments import GRPOArguments
-from mua_rl.grpo_base import load_base, load_tokenizer
-from mua_rl.record import LRRecord
-from mua_rl.run import RunFolder
+from mua_rl.grpo import run as grpo
+from mua_rl.grpo.arguments import GRPOArguments
+from mua_rl.grpo.base import load_base, load_tokenizer
+from mua_rl.lm import models
+from mua_rl.lr.record import LRRecord
+from mua_rl.run.folder import RunFolder
 
 SMALL = ["--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1", "--report_to", "none"]
 SMALL += ["--held_out_steps", "0", "--held_out_problems", "8", "--max_completion_length", "6", "--warmup_steps", "0"]

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from mua_rl import grpo
 from mua_rl.errors import UserError
+from mua_rl.grpo import run as grpo
 
 SMALL = ["--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1", "--report_to", "none"]
 SMALL += ["--held_out_problems", "8", "--max_completion_length", "6", "--rank", "4", "--lr", "1e-9"]

@@ -12,10 +12,12 @@ from transformers import trainer
 from trl.extras import profiling
 from trl.trainer import base_trainer, grpo_trainer
 
-from mua_rl import grpo, hub
-from mua_rl.errors import UserError, exit_on_user_error
-from mua_rl.record import LRRecord
-from mua_rl.run import RunFolder
+from mua_rl.errors import UserError
+from mua_rl.exits import run_command
+from mua_rl.grpo import run as grpo
+from mua_rl.lr.record import LRRecord
+from mua_rl.run import hub
+from mua_rl.run.folder import RunFolder
 
 SMALL = ["--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1", "--held_out_steps", "0"]
 SMALL += ["--held_out_problems", "8", "--max_completion_length", "6", "--rank", "4", "--lr", "1e-9", "--max_steps", "2"]
@@ -87,7 +89,7 @@ def test_an_option_that_would_do_harm_or_nothing_is_refused_by_name(flags, inste
 def test_a_hub_out_of_reach_is_one_line_before_the_first_step(made_up_hub, tmp_path, capsys):
     made_up_hub("create_repo")
     with pytest.raises(SystemExit) as end:
-        exit_on_user_error(lambda: run("--push_to_hub", "--output_dir", tmp_path / "run"))
+        run_command(lambda: run("--push_to_hub", "--output_dir", tmp_path / "run"))
     assert "the hub cannot be used ([Errno -2] Name or service not known)" in capsys.readouterr().err.splitlines()[-1]
     assert end.value.code == 2
     assert not (tmp_path / "run").exists()

@@ -8,15 +8,16 @@ import pytest
 import torch
 from datasets import Dataset
 
-from mua_rl import grpo, models
-from mua_rl.arms.arm import Arm
-from mua_rl.arms.grpo import SideBySide
 from mua_rl.coordinate_check import sample_group
 from mua_rl.envs.tasks import Task, get_task
-from mua_rl.evaluation import Settings, evaluate
-from mua_rl.heldout import HeldOutResult, complete, end_ids, generate, held_out, prompt_ids, score
-from mua_rl.movement import probe_batch
-from mua_rl.run import RunFolder
+from mua_rl.evaluation.evaluation import Settings, evaluate
+from mua_rl.grpo import run as grpo
+from mua_rl.grpo.stacked.trainer import SideBySide
+from mua_rl.lm import models
+from mua_rl.lm.heldout import HeldOutResult, complete, end_ids, generate, held_out, prompt_ids, score
+from mua_rl.probes.movement import probe_batch
+from mua_rl.run.folder import RunFolder
+from mua_rl.run.trial import Arm
 
 TEMPLATE = "{{ messages[0]['content'] }}{% if hint %}{{ hint }}{% endif %}="
 
@@ -78,7 +79,7 @@ def test_options_of_the_chat_template_are_part_of_a_held_out_prompt(model, token
     task = get_task("arithmetic")
     rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "1+2"}]], "answer": [12]})
     asked = []
-    monkeypatch.setattr("mua_rl.heldout.complete", lambda m, t, ids, *_: asked.append(t.decode(ids[0])) or ids)
+    monkeypatch.setattr("mua_rl.lm.heldout.complete", lambda m, t, ids, *_: asked.append(t.decode(ids[0])) or ids)
     held_out(model, tokenizer, task, rows, 4)
     held_out(model, tokenizer, task, rows, 4, template={"hint": "*3"})
     assert [text.replace(" ", "") for text in asked] == ["1+2=", "1+2*3="]
@@ -127,7 +128,7 @@ def test_a_single_run_asks_its_held_out_problems_as_a_sweep_does(tmp_path, monke
     arguments, adapter_arguments, _ = grpo.parse([*flags, "--per_device_train_batch_size", "16"])
     setup = grpo.prepare(arguments, adapter_arguments)
     asked = []
-    monkeypatch.setattr("mua_rl.heldout.complete", lambda m, t, ids, *_: asked.extend(ids) or torch.tensor(ids))
+    monkeypatch.setattr("mua_rl.lm.heldout.complete", lambda m, t, ids, *_: asked.extend(ids) or torch.tensor(ids))
     grpo.make_trainer(setup, arguments, RunFolder(tmp_path))[1]()
     assert asked == list(SideBySide(arguments, [Arm(4, "B", "1", -8, 0)]).problems.values())
     assert tokenizer.decode(asked[0]).replace(" ", "") == "1+2*3="

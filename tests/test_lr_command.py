@@ -5,13 +5,13 @@ import sys
 import pytest
 from helpers import make_record
 
-from mua_rl import lr
-from mua_rl.errors import exit_on_user_error
+from mua_rl.exits import run_command
+from mua_rl.lr import __main__ as lr
 
 
 def run(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["mua_rl.lr", *map(str, arguments)])
-    exit_on_user_error(lr.main)
+    run_command(lr.main)
     return capsys.readouterr().out
 
 
@@ -26,7 +26,7 @@ def test_one_rank_prints_the_rate_and_the_reason(tmp_path, monkeypatch, capsys):
 def test_one_rank_has_its_warning_beside_the_figures(tmp_path, monkeypatch, capsys):
     make_record(rank=8).save(tmp_path)
     monkeypatch.setattr(sys, "argv", ["mua_rl.lr", str(tmp_path), "--rank", "2"])
-    exit_on_user_error(lr.main)
+    run_command(lr.main)
     printed = capsys.readouterr()
     assert len(printed.out.splitlines()) == 2
     assert printed.err.startswith("warning: r = 2 is outside the ranks")

@@ -7,11 +7,13 @@ import torch
 from helpers import make_record
 from peft import PeftModel
 
-from mua_rl import grpo, merge, models
-from mua_rl.engines import check_base
+from mua_rl import merge
 from mua_rl.errors import UserError
-from mua_rl.grpo_base import load_base
-from mua_rl.run import RunFolder
+from mua_rl.evaluation.engines import check_base
+from mua_rl.grpo import run as grpo
+from mua_rl.grpo.base import load_base
+from mua_rl.lm import models
+from mua_rl.run.folder import RunFolder
 
 SMALL = ["--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1", "--report_to", "none"]
 SMALL += ["--held_out_steps", "0", "--held_out_problems", "8", "--max_completion_length", "6", "--warmup_steps", "0"]

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from mua_rl import models
 from mua_rl.errors import UserError
+from mua_rl.lm import models
 
 
 def make_beside_another(folder, name, barrier, made):

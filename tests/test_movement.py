@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from mua_rl import models
-from mua_rl.adapter import Full, LoRA, fingerprint
+from mua_rl.adapter.adapters import Full, LoRA, fingerprint
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import UserError
-from mua_rl.movement import divergence, movement, probe_batch
+from mua_rl.lm import models
+from mua_rl.probes.movement import divergence, movement, probe_batch
 
 
 @pytest.fixture(scope="module")

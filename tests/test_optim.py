@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from mua_rl.adapter import Full, LoRA
-from mua_rl.optim import learning_rates, named_groups, role_of, scale_learning_rates
+from mua_rl.adapter.adapters import Full, LoRA
+from mua_rl.adapter.groups import learning_rates, named_groups, role_of, scale_learning_rates
 
 
 class Net(nn.Module):

@@ -7,10 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from trl.trainer.utils import add_fused_lm_head
 
-from mua_rl import grpo, models, plan
-from mua_rl.adapter import Full, LoRA
-from mua_rl.errors import exit_on_user_error
-from mua_rl.gpu_memory import GIB, PolicySize, trainer_memory
+from mua_rl import plan
+from mua_rl.adapter.adapters import Full, LoRA
+from mua_rl.exits import run_command
+from mua_rl.grpo import run as grpo
+from mua_rl.lm import models
+from mua_rl.rollouts.memory import GIB, PolicySize, trainer_memory
 
 TOKENS = (6, 80)  # sequences, tokens of each
 
@@ -133,7 +135,7 @@ def test_two_gpus_train_nearly_twice_as_fast_as_one():
 def run(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["mua_rl.plan", *arguments])
     monkeypatch.setenv("COLUMNS", "150")
-    exit_on_user_error(plan.main)
+    run_command(plan.main)
     return capsys.readouterr().out
 
 
@@ -165,7 +167,7 @@ def test_the_command_says_what_to_type(monkeypatch, capsys):
 def test_bad_input_is_one_clear_line(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(sys, "argv", ["mua_rl.plan", *arguments])
     with pytest.raises(SystemExit) as stop:
-        exit_on_user_error(plan.main)
+        run_command(plan.main)
     assert stop.value.code == 2
     error = capsys.readouterr().err.strip()
     assert message in error

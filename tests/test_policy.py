@@ -8,8 +8,21 @@ import pytest
 from helpers import make_record
 from torch import nn
 
-from mua_rl.grpo_report import announce
-from mua_rl.policy import (
+from mua_rl.analysis.measured import FFT, sweeps_of
+from mua_rl.analysis.predictions import (
+    BareRule,
+    RankCorrected,
+    calibrated,
+    evidence,
+    leave_one_out,
+    prediction_tests,
+    shipped,
+)
+from mua_rl.analysis.report import parse_sizes
+from mua_rl.analysis.rows import read_all
+from mua_rl.grpo.report import announce
+from mua_rl.lr.rules import AlphaRule, Configuration, Scheme
+from mua_rl.lr.transfer import (
     EVIDENCE,
     FROM_RANK,
     RANK_EXPONENT,
@@ -19,20 +32,7 @@ from mua_rl.policy import (
     pair_kind,
     transfer,
 )
-from mua_rl.rules import AlphaRule, Configuration, Scheme
-from mua_rl.run import RunFolder
-from mua_rl.sweep.measured import FFT, sweeps_of
-from mua_rl.sweep.report import parse_sizes
-from mua_rl.sweep.rows import read_all
-from mua_rl.sweep.transfer import (
-    BareRule,
-    RankCorrected,
-    calibrated,
-    evidence,
-    leave_one_out,
-    prediction_tests,
-    shipped,
-)
+from mua_rl.run.folder import RunFolder
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 SIZES = [

@@ -7,10 +7,10 @@ import pytest
 pytest.importorskip("stable_baselines3")
 
 from mua_rl.errors import UserError
-from mua_rl.ppo import parse, train
-from mua_rl.ppo_checkpoint import list_checkpoints, save_checkpoint
-from mua_rl.ppo_setup import set_up
-from mua_rl.record import LRRecord
+from mua_rl.lr.record import LRRecord
+from mua_rl.ppo.checkpoint import list_checkpoints, save_checkpoint
+from mua_rl.ppo.run import parse, train
+from mua_rl.ppo.setup import set_up
 
 FLAGS = ["--total_timesteps", "1024", "--n_steps", "32", "--checkpoint_steps", "256", "--eval_episodes", "2"]
 
@@ -27,7 +27,7 @@ def kill(*_):
 def killed_near_the_end(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ppo") / "run"
     with pytest.MonkeyPatch.context() as context:
-        context.setattr("mua_rl.ppo.plots.learning_curve", kill)
+        context.setattr("mua_rl.ppo.run.plots.learning_curve", kill)
         with pytest.raises(Killed):
             train(*parse([*FLAGS, "--tensorboard_log", "none", "--output_dir", str(folder)]))
     return folder
@@ -69,7 +69,7 @@ def test_what_a_kill_in_the_middle_of_a_checkpoint_leaves_goes_with_the_next(tmp
     model = set_up(*parse(FLAGS)[:2]).model
     model.learn(256)
     with monkeypatch.context() as context:
-        context.setattr("mua_rl.ppo_checkpoint.torch.save", kill)
+        context.setattr("mua_rl.ppo.checkpoint.torch.save", kill)
         with pytest.raises(Killed):
             save_checkpoint(model, tmp_path / "checkpoint-256")
     assert list_checkpoints(tmp_path) == []

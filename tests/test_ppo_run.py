@@ -20,12 +20,12 @@ stable_baselines3 = pytest.importorskip("stable_baselines3")
 from stable_baselines3.common.vec_env import VecNormalize  # noqa: E402
 
 from mua_rl.errors import UserError  # noqa: E402
-from mua_rl.ppo import parse, train  # noqa: E402
-from mua_rl.ppo_arguments import DEFAULT_ENV, PPOArguments  # noqa: E402
-from mua_rl.ppo_envs import FiniteGuard, build_envs, evaluation_envs  # noqa: E402
-from mua_rl.ppo_setup import set_up  # noqa: E402
-from mua_rl.record import LRRecord  # noqa: E402
-from mua_rl.run import RunFolder, start_wandb  # noqa: E402
+from mua_rl.lr.record import LRRecord  # noqa: E402
+from mua_rl.ppo.arguments import DEFAULT_ENV, PPOArguments  # noqa: E402
+from mua_rl.ppo.envs import FiniteGuard, build_envs, evaluation_envs  # noqa: E402
+from mua_rl.ppo.run import parse, train  # noqa: E402
+from mua_rl.ppo.setup import set_up  # noqa: E402
+from mua_rl.run.folder import RunFolder, start_wandb  # noqa: E402
 
 QUICK = ["--total_timesteps", "2048", "--eval_episodes", "4", "--tensorboard_log", "none", "--progress_bar", "false"]
 
@@ -134,7 +134,7 @@ def test_the_heads_rate_is_that_of_the_record_that_gives_the_rest():
 
 def test_the_rates_of_all_parts_come_from_one_look_at_where_they_come_from(tmp_path, monkeypatch):
     """Else a record, or a folder, that changes meanwhile would give the heads another's rate."""
-    import mua_rl.arguments as arguments
+    import mua_rl.run.arguments as arguments
 
     looks, find_record, learning_rate = [], arguments.find_record, RunFolder.learning_rate
     monkeypatch.setattr(arguments, "find_record", lambda *given: looks.append("record") or find_record(*given))
@@ -206,7 +206,7 @@ def test_a_killed_run_ends_where_the_unbroken_one_does(tmp_path):
 
 @pytest.mark.parametrize("kind", [["--vec_normalize", "new"], ["--use_sde", "true"]], ids=["normalised", "gSDE"])
 def test_a_resumed_run_equals_the_unbroken_one_and_so_does_what_it_measures(kind, tmp_path, monkeypatch):
-    import mua_rl.ppo as launcher
+    import mua_rl.ppo.run as launcher
 
     flags = ["--env_id", "Pendulum-v1", "--base", "none", *kind, "--lr", "0.001", "--n_steps", "64"]
     flags += ["--total_timesteps", "4096", "--checkpoint_steps", "1024", "--n_envs", "4", "--n_epochs", "2"]
@@ -236,8 +236,8 @@ def test_a_resumed_run_equals_the_unbroken_one_and_so_does_what_it_measures(kind
 
 def test_a_resumed_run_trains_and_records_the_rates_that_it_began_with(tmp_path, monkeypatch):
     """Whatever the record that they came from says by then, and also where there is none any more."""
-    import mua_rl.arguments as arguments
-    import mua_rl.ppo as launcher
+    import mua_rl.ppo.run as launcher
+    import mua_rl.run.arguments as arguments
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

@@ -12,10 +12,10 @@ from stable_baselines3.common.env_util import make_vec_env  # noqa: E402
 from stable_baselines3.common.utils import LinearSchedule  # noqa: E402
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize  # noqa: E402
 
-from mua_rl.adapter import Full, LoRA, lora_layers  # noqa: E402
+from mua_rl.adapter.adapters import Full, LoRA, lora_layers  # noqa: E402
 from mua_rl.errors import Diverged, UserError  # noqa: E402
-from mua_rl.ppo_trainer import HEADS, PPO, hidden_layers, resolve_layers  # noqa: E402
-from mua_rl.rules import Scheme  # noqa: E402
+from mua_rl.lr.rules import Scheme  # noqa: E402
+from mua_rl.ppo.trainer import HEADS, PPO, hidden_layers, resolve_layers  # noqa: E402
 
 SMALL = dict(n_steps=16, batch_size=16, n_epochs=2, seed=0, device="cpu", policy_kwargs={"net_arch": [16, 16]})
 HIDDEN = ["mlp_extractor.policy_net.2", "mlp_extractor.value_net.2"]

@@ -8,9 +8,9 @@ import pytest
 from helpers import make_record
 
 from mua_rl.errors import UserError
-from mua_rl.policy import given, transfer
-from mua_rl.record import FILE_NAME, LRRecord, machine
-from mua_rl.rules import AlphaRule, Configuration, Scheme
+from mua_rl.lr.record import FILE_NAME, LRRecord, machine
+from mua_rl.lr.rules import AlphaRule, Configuration, Scheme
+from mua_rl.lr.transfer import given, transfer
 
 
 def test_a_record_comes_back_from_disk_as_it_was(tmp_path):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mua_rl.rules import (
+from mua_rl.lr.rules import (
     ALPHA_ONE,
     AlphaRule,
     Configuration,

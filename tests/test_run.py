@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from mua_rl import grpo
 from mua_rl.errors import UserError
-from mua_rl.record import LRRecord
-from mua_rl.run import CONFIG, RunFolder, open_run
+from mua_rl.grpo import run as grpo
+from mua_rl.lr.record import LRRecord
+from mua_rl.run.folder import CONFIG, RunFolder, open_run
 
 TRY = "import sys; from mua_rl.run import open_run; open_run(sys.argv[1], None, 'x', {})"
 
@@ -58,7 +58,7 @@ def test_a_grpo_run_that_was_killed_before_its_record_was_written_goes_on(tmp_pa
     flags = ["--rank", "2", "--lr", "0.0001", "--max_steps", "1", "--save_steps", "1", "--report_to", "none"]
     flags += ["--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1", "--held_out_steps", "0"]
     with monkeypatch.context() as context:
-        context.setattr("mua_rl.grpo.plots.learning_curve", kill)
+        context.setattr("mua_rl.grpo.run.plots.learning_curve", kill)
         with pytest.raises(Killed):
             grpo.train(*grpo.parse([*flags, "--output_dir", str(tmp_path / "run")]))
     assert grpo.train(*grpo.parse(["--resume", str(tmp_path / "run")])).result()["steps"] == 1

@@ -18,16 +18,17 @@ import torch
 from helpers import make_record
 from rich.console import Console
 
-from mua_rl import grpo_arguments
-from mua_rl.arms import grpo
-from mua_rl.arms.arm import Arm, Outcome
-from mua_rl.arms.checkpoint import Checkpoint, path_of
+from mua_rl.analysis import rows
 from mua_rl.errors import UserError
-from mua_rl.record import LRRecord
-from mua_rl.run import RunFolder
-from mua_rl.sweep import rows, runner
+from mua_rl.grpo import arguments as grpo_arguments
+from mua_rl.grpo.stacked import trainer as grpo
+from mua_rl.grpo.stacked.checkpoint import Checkpoint, path_of
+from mua_rl.lr.record import LRRecord
+from mua_rl.run.folder import RunFolder
+from mua_rl.run.trial import Arm, Outcome
+from mua_rl.sweep import runner
 from mua_rl.sweep.arguments import parse, parse_scheme
-from mua_rl.sweep.base import Facts, find_facts
+from mua_rl.sweep.facts import Facts, find_facts
 from mua_rl.sweep.runner import Single, arm_flags, environments, read_outcome
 from mua_rl.sweep.side_by_side import SideBySide
 
@@ -524,7 +525,7 @@ def test_a_ppo_sweep_from_command_to_record_and_on_to_full_finetuning(tmp_path):
     record = LRRecord.load(out)
     assert (record.algorithm, record.rank, record.widths) == ("ppo", 4, [128])
     assert record.other_learning_rates == {"head": record.learning_rate}
-    ppo = importlib.import_module("mua_rl.ppo")
+    ppo = importlib.import_module("mua_rl.ppo.run")
     arguments, adapter, given = ppo.parse(["--rank", "full", "--lr-from", str(out), *steps])
     assert ppo.set_up(arguments, adapter).rate.value == record.learning_rate
     assert given["rank"] == "full"

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from known_sweeps import SCHEMES, optimum_of, outcome, row, sweep_rows, sweeps
 
-from mua_rl.arms.arm import Arm
-from mua_rl.sweep.measured import FFT, Context, curve_name, distance, slope, sweeps_of
-from mua_rl.sweep.transfer import BareRule, prediction_tests
+from mua_rl.analysis.measured import FFT, Context, curve_name, distance, slope, sweeps_of
+from mua_rl.analysis.predictions import BareRule, prediction_tests
+from mua_rl.run.trial import Arm
 
 
 def test_each_curve_has_its_optimum_where_it_was_put(quarter):

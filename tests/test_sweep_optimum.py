@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from mua_rl.analysis.optimum import COVERAGE, estimate_optimum
 from mua_rl.errors import UserError
-from mua_rl.sweep.optimum import COVERAGE, estimate_optimum
 
 NAN = math.nan
 

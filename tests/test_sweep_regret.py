@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 from known_sweeps import SCHEMES, SIZES, outcome, row, sweep_rows, sweeps
 
-from mua_rl.arms.arm import Arm, Outcome
-from mua_rl.sweep.cheaper import small_sweeps
-from mua_rl.sweep.measured import FFT, curve_name, sweeps_of
-from mua_rl.sweep.regret import DividedByTen, Fixed, regrets
-from mua_rl.sweep.transfer import BareRule, RankCorrected
+from mua_rl.analysis.measured import FFT, curve_name, sweeps_of
+from mua_rl.analysis.predictions import BareRule, RankCorrected
+from mua_rl.analysis.regret import DividedByTen, Fixed, regrets
+from mua_rl.analysis.small_sweeps import small_sweeps
+from mua_rl.run.trial import Arm, Outcome
 
 
 def test_regret_is_the_share_of_ffts_gain_that_is_lost_at_the_transferred_rate(quarter):

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from known_sweeps import SCHEMES, outcome, row, sweep_rows, sweeps
 
-from mua_rl.arms.arm import Arm, Outcome
+from mua_rl.analysis import report
+from mua_rl.analysis.measured import Context
+from mua_rl.analysis.predictions import BareRule, EqualMovement, RankCorrected, prediction_tests
+from mua_rl.analysis.regret import regrets
+from mua_rl.analysis.rows import COLUMNS, append, read_all
 from mua_rl.errors import UserError
-from mua_rl.sweep import report
-from mua_rl.sweep.measured import Context
-from mua_rl.sweep.regret import regrets
-from mua_rl.sweep.rows import COLUMNS, append, read_all
-from mua_rl.sweep.transfer import BareRule, EqualMovement, RankCorrected, prediction_tests
+from mua_rl.run.trial import Arm, Outcome
 
 
 def test_a_perfect_rule_stands_below_the_rules_of_each_algorithm_with_all_pairs_of_theirs():

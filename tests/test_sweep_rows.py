@@ -6,9 +6,9 @@ import multiprocessing
 import pytest
 from known_sweeps import outcome, row
 
-from mua_rl.arms.arm import Arm, Outcome
+from mua_rl.analysis.rows import COLUMNS, append, read, read_all
 from mua_rl.errors import UserError
-from mua_rl.sweep.rows import COLUMNS, append, read, read_all
+from mua_rl.run.trial import Arm, Outcome
 
 
 def test_rows_come_back_as_they_were_written(tmp_path):

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from mua_rl.arms.arm import Arm, Outcome
+from mua_rl.run.trial import Arm, Outcome
 from mua_rl.sweep.search import (
     HIGHEST,
     LOWEST,

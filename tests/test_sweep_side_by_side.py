@@ -6,11 +6,11 @@ from dataclasses import asdict
 import pytest
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
-from mua_rl import models
-from mua_rl.arms import grpo
-from mua_rl.arms.arm import Arm
+from mua_rl.grpo.stacked import trainer as grpo
+from mua_rl.lm import models
+from mua_rl.run.trial import Arm
 from mua_rl.sweep.arguments import parse
-from mua_rl.sweep.base import Facts, find_facts
+from mua_rl.sweep.facts import Facts, find_facts
 from mua_rl.sweep.side_by_side import SideBySide, why_not
 
 

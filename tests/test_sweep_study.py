@@ -14,8 +14,8 @@ from dataclasses import asdict
 import optuna
 import pytest
 
-from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.errors import UserError
+from mua_rl.run.trial import Arm, Outcome
 from mua_rl.sweep import worker
 from mua_rl.sweep.search import Search
 from mua_rl.sweep.study import WORKER, Study

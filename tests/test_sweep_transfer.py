@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 from known_sweeps import SCHEMES, SIZES, sweep_rows, sweeps
 
-from mua_rl.errors import UserError
-from mua_rl.sweep import report
-from mua_rl.sweep.measured import FFT, Context
-from mua_rl.sweep.movements import read_movements
-from mua_rl.sweep.regret import DividedByTen, Fixed, Unchanged
-from mua_rl.sweep.transfer import (
+from mua_rl.analysis import report
+from mua_rl.analysis.measured import FFT, Context
+from mua_rl.analysis.movements import read_movements
+from mua_rl.analysis.predictions import (
     BareRule,
     Calibrated,
     EqualMovement,
@@ -26,7 +24,9 @@ from mua_rl.sweep.transfer import (
     leave_one_out,
     prediction_tests,
 )
-from mua_rl.sweep.transfer import Test as Comparison
+from mua_rl.analysis.predictions import Test as Comparison
+from mua_rl.analysis.regret import DividedByTen, Fixed, Unchanged
+from mua_rl.errors import UserError
 
 
 def pairs(tests):

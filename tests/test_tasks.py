@@ -12,7 +12,7 @@ from mua_rl.envs import tasks
 from mua_rl.envs.rows import read_split
 from mua_rl.envs.tasks import checked, get_task, register_task, task_names
 from mua_rl.errors import UserError
-from mua_rl.run import with_whole_paths
+from mua_rl.run.folder import with_whole_paths
 
 GSM8K_ROWS = [
     {"question": "What is 2+3?", "answer": "It is 2+3=<<2+3=5>>5.\n#### 5"},

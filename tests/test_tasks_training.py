@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mua_rl import grpo
+from mua_rl.grpo import run as grpo
 
 FLAGS = ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1", "--num_generations", "4"]
 FLAGS += ["--report_to", "none", "--held_out_steps", "0", "--rank", "2", "--lr", "0.001", "--max_steps", "2"]

@@ -13,12 +13,15 @@ from safetensors.torch import load_file
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer as trl_grpo_trainer
 
-from mua_rl import grpo, models, rollouts, vllm_lora
-from mua_rl.adapter import LoRA, lora_layers, lora_matrices
+from mua_rl.adapter.adapters import LoRA, lora_layers, lora_matrices
 from mua_rl.errors import UserError
-from mua_rl.rollout_correction import CorrectedGRPOTrainer, Mismatch, importance_ratio
-from mua_rl.rules import AlphaRule
-from mua_rl.vllm_lora import AdapterFolders, engine_rank, export_tensors
+from mua_rl.grpo import run as grpo
+from mua_rl.lm import models
+from mua_rl.lr.rules import AlphaRule
+from mua_rl.rollouts import lora_engine as vllm_lora
+from mua_rl.rollouts import sync as rollouts
+from mua_rl.rollouts.correction import CorrectedGRPOTrainer, Mismatch, importance_ratio
+from mua_rl.rollouts.lora_engine import AdapterFolders, engine_rank, export_tensors
 
 
 @pytest.fixture
@@ -222,7 +225,7 @@ def test_seam_trl_makes_the_engine_by_name_and_gives_it_keywords_that_we_replace
 def test_seam_of_the_correction(method, needs):
     source = inspect.getsource(getattr(trl.GRPOTrainer, method))
     for need in needs:
-        assert need in source, f"GRPOTrainer.{method} no longer has {need}: see mua_rl.rollout_correction"
+        assert need in source, f"GRPOTrainer.{method} no longer has {need}: see mua_rl.rollouts.correction"
 
 
 def test_seam_the_loss_reads_the_ratio_after_its_forward_pass():

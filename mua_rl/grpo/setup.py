@@ -1,0 +1,181 @@
+"""What a GRPO run is made of, loaded and checked before anything is written."""
+
+import heapq
+import importlib.util
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_liger_kernel_available
+
+from mua_rl.adapter.adapters import Adapter
+from mua_rl.envs.tasks import Task, get_task, own_code
+from mua_rl.errors import UserError
+from mua_rl.grpo.arguments import GRPOArguments
+from mua_rl.grpo.base import load_base, load_tokenizer
+from mua_rl.lm.heldout import is_conversational, prompt_ids
+from mua_rl.lr.rules import Configuration
+from mua_rl.lr.transfer import LearningRate
+from mua_rl.rollouts.sync import plan_engine
+from mua_rl.run import hub, processes
+from mua_rl.run.arguments import AdapterArguments, Base, resolve_learning_rate
+
+
+def _check(arguments: GRPOArguments) -> None:
+    """Refuse what would fail later, before anything is written; gives a colocated engine a port of its own.
+
+    Raises:
+        UserError: A package is asked for and is not installed, the hub and there is none, or the launcher leaves most
+            processes without weights.
+    """
+    hub.check(arguments)
+    if processes.sharded() and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
+        raise UserError(
+            "every process needs the weights at the start: set fsdp_cpu_ram_efficient_loading to false in accelerate's "
+            "configuration, or take the one that python -m mua_rl.accelerate_configs fsdp2 names."
+        )
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise UserError(
+            "--use_liger_kernel needs Liger's kernels, which are not installed: pip install liger-kernel, or drop the "
+            "flag."
+        )
+    if arguments.use_vllm:
+        check_vllm()
+        if arguments.vllm_mode == "colocate" and "MASTER_PORT" not in os.environ:
+            # TRL would take port 29500 for every run on the machine (trl#3979).
+            os.environ["MASTER_PORT"] = str(free_port())
+
+
+def check_vllm() -> None:
+    """Refuse `--use_vllm` where there is no vLLM, and keep it quiet where there is.
+
+    Raises:
+        UserError: vLLM is not installed.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("--use_vllm needs vLLM, which is not installed: pip install 'mua-rl[vllm]', or drop the flag.")
+    if "VLLM_LOGGING_LEVEL" not in os.environ:
+        logging.getLogger("vllm").setLevel(logging.WARNING)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run is made of, before anything is written.
+
+    Attributes:
+        base: The policy to start from, as the LR policy sees it.
+        policy: The model with the adapter attached.
+        widths: Fan-ins of the layers that the rules speak of.
+        rate: The learning rate and its reason.
+        train_rows, held_out_rows: The splits of the task.
+    """
+
+    task: Task
+    adapter: Adapter
+    tokenizer: PreTrainedTokenizerBase
+    base: Base
+    policy: nn.Module
+    configuration: Configuration
+    widths: list[int]
+    rate: LearningRate
+    train_rows: Dataset
+    held_out_rows: Dataset
+
+
+def prepare(arguments: GRPOArguments, adapter_arguments: AdapterArguments) -> Setup:
+    """Load the policy, attach the adapter, find the learning rate; fills in what the arguments leave to the task.
+
+    Raises:
+        UserError: Something that was given cannot be used.
+    """
+    _check(arguments)
+    task = get_task(arguments.task, arguments.bad_rows, arguments.isolation)
+    adapter = adapter_arguments.adapter("mlp")
+    tokenizer = load_tokenizer(arguments)
+    model, base = load_base(arguments, adapter_arguments.start_from)
+    rows = splits(task, is_conversational(tokenizer), arguments.held_out_problems)
+    check_vocabulary(model, tokenizer, rows)
+    configuration = adapter.configuration(model, optimizer=str(getattr(arguments.optim, "value", arguments.optim)))
+    rate = resolve_learning_rate(adapter_arguments, configuration, base, "grpo")
+    policy = adapter.attach(model, seed=arguments.seed)
+    widths = adapter.widths(policy)  # of a LoRA read off its layers; before, PEFT would look for them once more
+    arguments.learning_rate = rate.value
+    if arguments.max_completion_length is None:
+        arguments.max_completion_length = task.max_completion_length
+    if arguments.reward_weights is None and task.reward_weights is not None:
+        arguments.reward_weights = list(task.reward_weights)
+    if arguments.use_vllm:
+        longest, is_all = longest_prompt(tokenizer, rows[0], arguments.template)
+        shares = plan_engine(arguments, policy, adapter.rank, longest, is_all)
+        if shares is not None and processes.is_main():
+            print(f"mua_rl: GPU memory as planned: {shares}")
+    return Setup(task, adapter, tokenizer, base, policy, configuration, widths, rate, *rows)
+
+
+def splits(task: Task, conversational: bool, held_out_problems: int | None) -> tuple[Dataset, Dataset]:
+    """The two splits of a task, the held-out one cut to its first rows where that is asked for.
+
+    Args:
+        conversational: Whether prompts are to be chat messages (`is_conversational`).
+        held_out_problems: How many rows; `None`: all.
+
+    Raises:
+        UserError: The task fails, or gives no rows with a prompt.
+    """
+    with own_code(f"the task {task.name}"):
+        train_rows, held_out_rows = task.train(conversational), task.held_out(conversational)
+    for split, rows in (("train", train_rows), ("held-out", held_out_rows)):
+        if not isinstance(rows, Dataset):
+            raise UserError(f"the {split} split of the task {task.name} is a {type(rows).__name__}, not a Dataset.")
+        if "prompt" not in rows.column_names or len(rows) == 0:
+            raise UserError(f"the {split} split of the task {task.name} has no rows with a column 'prompt'.")
+    if held_out_problems is not None:
+        held_out_rows = held_out_rows.select(range(min(held_out_problems, len(held_out_rows))))
+    return train_rows, held_out_rows
+
+
+def check_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows_of_splits: Sequence[Dataset]
+) -> None:
+    """Refuse a tokenizer that writes the task in tokens for which the model has no embedding.
+
+    Tokens that no prompt needs may lack one: Gemma 3's text models have a tokenizer with a token for images.
+
+    Raises:
+        UserError: It does.
+    """
+    embeddings = len(cast(torch.Tensor, model.get_input_embeddings().weight))
+    if max(tokenizer.get_vocab().values()) < embeddings:
+        return
+    prompts = [ids for rows in rows_of_splits for ids in prompt_ids(tokenizer, rows["prompt"])]
+    last = max(tokenizer.eos_token_id, tokenizer.pad_token_id, *map(max, filter(None, prompts)))
+    if last >= embeddings:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model embeddings for {embeddings}, and "
+            f"{tokenizer.convert_ids_to_tokens(last)!r} has none: give the model its own tokenizer, or embeddings for "
+            "all tokens (model.resize_token_embeddings)."
+        )
+
+
+def longest_prompt(
+    tokenizer: PreTrainedTokenizerBase, rows: Dataset, template: dict, most: int = 20_000
+) -> tuple[int, bool]:
+    """Tokens of the longest prompt, and whether all were counted: of more rows than `most`, those of most text are."""
+    prompts, is_all = rows["prompt"], len(rows) <= most
+    if not is_all:
+        prompts = heapq.nlargest(most, prompts, key=lambda prompt: len(str(prompt)))
+    return max(map(len, prompt_ids(tokenizer, prompts, **template))), is_all

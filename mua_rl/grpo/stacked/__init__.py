@@ -1,0 +1,1 @@
+"""Many GRPO trials in one process, on one frozen base."""

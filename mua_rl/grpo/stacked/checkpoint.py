@@ -1,0 +1,174 @@
+"""Checkpoints of arms side by side: one file an arm, so that an arm goes on in whatever group it comes next.
+
+Arms of a group take each step together, so those go on together that are at one step with the same settings (`mark`).
+"""
+
+import json
+import math
+import os
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mua_rl.adapter.adapters import TargetModules
+from mua_rl.errors import UserError, one_line
+from mua_rl.grpo.arguments import GRPOArguments
+from mua_rl.grpo.stacked.stack import LoRAStack
+from mua_rl.grpo.stacked.state import ArmState
+from mua_rl.run.trial import PER_ARM, WITHOUT_EFFECT, Arm, Outcome
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the file of an arm holds, which `torch.load` reads without running code.
+
+    Attributes:
+        arm: Whose it is, as a dictionary.
+        settings: What its result depends on beside the arm.
+        step: Steps that its group had taken.
+        before: Held-out accuracy before the first.
+        outcome: Of an arm that had ended early by then, as a dictionary.
+        state: Of any other (`ArmState.state_dict`).
+    """
+
+    arm: dict[str, Any]
+    settings: dict[str, Any]
+    step: int
+    before: float
+    outcome: dict[str, Any] | None
+    state: dict[str, Any] | None
+
+    @classmethod
+    def read(cls, path: Path, arm: Arm) -> "Checkpoint":
+        """The checkpoint of an arm; its tensors are read when they are used.
+
+        Raises:
+            UserError: There is none, it cannot be read, or it is of another arm.
+        """
+        try:
+            found = cls(**torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        except FileNotFoundError:
+            raise UserError(f"{path} is not there.") from None
+        except Exception as error:  # of the file system, of zip, of pickle, or a file of something else
+            raise UserError(f"{path} cannot be read ({type(error).__name__}).") from None
+        if found.arm != asdict(arm):
+            raise UserError(f"{path} is of another arm.")
+        return found
+
+
+class Checkpoints:
+    """The checkpoints of a group, written every `--save_steps` steps unless `--save_strategy` is no.
+
+    Args:
+        folder: Where the files lie; other groups' may lie there too.
+        arguments, arms, target_modules: As `mua_rl.grpo.stacked.trainer.SideBySide` takes them.
+        fingerprint: `mua_rl.adapter.fingerprint` of the base.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        arguments: GRPOArguments,
+        arms: Sequence[Arm],
+        target_modules: TargetModules,
+        fingerprint: str,
+    ) -> None:
+        self.arms, self.paths = list(arms), [path_of(folder, arm) for arm in arms]
+        ours = {k: v for k, v in arguments.to_dict().items() if k not in {*PER_ARM, *WITHOUT_EFFECT}}
+        ours |= {"target_modules": target_modules, "base": fingerprint}
+        self.settings = json.loads(json.dumps(ours))
+        self.steps, every = arguments.max_steps, arguments.save_steps
+        self.every = 0 if arguments.save_strategy == "no" else math.ceil(every if every >= 1 else every * self.steps)
+
+    def load(self) -> list[Checkpoint] | None:
+        """One of each arm, all at one step, or `None`: the group begins anew, and says why where there are some."""
+        if not any(path.exists() for path in self.paths):
+            return None
+        try:
+            found = [Checkpoint.read(path, arm) for path, arm in zip(self.paths, self.arms, strict=True)]
+            self._check(found)
+        except UserError as error:
+            print(f"mua_rl: the arms begin anew, for a checkpoint of theirs is of no use: {error}", flush=True)
+            return None
+        print(f"mua_rl: {len(found)} arms go on from step {found[0].step}", flush=True)
+        return found
+
+    def save(
+        self, step: int, before: float, states: Iterable[ArmState], ended: Mapping[int, Outcome], stack: LoRAStack
+    ) -> None:
+        """Write all files anew where it is time, each whole or not at all; where one cannot be written, say so.
+
+        Args:
+            step: That the group has taken.
+            before: Held-out accuracy before the first.
+            states: The arms that still train.
+            ended: Outcomes of the others, by their numbers.
+            stack: The values of `states`.
+        """
+        if self.every < 1 or step % self.every or step >= self.steps:
+            return
+        try:
+            for number, outcome in ended.items():
+                self._write(number, step, before, asdict(outcome), None)
+            for state in states:
+                self._write(state.number, step, before, None, state.state_dict(stack))
+            for path in self.paths:  # all of them at once, so that hardly ever a kill leaves some a step behind
+                os.replace(_scratch(path), path)
+        except (OSError, RuntimeError) as error:
+            self._clear()
+            print(f"mua_rl: no checkpoint at step {step}: {one_line(error)}", flush=True)
+
+    def remove(self) -> None:
+        """Delete the files: the group has ended."""
+        self._clear()
+        for path in self.paths:
+            path.unlink(missing_ok=True)
+
+    def _check(self, found: Sequence[Checkpoint]) -> None:
+        """Refuse other settings, and arms that are at different steps."""
+        for path, checkpoint in zip(self.paths, found, strict=True):
+            known = checkpoint.settings
+            if differing := sorted(k for k in known.keys() | self.settings if known.get(k) != self.settings.get(k)):
+                key = differing[0]
+                raise UserError(f"{path} is of other settings ({key}: {known.get(key)} → {self.settings.get(key)}).")
+            if checkpoint.step != found[0].step:
+                raise UserError(f"{path} is of step {checkpoint.step}, {self.paths[0].name} of step {found[0].step}.")
+
+    def _write(
+        self, number: int, step: int, before: float, outcome: dict[str, Any] | None, state: dict[str, Any] | None
+    ) -> None:
+        """An arm's file, under another name yet."""
+        checkpoint = Checkpoint(asdict(self.arms[number]), self.settings, step, before, outcome, state)
+        path = self.paths[number]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(_scratch(path), "wb") as stream:
+            torch.save(vars(checkpoint), stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def _clear(self) -> None:
+        """Delete what was written halfway, by a process that was killed too."""
+        for path in self.paths:
+            for scratch in path.parent.glob(f".{path.name}.*"):
+                scratch.unlink(missing_ok=True)
+
+
+def path_of(folder: Path, arm: Arm) -> Path:
+    """The file of an arm."""
+    return folder / f"{arm.name}.pt"
+
+
+def mark(folder: Path, arm: Arm) -> Hashable:
+    """What arms have in common that can go on together; `None` of an arm that begins: it has no checkpoint of use."""
+    try:
+        found = Checkpoint.read(path_of(folder, arm), arm)
+    except UserError:
+        return None
+    return found.step, json.dumps(found.settings, sort_keys=True)
+
+
+def _scratch(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")

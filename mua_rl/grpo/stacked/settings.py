@@ -1,0 +1,140 @@
+"""What GRPO arms side by side can be asked: the settings of a single run that they know, and the values they take."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+from trl.trainer.utils import disable_dropout_in_model
+
+from mua_rl.adapter.adapters import lora_layers
+from mua_rl.errors import UserError
+from mua_rl.grpo.arguments import GRPOArguments
+from mua_rl.grpo.stacked.objective import LOSS_TYPES
+from mua_rl.grpo.stacked.stack import check_linear
+from mua_rl.rollouts.lora_engine import engine_rank
+from mua_rl.run.trial import Arm
+
+TAKEN: dict[str, tuple] = {
+    "beta": (0.0,),
+    "loss_type": LOSS_TYPES,
+    "num_iterations": (1,),
+    "importance_sampling_level": ("token",),
+    "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("sum_then_normalize",),
+    "delta": (None,),
+    "off_policy_mask_threshold": (None,),
+    "top_entropy_quantile": (1.0,),
+    "entropy_coef": (0.0,),
+    "use_adaptive_entropy": (False,),
+    "top_p": (1.0,),
+    "top_k": (0, None),
+    "min_p": (None, 0.0),
+    "repetition_penalty": (1.0,),
+    "generation_kwargs": (None,),
+    "cast_lm_head_to_fp32": (False,),
+    "use_transformers_continuous_batching": (False,),
+    "use_liger_kernel": (False,),
+    "gradient_checkpointing": (False,),
+    "fp16": (False,),
+    "optim": ("adamw_torch", "adamw_torch_fused"),
+}
+"""Settings that arms side by side know, with the values that they take; the loss is TRL's for all of these."""
+
+TAKEN_BY_THE_ENGINE: dict[str, tuple] = {
+    "vllm_mode": ("colocate",),
+    "vllm_sync": ("adapter",),
+    "vllm_enable_sleep_mode": (False,),
+    "vllm_tensor_parallel_size": (1,),
+    "vllm_structured_outputs_regex": (None,),
+    "vllm_model_impl": ("vllm",),
+    "vllm_max_model_length": (None,),
+}
+"""The same with `--use_vllm`."""
+
+
+def check(arguments: GRPOArguments, arms: Sequence[Arm]) -> None:
+    """Refuse what arms side by side do not know.
+
+    Raises:
+        UserError: There is no arm, an arm is full finetuning, or a setting is not in `TAKEN`; with vLLM, one is not in
+            `TAKEN_BY_THE_ENGINE`, or it takes no such rank; the message says to run singly.
+    """
+    if not arms:
+        raise UserError("there is no arm to train: give at least one.")
+    for arm in arms:
+        if arm.rank is None:
+            raise UserError("full finetuning (--rank full) shares no frozen base: run it singly.")
+        if arguments.use_vllm:
+            engine_rank(arm.rank)
+    for name, taken in {**TAKEN, **(TAKEN_BY_THE_ENGINE if arguments.use_vllm else {})}.items():
+        value = getattr(arguments, name)
+        if getattr(value, "value", value) not in taken:
+            raise UserError(
+                f"arms side by side do not know --{name} {getattr(value, 'value', value)}: drop it, or run the arms "
+                "singly."
+            )
+    if arguments.steps_per_generation != arguments.gradient_accumulation_steps:
+        raise UserError(
+            "arms side by side make one optimizer step of each batch of completions: drop --steps_per_generation and "
+            "--generation_batch_size, or run the arms singly."
+        )
+    if arguments.max_steps < 1:
+        raise UserError("arms side by side need --max_steps.")
+
+
+def check_policy(policy: PreTrainedModel, arguments: GRPOArguments) -> None:
+    """Refuse a policy that arms side by side cannot train: one found out before any arm may be trained singly.
+
+    Args:
+        policy: With LoRA attached; not to be trained afterwards (`check_dropout`).
+
+    Raises:
+        UserError: A layer with LoRA is not linear, the attention is not full attention, or there is dropout.
+    """
+    for name, layer in lora_layers(policy):
+        check_linear(name, layer.get_base_layer())
+    check_attention(policy)
+    check_dropout(policy, arguments.disable_dropout)
+
+
+def device_of(arguments: GRPOArguments) -> torch.device:
+    """Where arms train: the GPU where there is one, unless `--use_cpu` is given."""
+    return torch.device("cuda" if torch.cuda.is_available() and not arguments.use_cpu else "cpu")
+
+
+def check_attention(model: PreTrainedModel) -> None:
+    """Refuse models whose attention `mua_rl.grpo.stacked.generation` does not know.
+
+    Raises:
+        UserError: Attention cannot be exchanged, or is not full attention.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or not getattr(model, "_supports_attention_backend", False):
+        raise UserError(
+            f"arms side by side take models with full attention throughout, and {type(model).__name__} is another: "
+            "run the arms singly."
+        )
+
+
+@torch.no_grad()
+def check_dropout(model: PreTrainedModel, disabled: bool) -> None:
+    """Refuse a model with dropout, which a single run trains with; leaves the model in evaluation mode.
+
+    Found by what the model does, as some have layers for it and others a number among their settings.
+
+    Args:
+        disabled: Whether `--disable_dropout` is given.
+
+    Raises:
+        UserError: In training mode the model computes something else.
+    """
+    if disabled:
+        disable_dropout_in_model(model)
+    ids = torch.arange(8, device=model.device)[None]
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        training = model.train()(input_ids=ids).logits
+    evaluating = model.eval()(input_ids=ids).logits
+    if not torch.allclose(training, evaluating, rtol=0.01, atol=0.01 * float(evaluating.abs().max())):
+        cure = "run the arms singly" if disabled else "set --disable_dropout true, or run the arms singly"
+        raise UserError(f"arms side by side do not know dropout, which {type(model).__name__} has: {cure}.")

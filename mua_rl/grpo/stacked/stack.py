@@ -1,0 +1,164 @@
+"""K LoRAs on one frozen base: A and B of all arms stacked, one batched product beside the shared base product.
+
+A batch is laid out arm by arm: rows `k·b … (k+1)·b − 1` belong to arm k. Rows of different arms meet in no product, so
+a NaN of one arm reaches no other. Arms may differ in rank: A and B are padded with zeros to the largest, and zeros get
+no gradient, so they stay zero.
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import nn
+
+from mua_rl.adapter.adapters import LoRA, lora_layers
+from mua_rl.errors import UserError
+
+# Gradients are views into one vector an arm: what autograd warns of is that no other layout is as fast for it.
+warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
+
+
+def check_linear(name: str, layer: nn.Module) -> nn.Linear:
+    """Give back a layer that is to carry LoRA.
+
+    Raises:
+        UserError: It has no stacked form.
+    """
+    if not isinstance(layer, nn.Linear):
+        raise UserError(f"arms side by side take linear layers, and {name} is none: run the arms singly.")
+    return layer
+
+
+class StackedLinear(nn.Module):
+    """A frozen linear layer that adds `α_k B_k A_k x` to the rows of arm k.
+
+    Attributes:
+        a: A of the arms, `(K, r, n)`, fp32.
+        b: B of the arms, `(K, m, r)`, fp32.
+        multiplier: α of the arms, `(K, 1, 1)`; `None` where all are 1.
+    """
+
+    a: nn.Parameter
+    b: nn.Parameter
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.multiplier: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`(K·b, t, n)` → `(K·b, t, m)`."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, for both products
+        out = self.base(x)
+        arms = len(self.a)
+        low = torch.bmm(x.reshape(arms, -1, x.shape[-1]), self.a.to(x.dtype).mT)
+        if self.multiplier is not None:
+            low = (low * self.multiplier).to(x.dtype)
+        return torch.baddbmm(out.view(arms, -1, out.shape[-1]), low, self.b.to(x.dtype).mT).view(out.shape)
+
+
+class LoRAStack:
+    """The LoRAs of several arms on one model.
+
+    All of an arm's A and B lie in one row of `values`, their gradients in the same row of `gradients`, and the layers
+    hold views into these: clipping, checking and stepping an arm are operations on one vector.
+
+    Args:
+        model: A causal language model; its targeted linear layers are replaced by `StackedLinear`.
+        adapters: What each arm trains.
+        seeds: Of the starting values of each arm: those that `adapter.attach(model, seed)` draws.
+
+    Attributes:
+        values: `(K, P)`, fp32.
+        gradients: `(K, P)`.
+        active: Which of `adapters` the rows are; all at first.
+
+    Raises:
+        UserError: As `LoRA.attach`; or a targeted layer is not linear.
+    """
+
+    def __init__(self, model: nn.Module, adapters: Sequence[LoRA], seeds: Sequence[int]) -> None:
+        self.model, self.adapters = model, list(adapters)
+        self.rank = max(adapter.rank for adapter in adapters)
+        wrapped = next(a for a in adapters if a.rank == self.rank).attach(model)
+        self.config = cast(LoraConfig, wrapped.peft_config["default"])
+        self.layers: dict[str, StackedLinear] = {}
+        for name, layer in list(lora_layers(wrapped)):
+            base, name = layer.get_base_layer(), name.removeprefix("base_model.model.")
+            self.layers[name] = StackedLinear(check_linear(name, base))
+            model.set_submodule(name, self.layers[name])
+        model.requires_grad_(False)
+        self.active = list(range(len(self.adapters)))
+        size = sum(self.rank * sum(layer.base.weight.shape) for layer in self.layers.values())
+        self._lay_out(torch.zeros(len(self.active), size, device=next(model.parameters()).device))
+        for arm, (adapter, seed) in enumerate(zip(adapters, seeds, strict=True)):
+            generator = torch.Generator().manual_seed(seed)
+            for _, a, b in self.matrices(arm):
+                adapter.draw(a, b, generator)
+
+    def matrices(self, arm: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Name, A `(r, n)` and B `(m, r)` of every layer of an active arm, at its own rank; views without gradient."""
+        return self._views(self.values[self.active.index(arm)], self.adapters[arm].rank)
+
+    def pack(self, arm: int, vector: torch.Tensor) -> torch.Tensor:
+        """What of a vector that is laid out as a row of `values` belongs to an arm's own rank, `(P,)` → `(p,)`, on the
+        CPU: it does not depend on the ranks of the others."""
+        matrices = self._views(vector, self.adapters[arm].rank)
+        return torch.cat([matrix.flatten() for _, a, b in matrices for matrix in (a, b)]).cpu()
+
+    def unpack(self, arm: int, packed: torch.Tensor) -> torch.Tensor:
+        """What `pack` gave, maybe of another stack with that arm, as a row of `values`: `(p,)` → `(P,)`."""
+        vector = torch.zeros_like(self.values[0])
+        matrices = [m for _, a, b in self._views(vector, self.adapters[arm].rank) for m in (a, b)]
+        for matrix, part in zip(matrices, packed.split([m.numel() for m in matrices]), strict=True):
+            matrix.copy_(part.view(matrix.shape))
+        return vector
+
+    def keep(self, arms: Sequence[int]) -> None:
+        """Let the other arms go: a batch has rows for these alone from now on."""
+        rows = [self.active.index(arm) for arm in arms]
+        self.active = list(arms)
+        self._lay_out(self.values[rows])
+
+    def save_adapter(self, arm: int, folder: Path | str) -> None:
+        """Write an active arm as a PEFT adapter (`mua_rl.adapter.load_adapter` reads it)."""
+        tensors = {}
+        for name, a, b in self.matrices(arm):
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a.cpu().contiguous()
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b.cpu().contiguous()
+        folder, adapter, config = Path(folder), self.adapters[arm], copy.copy(self.config)
+        config.r, config.lora_alpha = adapter.rank, adapter.peft_config(self.model).lora_alpha
+        config.inference_mode = True
+        config.save_pretrained(str(folder))
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    def _views(self, vector: torch.Tensor, rank: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """A and B of every layer within a row of `values` or a vector like it, up to a rank."""
+        start = 0
+        for name, layer in self.layers.items():
+            m, n = layer.base.weight.shape
+            a, b = vector[start : start + self.rank * (n + m)].split([self.rank * n, self.rank * m])
+            yield name, a.view(self.rank, n)[:rank], b.view(m, self.rank)[:, :rank]
+            start += self.rank * (n + m)
+
+    def _lay_out(self, values: torch.Tensor) -> None:
+        """Make `values` the arms' values and point the layers at them."""
+        self.values, self.gradients = values, torch.zeros_like(values)
+        alphas = [self.adapters[arm].alpha(self.adapters[arm].rank) for arm in self.active]
+        multiplier = None if set(alphas) <= {1.0} else torch.tensor(alphas, device=values.device).view(-1, 1, 1)
+        start = 0
+        for layer in self.layers.values():
+            m, n = layer.base.weight.shape
+            layer.multiplier = multiplier
+            for role, shape in (("a", (self.rank, n)), ("b", (m, self.rank))):
+                end = start + shape[0] * shape[1]
+                parameter = nn.Parameter(values[:, start:end].view(-1, *shape))
+                parameter.grad = self.gradients[:, start:end].view(-1, *shape)
+                setattr(layer, role, parameter)
+                start = end

@@ -1,0 +1,1 @@
+"""Language models: loading them, letting them write, and measuring held-out accuracy."""

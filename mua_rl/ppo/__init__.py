@@ -1,0 +1,1 @@
+"""PPO on control tasks, on stable-baselines3."""

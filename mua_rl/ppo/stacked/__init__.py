@@ -1,0 +1,1 @@
+"""Many PPO trials in one process, their weights stacked."""

@@ -1,0 +1,1 @@
+"""Measurements on a model itself: feature updates, movement of the policy."""

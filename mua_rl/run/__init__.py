@@ -1,0 +1,1 @@
+"""One run: its folder, its arguments, its processes, and what comes of it."""

@@ -1,0 +1,288 @@
+"""The run folder: what a run was asked, what it ran with, what it measured, and what it made.
+
+config.yaml       the settings that were given; `--config` of the same command runs it again
+rate.json         the learning rate and why it is that: what `--resume` goes on with, whatever the records say then
+versions.json     package versions, git commit, command line, machine
+metrics.jsonl     one line a step: reward, loss, gradient norm, learning rate read back from the optimizer, …
+checkpoint-N/     where `--resume` goes on
+adapter/, model/  what was trained: a PEFT adapter (LoRA), or all weights (full finetuning)
+result.json       accuracy or return before and after, time, whether the run diverged; written last: with it the run has
+                  ended, and until then `--resume` goes on
+lr_record.json    the LR record, never of a run that diverged
+curve.png         the learning curve
+wandb_id          the run at Weights & Biases, where it reports there
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from mua_rl.errors import UserError, one_line
+from mua_rl.files import write_whole
+from mua_rl.lr.record import package_versions
+from mua_rl.run import processes
+
+CONFIG, VERSIONS, METRICS, RESULT, CURVE = "config.yaml", "versions.json", "metrics.jsonl", "result.json", "curve.png"
+RATE, WANDB_ID = "rate.json", "wandb_id"
+ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
+LOCK = ".lock"
+PATHS = ("model", "tokenizer_name", "base", "vec_normalize", "lr_from", "start_from")
+
+
+_locks: dict[Path, IO] = {}
+"""Of the run folders that this process works in, for as long as it lives."""
+
+
+class RunFolder:
+    """A folder that belongs to one run.
+
+    Attributes:
+        path: Where it is.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, path: str | None, name: str) -> "RunFolder":
+        """Make a new folder at `path`, or, where `path` is none, one under `runs/` that no other run has.
+
+        Raises:
+            UserError: There is something at `path` already: nothing is ever written over.
+        """
+        if path is None:
+            stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+            for suffix in ("", *(f"-{k}" for k in range(2, 1000))):
+                folder = Path("runs") / f"{name}-{stamp}{suffix}"
+                try:
+                    folder.mkdir(parents=True)
+                except FileExistsError:
+                    continue
+                return cls(folder)
+        folder = Path(str(path))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the run folder {folder} cannot be made: {error.strerror}.") from None
+        run = cls(folder)
+        if any(folder.iterdir()):
+            broken_off = (folder / RATE).exists() and run.result() is None  # a script without --resume writes none
+            onward = f", or go on with --resume {folder}" * broken_off
+            raise UserError(f"{folder} is not empty: choose another --output_dir{onward}.")
+        return run
+
+    @classmethod
+    def open(cls, path: str) -> "RunFolder":
+        """The folder of an earlier run.
+
+        Raises:
+            UserError: There is none.
+        """
+        run = cls(path)
+        if not (run.path / CONFIG).exists():
+            raise UserError(f"{path} is no run folder: it has no {CONFIG}.")
+        return run
+
+    @classmethod
+    def open_policy(cls, path: str) -> "RunFolder":
+        """The folder of an earlier run that left a policy.
+
+        Raises:
+            UserError: There is none, or it is a sweep's.
+        """
+        run = cls.open(path)
+        if "algo" in run.settings():
+            raise UserError(f"{path} is a sweep, which holds no policy: name a run, such as one with --lr-from {path}.")
+        return run
+
+    def start(self, settings: dict[str, Any], rate: dict[str, Any] | None = None) -> None:
+        """Write down what was asked and what it runs with.
+
+        Args:
+            settings: What was asked.
+            rate: The learning rate, as `learning_rate` gives it back.
+
+        Raises:
+            UserError: Another run did so since the folder was found empty.
+        """
+        try:
+            with open(self.path / CONFIG, "x") as stream:
+                stream.write(yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
+        except FileExistsError:
+            raise UserError(f"another run has just begun in {self.path}: choose another --output_dir.") from None
+        if rate is not None:
+            (self.path / RATE).write_text(json.dumps(rate, indent=2, ensure_ascii=False) + "\n")
+        versions = {
+            **package_versions(),
+            "command": " ".join([Path(sys.executable).name, *sys.argv]),
+            "git_commit": git_commit(),
+            "host": f"{platform.platform()}, {os.cpu_count()} cores",
+            "processes": processes.count(),
+        }
+        (self.path / VERSIONS).write_text(json.dumps(versions, indent=2) + "\n")
+
+    def lock(self) -> None:
+        """Keep other processes out until this one ends, however it does: the kernel takes the lock back.
+
+        Raises:
+            UserError: Another process works in the folder, or it cannot be written to.
+        """
+        if (path := self.path.resolve()) in _locks:
+            return
+        try:
+            file = open(path / LOCK, "a")  # noqa: SIM115  # closed with the process
+        except OSError as error:
+            raise UserError(f"the run folder {self.path} cannot be written to: {error.strerror}.") from None
+        try:
+            import fcntl  # here, since Windows has none
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise UserError(
+                f"another process is at work in {self.path}: wait for it, or end it, before you --resume."
+            ) from None
+        except (ImportError, OSError):  # a file system without locks
+            pass
+        _locks[path] = file
+
+    def settings(self) -> dict[str, Any]:
+        """What the run was asked."""
+        return yaml.safe_load((self.path / CONFIG).read_text()) or {}
+
+    def learning_rate(self) -> dict[str, Any] | None:
+        """What `start` wrote down of the learning rate; `None` in the folder of an older version, which wrote none."""
+        path = self.path / RATE
+        return json.loads(path.read_text()) if _is_json(path) else None
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Append one line to the metrics."""
+        with open(self.path / METRICS, "a") as stream:
+            stream.write(json.dumps({"step": step, **values}) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of the metrics; a line torn by a crash is left out."""
+        lines = []
+        if (self.path / METRICS).exists():
+            for line in (self.path / METRICS).read_text().splitlines():
+                try:
+                    lines.append(json.loads(line))
+                except ValueError:
+                    continue
+        return lines
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was written to its end (`trainer_state.json` is its last file)."""
+        found = [
+            (int(folder.name.rpartition("-")[2]), folder)
+            for folder in self.path.glob("checkpoint-*")
+            if folder.name.rpartition("-")[2].isdigit() and _is_json(folder / "trainer_state.json")
+        ]
+        return max(found)[1] if found else None
+
+    def rewind(self, step: int) -> None:
+        """Forget metrics after `step`, which a resumed run measures again."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        write_whole(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write the result and let go of the folder."""
+        (self.path / RESULT).write_text(json.dumps(result, indent=2) + "\n")
+        if (file := _locks.pop(self.path.resolve(), None)) is not None:
+            (self.path / LOCK).unlink(missing_ok=True)
+            file.close()
+
+    def result(self) -> dict[str, Any] | None:
+        """The result, or `None` where the run has not ended."""
+        return json.loads((self.path / RESULT).read_text()) if _is_json(self.path / RESULT) else None
+
+
+def open_run(
+    resume: str | None, output_dir: str | None, name: str, settings: dict[str, Any], rate: dict[str, Any] | None = None
+) -> tuple[RunFolder, Path | None]:
+    """A new run folder with its settings written down, or the one to resume with its last checkpoint.
+
+    Args:
+        resume: The folder to resume, or `None` for a new one.
+        output_dir: Where a new one goes; `None`: under `runs/`, called after `name`.
+        name: Algorithm, task and rank; what a file name cannot hold is replaced.
+        settings: What was given. Paths in it are kept whole, so that the run resumes from any folder.
+        rate: The learning rate, which a new run writes down.
+
+    Raises:
+        UserError: As `RunFolder.create`, `open`, `start` and `lock`.
+    """
+    if resume is None:
+        run = RunFolder.create(output_dir, re.sub(r"[^\w.-]+", "-", name))
+        run.start({**with_whole_paths(settings), "output_dir": str(run.path.resolve())}, rate)
+        run.lock()
+        return run, None
+    run = RunFolder.open(resume)
+    run.lock()
+    checkpoint = run.last_checkpoint()
+    run.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+    print(f"resuming {run.path} from {checkpoint.name if checkpoint else 'the start: it has no checkpoint yet'}")
+    return run, checkpoint
+
+
+def with_whole_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that mean the same from any folder."""
+    paths = {k: str(Path(str(v)).resolve()) for k, v in settings.items() if k in PATHS and Path(str(v)).exists()}
+    if task := settings.get("task"):
+        from mua_rl.envs.tasks import with_whole_path  # here, since control runs have no task and do without datasets
+
+        paths["task"] = with_whole_path(task)
+    return {**settings, **paths}
+
+
+def start_wandb(run: RunFolder, **options: Any) -> None:
+    """Begin a run at Weights & Biases; a resumed run goes on there under the id in its folder.
+
+    Args:
+        options: Of `wandb.init`.
+
+    Raises:
+        UserError: It cannot begin.
+    """
+    import wandb
+
+    kept = run.path / WANDB_ID
+    identity = kept.read_text().strip() if kept.exists() else None
+    try:
+        started = wandb.init(**{"name": run.path.name, **options}, id=identity, resume="allow")
+    except wandb.Error as error:
+        raise UserError(
+            f"Weights & Biases cannot be used ({one_line(error)}): see wandb login, or set WANDB_MODE=offline."
+        ) from None
+    kept.write_text(f"{started.id}\n")
+
+
+def git_commit() -> str | None:
+    """The commit that this package runs from, with "+changes" where files differ from it; `None` outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "-C", str(here), "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
