@@ -42,7 +42,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from mua_rl.errors import UserError, one_line
+from mua_rl.errors import Unscored, UserError, one_line
 
 RewardFunc = Callable[..., list[float | None]]
 """TRL's reward signature: `f(prompts, completions, **columns) -> list of one score per completion`."""
@@ -206,10 +206,10 @@ def is_scored(rewards: Sequence[float | None]) -> bool:
     return not rewards or any(reward is not None and not math.isnan(reward) for reward in rewards)
 
 
-def unscored(task: Task, steps: int) -> UserError:
+def unscored(task: Task, steps: int) -> Unscored:
     """What to say of a run in which no completion had a score."""
     names = ", ".join(getattr(reward, "__name__", "a reward without a name") for reward in task.rewards)
-    return UserError(
+    return Unscored(
         f"no completion had a score in any of {steps} steps, so nothing was learnt, and there is no LR record: see why "
         f"the rewards of the task {task.name} ({names}) give None; --log_completions shows what they were given."
     )

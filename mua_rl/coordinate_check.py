@@ -94,7 +94,7 @@ def check(
     rows = []
     for lr_rule in rates:
         for place, configuration, rate in zip(places, configurations, rates[lr_rule], strict=True):
-            alpha = "" if configuration.rank is None else str(configuration.alpha)
+            alpha = "" if configuration.rank is None else str(configuration.spec.alpha)
             point = (axis, configuration.scheme.value, alpha, configuration.rank, configuration.width, lr_rule, rate)
             for seed in seeds:
                 model, batches = place.make(seed)

@@ -20,6 +20,7 @@ from mua_rl.errors import UserError
 from mua_rl.exits import run_command
 from mua_rl.lm import models
 from mua_rl.lr.rank import parse_rank
+from mua_rl.lr.spec import AdapterSpec
 from mua_rl.rollouts.memory import GIB, EngineMemory, PolicySize, TrainerMemory, engine_memory, trainer_memory
 
 SHAPES = {
@@ -202,7 +203,7 @@ def policy_size(config: object, rank: str) -> PolicySize:
     parsed = parse_rank(rank)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    return PolicySize.of(adapter_for(parsed, "B", "1", "mlp").attach(model))
+    return PolicySize.of(adapter_for(AdapterSpec.parse(parsed), "mlp").attach(model))
 
 
 def load_config(model: str | None, params: str | None) -> object:

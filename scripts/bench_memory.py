@@ -22,6 +22,8 @@ from typing import Any
 from bench_grpo import columns
 from random_llama import random_llama
 
+from mua_rl.lr.spec import AdapterSpec
+
 MEMORY = {
     # size: (ranks, completions of a pass, tokens of one)
     "tiny": (["32", "full"], 8, 64),
@@ -74,7 +76,7 @@ def memory_run(size: str, rank: str, options: argparse.Namespace) -> dict[str, A
 
     from mua_rl.adapter.adapters import adapter_for
     from mua_rl.envs.tasks import get_task
-    from mua_rl.grpo import run as grpo
+    from mua_rl.grpo.arguments import parse
     from mua_rl.grpo.trainer import GRPOTrainer
     from mua_rl.lm import models
     from mua_rl.lr.rank import parse_rank
@@ -84,12 +86,12 @@ def memory_run(size: str, rank: str, options: argparse.Namespace) -> dict[str, A
     cuda = torch.cuda.is_available()
     _, micro, length = MEMORY[size]
     full = rank == "full"
-    adapter = adapter_for(parse_rank(rank), "B", "1", "mlp")
+    adapter = adapter_for(AdapterSpec.parse(parse_rank(rank)), "mlp")
     flags = ["--per_device_train_batch_size", micro, "--gradient_accumulation_steps", 2, "--max_steps", 3]
     flags += ["--max_completion_length", length, "--report_to", "none", "--lr", 1e-5, "--save_strategy", "no"]
     flags += ["--num_generations", 2, "--gradient_checkpointing", options.checkpointing]
     flags += ["--output_dir", tempfile.mkdtemp(prefix="bench_memory-")]
-    arguments, _, _ = grpo.parse([str(flag) for flag in flags])
+    arguments, _, _ = parse([str(flag) for flag in flags])
     arguments.learning_rate, arguments.output_dir = 1e-5, arguments.requested_output_dir
     policy = adapter.attach(random_llama(size, torch.float32 if full or not cuda else torch.bfloat16))
     tokenizer = models.load_tokenizer(models.EMBEDDED)

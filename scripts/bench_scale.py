@@ -227,6 +227,8 @@ def layout_run(layout: str, model: str, rank: str, options: argparse.Namespace) 
     from transformers import TrainerCallback
 
     from mua_rl.grpo import run as grpo
+    from mua_rl.grpo.arguments import parse
+    from mua_rl.grpo.setup import prepare
     from mua_rl.lr.record import machine, package_versions
     from mua_rl.run import processes
     from mua_rl.run.folder import RunFolder
@@ -247,8 +249,8 @@ def layout_run(layout: str, model: str, rank: str, options: argparse.Namespace) 
         flags += ["--use_vllm"]
     if url := os.environ.get("BENCH_SERVER"):
         flags += ["--vllm_mode", "server", "--vllm_server_base_url", url, "--vllm_server_timeout", SERVER_START_S]
-    arguments, adapter_arguments, _ = grpo.parse([str(flag) for flag in flags])
-    setup = grpo.prepare(arguments, adapter_arguments)
+    arguments, adapter_arguments, _ = parse([str(flag) for flag in flags])
+    setup = prepare(arguments, adapter_arguments)
     if folder:
         setup = replace(setup, task=replace(setup.task, rewards=(letters,)))
     start = time.perf_counter()

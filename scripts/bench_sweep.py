@@ -26,8 +26,9 @@ from mua_rl.exits import run_command
 from mua_rl.grpo.stacked.memory import TIMES_ONE_RUN, ArmsMemory, Parts
 from mua_rl.lm.models import model_path
 from mua_rl.lr.record import machine, package_versions
+from mua_rl.lr.spec import AdapterSpec
 from mua_rl.rollouts.memory import TrainerMemory
-from mua_rl.run.trial import Arm
+from mua_rl.run.trial import Trial
 
 TOP = {"embedded": -9.0, "smollm2": -11.5}
 """log2 of the largest learning rate, by model; the others follow in half octaves downwards."""
@@ -74,10 +75,10 @@ def main() -> None:
     print(table(report))
 
 
-def arms(options: argparse.Namespace) -> list[Arm]:
+def arms(options: argparse.Namespace) -> list[Trial]:
     """The arms of the sweep, the largest learning rate first."""
     top = TOP.get(options.model, TOP["smollm2"]) if options.top is None else options.top
-    return [Arm(options.rank, "B", "1", top - k / 2, options.seed) for k in range(options.k)]
+    return [Trial(AdapterSpec(options.rank), top - k / 2, options.seed) for k in range(options.k)]
 
 
 def flags(options: argparse.Namespace, passed: list[str]) -> list[str]:
@@ -105,10 +106,10 @@ def together(options: argparse.Namespace, passed: list[str]) -> dict[str, Any]:
     """All arms side by side."""
     import dataclasses
 
-    from mua_rl.grpo import run as grpo
+    from mua_rl.grpo.arguments import parse
     from mua_rl.grpo.stacked.trainer import SideBySide
 
-    arguments, _, _ = grpo.parse(flags(options, passed))
+    arguments, _, _ = parse(flags(options, passed))
     parts = Parts(*options.parts) if options.parts else None
     trainer = SideBySide(arguments, arms(options), memory=options.memory, parts=parts)
     print(f"{trainer.parts}, MiB as planned: {mebibytes(trainer.expected_memory)}", flush=True)
@@ -123,8 +124,8 @@ def together(options: argparse.Namespace, passed: list[str]) -> dict[str, Any]:
 
     outcomes = trainer.train(on_step)
     return {
-        "arms": [dataclasses.asdict(arm) for arm in trainer.arms],
-        "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
+        "arms": [arm.as_dict() for arm in trainer.arms],
+        "outcomes": [outcome.as_dict() for outcome in outcomes],
         "histories": list(histories.values()),
         "step ms": 1000 * (ends[-1] - ends[0]) / max(1, len(ends) - 1),
         "phases ms": {name: 1000 * seconds / len(ends) for name, seconds in trainer.phases.items()},
@@ -142,16 +143,17 @@ def mebibytes(memory: ArmsMemory | TrainerMemory) -> dict[str, int]:
 def single(number: int, options: argparse.Namespace, passed: list[str]) -> dict[str, Any]:
     """One arm as its own run."""
     from mua_rl.grpo import run as grpo
+    from mua_rl.grpo.arguments import parse
     from mua_rl.run.folder import RunFolder
 
     arm, folder = arms(options)[number], options.out / f"run-{number}"
-    given = ["--rank", str(arm.rank), "--lr", repr(arm.learning_rate), "--seed", str(arm.seed)]
+    given = ["--rank", str(arm.spec.rank), "--lr", repr(arm.learning_rate), "--seed", str(arm.seed)]
     given += ["--held_out_steps", "0", "--save_strategy", "no", "--output_dir", str(folder)]
-    grpo.train(*grpo.parse([*given, *flags(options, passed)]))
+    grpo.train(*parse([*given, *flags(options, passed)]))
     lines = [line for line in RunFolder(folder).metrics() if "loss" in line]
     result = RunFolder(folder).result()
     assert result is not None
-    return {"history": lines, "result": result, "step ms": 1000 * result["seconds"] / options.steps}
+    return {"history": lines, "result": result.as_dict(), "step ms": 1000 * result.seconds / options.steps}
 
 
 def peaks() -> dict[str, Any]:
@@ -216,8 +218,10 @@ def table(report: dict[str, Any]) -> str:
         )
     for number, (arm, outcome) in enumerate(zip(ours["arms"], ours["outcomes"], strict=True)):
         alone = report["single"].get(str(number))
-        beside = f"; alone {alone['result']['held_out/after']:.3f}" if alone else ""
-        lines.append(f"lr 2^{arm['log2_lr']:g}: accuracy {outcome['metric']:.3f} ± {outcome['error']:.3f}{beside}")
+        beside = f"; alone {alone['result']['score']:.3f}" if alone else ""
+        lines.append(
+            f"lr 2^{arm['log2_lr']:g}: accuracy {outcome['score']:.3f} ± {outcome['standard_error']:.3f}{beside}"
+        )
     return "\n".join(lines)
 
 

@@ -24,20 +24,21 @@ import torch
 from stable_baselines3.common.logger import Logger
 
 from mua_rl.lr.record import machine
+from mua_rl.lr.spec import FFT, AdapterSpec
 from mua_rl.ppo.arguments import PPOArguments
 from mua_rl.ppo.base import BasePolicy, read_base_policy, shipped_policy
 from mua_rl.ppo.setup import training_envs
 from mua_rl.ppo.stacked.trainer import SideBySide
-from mua_rl.run.trial import Arm
+from mua_rl.run.trial import Trial
 
 LOW, HIGH = -11.0, -7.0
 # Without these, large blocks go back to the operating system each time and their pages are faulted in anew.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_TOP_PAD_": "268435456"}
 
 
-def sweep(rank: int | None, arms: int) -> list[Arm]:
+def sweep(rank: int | None, arms: int) -> list[Trial]:
     """Eight learning rates in half-octaves, with as many seeds as it takes."""
-    return [Arm(rank, "B", "1", LOW + k % 8 * (HIGH - LOW) / 8, k // 8) for k in range(arms)]
+    return [Trial(AdapterSpec.parse(rank), LOW + k % 8 * (HIGH - LOW) / 8, k // 8) for k in range(arms)]
 
 
 def timed(work: Callable[[], object]) -> dict[str, float]:
@@ -47,14 +48,14 @@ def timed(work: Callable[[], object]) -> dict[str, float]:
     return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
-def run_side_by_side(arguments: PPOArguments, arms: Sequence[Arm], base: BasePolicy, workers: int) -> None:
+def run_side_by_side(arguments: PPOArguments, arms: Sequence[Trial], base: BasePolicy, workers: int) -> None:
     """All arms at once, on `workers` threads."""
     groups = [SideBySide(arguments, arms[first::workers], base) for first in range(workers)]
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         list(pool.map(SideBySide.train, groups))
 
 
-def run_singly(arguments: PPOArguments, arm: Arm, base: BasePolicy) -> None:
+def run_singly(arguments: PPOArguments, arm: Trial, base: BasePolicy) -> None:
     """One run of plain SB3, fully finetuned, at the arm's learning rate."""
     envs = training_envs(arguments, base)
     schedule = arguments.schedule(arm.learning_rate)
@@ -84,7 +85,7 @@ def main() -> None:
     base = read_base_policy(path)
     arguments = PPOArguments(env_id=options.env, total_timesteps=options.steps, target_kl=options.target_kl)
 
-    singles = [Arm(None, "", "", LOW + (k + 0.5) * (HIGH - LOW) / options.singles, 0) for k in range(options.singles)]
+    singles = [Trial(FFT, LOW + (k + 0.5) * (HIGH - LOW) / options.singles, 0) for k in range(options.singles)]
     single_times = [timed(lambda arm=arm: run_singly(arguments, arm, base)) for arm in singles]  # type: ignore[misc]
     single = {clock: sum(times[clock] for times in single_times) / len(singles) for clock in ("wall", "cpu")}
     figures = {}

@@ -34,7 +34,7 @@ from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmu
 from transformers.utils import logging as transformers_logging
 
 from mua_rl.adapter import groups as optim
-from mua_rl.adapter.adapters import Adapter, Full, TargetModules, fingerprint, lora_layers
+from mua_rl.adapter.adapters import Adapter, Full, TargetModules, adapter_for, fingerprint, lora_layers
 from mua_rl.analysis.measured import Context, sweeps_of
 from mua_rl.analysis.report import write_report
 from mua_rl.analysis.rows import Row, append, read_all
@@ -42,9 +42,10 @@ from mua_rl.errors import Diverged, UserError
 from mua_rl.lm import models
 from mua_rl.lr.rank import parse_rank
 from mua_rl.lr.record import LRRecord, check_learning_rate, machine, package_versions
+from mua_rl.lr.spec import AdapterSpec
 from mua_rl.run.arguments import AdapterArguments, Base, parse_arguments, resolve_learning_rate
 from mua_rl.run.folder import MODEL_FOLDER, open_run
-from mua_rl.run.trial import Arm, Outcome, is_clear
+from mua_rl.run.trial import Trial, TrialResult
 from mua_rl.sweep.closing import make_record, warnings_of
 from mua_rl.sweep.facts import PLACEHOLDER, Facts
 from mua_rl.sweep.search import HIGHEST, LOWEST, Search, scan_range
@@ -250,26 +251,18 @@ def run_once(problem: Field, adapter_arguments: AdapterArguments, curves: CurveA
     folder, _ = open_run(None, curves.output_dir, name, given)
     start = time.monotonic()
     model, metric, error = finetune(problem, adapter, rate.value, 0, curves.head_lr)
-    diverged = not math.isfinite(metric) or is_clear(before - metric, error)
-    folder.finish(
-        {
-            "diverged": diverged,
-            "held_out/before": before,
-            "held_out/after": metric,
-            "held_out/standard_error": error,
-            "learning_rate": rate.value,
-            "reason": rate.reason,
-            "seconds": time.monotonic() - start,
-            "steps": problem.steps,
-        }
-    )
-    if diverged:
+    seconds = time.monotonic() - start
+    result = TrialResult.of_training(metric, error, before, [metric], problem.steps, seconds)
+    if not math.isfinite(metric):
+        result = TrialResult.of_divergence(before, problem.steps, seconds, f"{problem.metric} is {metric}")
+    folder.finish(result, {"metric": problem.metric, "learning_rate": rate.value, "learning_rate_reason": rate.reason})
+    if result.is_lost:
         raise Diverged(f"{problem.metric} went from {before:.4g} to {metric:.4g}")
     model.save_pretrained(folder.path / adapter.saved_as)  # type: ignore[operator]
     if problem.head and adapter.rank is not None:
         adapter.merged(model).save_pretrained(folder.path / MODEL_FOLDER)  # with the head
-    result = {"name": problem.metric, "before": before, "after": metric}
-    replace(record, learning_rate=rate.value, metric=result, seeds=[0], note=rate.reason).save(folder.path)
+    measured = {"name": problem.metric, "before": before, "after": metric}
+    replace(record, learning_rate=rate.value, metric=measured, seeds=[0], note=rate.reason).save(folder.path)
     print(f"{problem.metric}: {before:.4g} before, {metric:.4g} ± {error:.2g} after; in {folder.path}")
 
 
@@ -280,7 +273,7 @@ def record_of(problem: Field, adapter: Adapter, base_model: nn.Module, head_lr: 
         learning_rate=PLACEHOLDER,
         scheme=configuration.scheme.value,
         rank=configuration.rank,
-        alpha=str(configuration.alpha),
+        alpha=str(configuration.spec.alpha),
         widths=adapter.widths(base_model),
         target_modules=adapter.target_modules,
         algorithm=problem.algorithm,
@@ -310,10 +303,10 @@ def measure_curves(problem: Field, adapter_arguments: AdapterArguments, curves: 
     scan, step = scan_range(*curves.grid, curves.resolution)
     searches = []
     for rank in dict.fromkeys(map(parse_rank, curves.ranks)):
-        arm = Arm(rank, adapter_arguments.init, adapter_arguments.alpha, 0.0, 0)
-        attach(problem, arm.adapter(problem.target_modules), problem.load())  # refuses a rank that does not fit
-        searches.append(Search(*arm.curve, scan, step, curves.resolution, tuple(range(curves.seeds))))
-    wanted = [one for one in searches if passes({"rank": str(one.rank or "full")}, curves.only)]
+        spec = AdapterSpec.parse(rank, adapter_arguments.init, adapter_arguments.alpha)
+        attach(problem, adapter_for(spec, problem.target_modules), problem.load())  # refuses a rank that does not fit
+        searches.append(Search(spec, scan, step, curves.resolution, tuple(range(curves.seeds))))
+    wanted = [one for one in searches if passes({"rank": str(one.spec.rank or "full")}, curves.only)]
     if not wanted:
         raise UserError(f"--only {' '.join(curves.only)} leaves none of --ranks {' '.join(curves.ranks)}.")
     try:
@@ -327,14 +320,14 @@ def measure_curves(problem: Field, adapter_arguments: AdapterArguments, curves: 
             bar.total = bar.n + len(waiting)
             outcome = run_arm(problem, waiting[0], before, curves.head_lr)
             append(csv, [Row(problem.algorithm, problem.task, problem.base, waiting[0], outcome, machine())])
-            bar.set_postfix_str(f"r={waiting[0].rank or 'full'} 2^{waiting[0].log2_lr:g}: {outcome.metric:.4g}")
+            bar.set_postfix_str(f"{waiting[0].spec.label} 2^{waiting[0].log2_lr:g}: {outcome.score:.4g}")
             bar.update()
     close(problem, searches, out, curves.head_lr)
 
 
-def outcomes_of(csv: Path, problem: Field) -> dict[Arm, Outcome]:
+def outcomes_of(csv: Path, problem: Field) -> dict[Trial, TrialResult]:
     """The runs of this problem that a CSV has."""
-    return {row.arm: row.outcome for row in rows_of(csv, problem)}
+    return {row.trial: row.result for row in rows_of(csv, problem)}
 
 
 def rows_of(csv: Path, problem: Field) -> list[Row]:
@@ -345,20 +338,21 @@ def rows_of(csv: Path, problem: Field) -> list[Row]:
     """
     key = (problem.algorithm, problem.task, problem.base)
     rows = [row for row in (read_all([csv]) if csv.exists() else []) if (row.algorithm, row.task, row.base) == key]
-    if other := {row.outcome.steps for row in rows} - {problem.steps}:
+    if other := {row.result.steps for row in rows} - {problem.steps}:
         raise UserError(f"{csv} has runs of {min(other)} steps, not {problem.steps}: choose another --output_dir.")
     return rows
 
 
-def run_arm(problem: Field, arm: Arm, before: float, head_lr: float) -> Outcome:
+def run_arm(problem: Field, arm: Trial, before: float, head_lr: float) -> TrialResult:
     """One run of a curve."""
     start = time.monotonic()
-    _, metric, error = finetune(problem, arm.adapter(problem.target_modules), arm.learning_rate, arm.seed, head_lr)
+    _, metric, error = finetune(
+        problem, adapter_for(arm.spec, problem.target_modules), arm.learning_rate, arm.seed, head_lr
+    )
     seconds = time.monotonic() - start
     if not math.isfinite(metric):
-        return Outcome.of_divergence(before, problem.steps, seconds, "the metric left the finite numbers")
-    worse = is_clear(before - metric, error)
-    return Outcome(metric, error, before, metric, metric, worse, "", problem.steps, seconds)
+        return TrialResult.of_divergence(before, problem.steps, seconds, "the metric left the finite numbers")
+    return TrialResult.of_training(metric, error, before, [metric], problem.steps, seconds)
 
 
 def close(problem: Field, searches: list[Search], out: Path, head_lr: float) -> None:
@@ -366,14 +360,14 @@ def close(problem: Field, searches: list[Search], out: Path, head_lr: float) -> 
     template = record_of(problem, Full(problem.target_modules), problem.load(), head_lr)
     context = Context(max(template.widths), template.outputs)
     rows = rows_of(out / "sweep.csv", problem)
-    outcomes = {row.arm: row.outcome for row in rows}
+    outcomes = {row.trial: row.result for row in rows}
     [sweep] = sweeps_of(rows, contexts=lambda key: context)
     write_report([sweep], out, metrics={problem.algorithm: problem.metric})
     for warning in [warning for one in searches for warning in warnings_of(one, outcomes)]:
         print(f"note: {warning}")
     for search in searches:
-        if search.curve in sweep.curves and not search.next_arms(outcomes):
-            record = make_record(Facts(template, template, "", True), search, sweep.curves[search.curve], outcomes)
+        if search.spec in sweep.curves and not search.next_arms(outcomes):
+            record = make_record(Facts(template, template, "", True), search, sweep.curves[search.spec], outcomes)
             if record is not None:
                 print(f"record: {record.save(out)} ({record.learning_rate:.3g} for r={record.rank or 'full'})")
                 break

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from reproduce_grpo import searches, wanted
 
+from mua_rl.adapter.adapters import adapter_for
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import Diverged
 from mua_rl.lm import models
@@ -45,13 +46,13 @@ def main() -> None:
             centre = search.scan[len(search.scan) // 2]
             for arm in (search.arm(centre + k, seed) for k in options.octaves for seed in options.seeds):
                 try:
-                    adapter = arm.adapter("mlp")
+                    adapter = adapter_for(arm.spec, "mlp")
                     kl = movement(model, adapter, arm.learning_rate, batch, max(options.steps), arm.seed)
                 except Diverged as error:
                     print(f"{arm}: {error}")
                     continue
                 for steps in options.steps:
-                    cells = [options.task, options.model, arm.rank or "", arm.init, arm.alpha, arm.log2_lr, arm.seed]
+                    cells = [options.task, options.model, *("" if v is None else v for v in arm.as_dict().values())]
                     writer.writerow([*cells, steps, f"{kl[steps - 1]:.6g}", machine(device)])
                 stream.flush()
                 print(f"{arm}: {kl}", flush=True)

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from selection import passes
@@ -25,12 +26,13 @@ from selection import passes
 from mua_rl.analysis.rows import Row, append, read
 from mua_rl.errors import UserError
 from mua_rl.exits import run_command
-from mua_rl.grpo import run as grpo
+from mua_rl.grpo.arguments import parse
 from mua_rl.grpo.stacked.trainer import train_side_by_side
 from mua_rl.lr.record import machine
+from mua_rl.lr.spec import FFT, AdapterSpec
 from mua_rl.run.folder import RunFolder
-from mua_rl.run.trial import Arm, Outcome
-from mua_rl.sweep.runner import arm_flags, read_outcome
+from mua_rl.run.trial import Trial, TrialResult
+from mua_rl.sweep.runner import ENDED, arm_flags
 from mua_rl.sweep.search import Search
 
 SCHEMES = (("B", "1"), ("A", "1"), ("A", "1/r"))
@@ -46,7 +48,13 @@ SPAN = 2
 def searches(seeds: Sequence[int], resolution: float, model: str = "smollm2") -> list[Search]:
     """One for each curve; another model than those of `CENTRES` begins where SmolLM2 does."""
     return [
-        Search(rank, *scheme, tuple(float(centre + k) for k in range(-SPAN, SPAN + 1)), 1.0, resolution, tuple(seeds))
+        Search(
+            AdapterSpec.parse(rank, *scheme),
+            tuple(float(centre + k) for k in range(-SPAN, SPAN + 1)),
+            1.0,
+            resolution,
+            tuple(seeds),
+        )
         for rank, centres in CENTRES.get(model, CENTRES["smollm2"]).items()
         for scheme, centre in zip(SCHEMES if rank else [("", "")], centres, strict=True)
     ]
@@ -54,7 +62,8 @@ def searches(seeds: Sequence[int], resolution: float, model: str = "smollm2") ->
 
 def wanted(search: Search, only: Sequence[str]) -> bool:
     """Whether a curve passes every filter `name=value[,value…]` of rank (full: FFT), init and alpha."""
-    return passes({"rank": str(search.rank or "full"), "init": search.init, "alpha": search.alpha}, only)
+    spec = search.spec
+    return passes({**spec.as_dict(), "rank": str(spec.rank or "full")}, only)
 
 
 def flags(options: argparse.Namespace) -> list[str]:
@@ -63,16 +72,16 @@ def flags(options: argparse.Namespace) -> list[str]:
     return [str(flag) for flag in [*common, "--held_out_steps", 0, "--save_strategy", "no", *options.flags]]
 
 
-def train_lora(arms: Sequence[Arm], options: argparse.Namespace) -> list[Outcome]:
+def train_lora(arms: Sequence[Trial], options: argparse.Namespace) -> list[TrialResult]:
     """Side by side."""
-    arguments, _, _ = grpo.parse(flags(options))
+    arguments, _, _ = parse(flags(options))
     return train_side_by_side(arguments, arms)
 
 
-def train_full(arms: Sequence[Arm], options: argparse.Namespace) -> list[Outcome]:
+def train_full(arms: Sequence[Trial], options: argparse.Namespace) -> list[TrialResult]:
     """Each as a run of its own, all at once; of the time each has its share, as arms side by side have."""
 
-    def train(arm: Arm) -> Outcome:
+    def train(arm: Trial) -> TrialResult:
         run = RunFolder(options.work / arm.name)
         shutil.rmtree(run.path, ignore_errors=True)
         command = [sys.executable, "-m", "mua_rl.grpo", *flags(options), *arm_flags(arm), "--output_dir", str(run.path)]
@@ -80,18 +89,20 @@ def train_full(arms: Sequence[Arm], options: argparse.Namespace) -> list[Outcome
         start = time.monotonic()
         with open(output, "w") as log:
             code = subprocess.run(command, stdout=log, stderr=log).returncode
-        if code not in (0, 3):
+        if code not in ENDED:
             last = output.read_text().splitlines()[-1:] or ["it said nothing"]
             raise UserError(f"{run.path.name} failed with code {code}: {last[0]} ({output})")
-        return read_outcome(run, "grpo", "", (time.monotonic() - start) / len(arms))
+        result = run.result()
+        assert result is not None
+        return replace(result, seconds=(time.monotonic() - start) / len(arms))
 
     with ThreadPoolExecutor(options.parallel) as pool:
         return list(pool.map(train, arms))
 
 
 def run_all(
-    pending: Callable[[Mapping[Arm, Outcome]], Sequence[Arm]], options: argparse.Namespace
-) -> dict[Arm, Outcome] | None:
+    pending: Callable[[Mapping[Trial, TrialResult]], Sequence[Trial]], options: argparse.Namespace
+) -> dict[Trial, TrialResult] | None:
     """Run what is pending, group by group, until nothing is; each group's runs go to the CSV as it ends.
 
     Args:
@@ -110,13 +121,13 @@ def run_all(
     start, slowest = time.monotonic(), 0.0
     while True:
         rows = read(options.output) if options.output.exists() else []
-        done = {row.arm: row.outcome for row in rows if (row.task, row.base) == (options.task, options.model)}
-        arms = sorted(pending(done), key=lambda arm: arm.rank or 0)  # a group is padded to its largest rank
+        done = {row.trial: row.result for row in rows if (row.task, row.base) == (options.task, options.model)}
+        arms = sorted(pending(done), key=lambda arm: arm.spec.rank or 0)  # a group is padded to its largest rank
         if not arms:
             return done
         full = arms[0].rank is None
         size = options.parallel if full else options.per_group
-        group = [arm for arm in arms if (arm.rank is None) == full][:size]
+        group = [arm for arm in arms if (arm.spec == FFT) == full][:size]
         began = time.monotonic()
         if began - start + slowest > options.time_limit:
             print(f"out of time with {len(arms)} runs waiting: run the same command again", flush=True)
@@ -129,7 +140,7 @@ def run_all(
         took = time.monotonic() - began
         slowest = max(slowest, took)
         for arm, outcome in zip(group, outcomes, strict=True):
-            print(f"{arm.name}: {outcome.metric:.3f} (reward {outcome.reward_mean:.3f})", flush=True)
+            print(f"{arm.name}: {outcome.score:.3f} (reward {outcome.reward_mean:.3f})", flush=True)
         print(f"{len(group)} runs in {took:.0f} s", flush=True)
 
 
@@ -166,7 +177,7 @@ def main() -> None:
         return
     for search in curves:
         if fault := search.verdict(done):
-            print(f"rank {search.rank or 'full'} {search.init} {search.alpha}: {fault}")
+            print(f"{search.spec.label}: {fault}")
 
 
 if __name__ == "__main__":

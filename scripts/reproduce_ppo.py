@@ -13,7 +13,7 @@ import argparse
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from selection import passes
 from mua_rl.analysis import rows
 from mua_rl.exits import run_command
 from mua_rl.lr.record import machine
+from mua_rl.lr.spec import FFT, AdapterSpec
 from mua_rl.ppo.base import BasePolicy, read_base_policy
-from mua_rl.run.trial import Arm, Outcome
+from mua_rl.run.trial import Trial, TrialResult
 
 WIDTH = 256
 BASE_SEEDS = (0, 1)
@@ -46,28 +47,32 @@ class Work:
 
     task: str
     base: str
-    arm: Arm
+    arm: Trial
 
     def columns(self) -> dict[str, str]:
         """What identifies it in the CSV."""
         return columns(TASKS[self.task].env_id, self.base, self.arm)
 
 
-def columns(env_id: str, base: str, arm: Arm) -> dict[str, str]:
+def columns(env_id: str, base: str, arm: Trial) -> dict[str, str]:
     """What identifies an arm among all of them."""
-    values = {"task": env_id, "base": base, **asdict(arm)}
+    values = {"task": env_id, "base": base, **arm.as_dict()}
     return {name: "" if value is None else str(value) for name, value in values.items()}
 
 
 def all_work(seeds: int) -> list[Work]:
     """Every arm, one base checkpoint after the other and LoRA in order of rank."""
-    curves = [(None, "", "", FFT_GRID)]
-    curves += [(rank, *scheme, grid) for rank in RANKS for scheme, grid in GRIDS.items()]
+    curves = [(FFT, FFT_GRID)]
+    curves += [(AdapterSpec.parse(rank, *scheme), grid) for rank in RANKS for scheme, grid in GRIDS.items()]
     return [
-        Work(task, f"{TASKS[task].base}-w{WIDTH}-s{base_seed}", Arm(rank, init, alpha, log2_lr, seed))
+        Work(
+            task,
+            f"{TASKS[task].base}-w{WIDTH}-s{base_seed}",
+            Trial(spec, log2_lr, seed),
+        )
         for base_seed in BASE_SEEDS
         for task in DEFAULT_TASKS
-        for rank, init, alpha, grid in curves
+        for spec, grid in curves
         for log2_lr in grid
         for seed in range(seeds)
     ]
@@ -75,12 +80,12 @@ def all_work(seeds: int) -> list[Work]:
 
 def wanted(work: Work, only: Sequence[str]) -> bool:
     """Whether it passes every filter `name=value[,value…]` (task: its short name; rank: full for FFT)."""
-    return passes({**work.columns(), "task": work.task, "rank": str(work.arm.rank or "full")}, only)
+    return passes({**work.columns(), "task": work.task, "rank": str(work.arm.spec.rank or "full")}, only)
 
 
 def groups(work: Sequence[Work], per_group: int) -> Iterator[list[Work]]:
     """What trains side by side: one task, one base, LoRA or FFT, at most `per_group` arms."""
-    for _, run in groupby(work, key=lambda one: (one.task, one.base, one.arm.rank is None)):
+    for _, run in groupby(work, key=lambda one: (one.task, one.base, one.arm.spec.rank is None)):
         arms = list(run)
         size = math.ceil(len(arms) / math.ceil(len(arms) / per_group))
         yield from (arms[begin : begin + size] for begin in range(0, len(arms), size))
@@ -116,16 +121,16 @@ def finished(path: Path) -> set[tuple[str, ...]]:
     """The arms of a CSV, by the values of `Work.columns`."""
     if not path.exists():
         return set()
-    return {tuple(columns(row.task, row.base, row.arm).values()) for row in rows.read(path)}
+    return {tuple(columns(row.task, row.base, row.trial).values()) for row in rows.read(path)}
 
 
-def append(path: Path, work: Sequence[Work], outcomes: Sequence[Outcome], where: str) -> None:
+def append(path: Path, work: Sequence[Work], outcomes: Sequence[TrialResult], where: str) -> None:
     """Add a group's lines."""
     done = zip(work, outcomes, strict=True)
     rows.append(path, [rows.Row("ppo", TASKS[one.task].env_id, one.base, one.arm, o, where) for one, o in done])
 
 
-def train_group(work: Sequence[Work], base: BasePolicy, device: str) -> list[Outcome]:
+def train_group(work: Sequence[Work], base: BasePolicy, device: str) -> list[TrialResult]:
     """Train the arms of a group."""
     from mua_rl.ppo.arguments import PPOArguments
     from mua_rl.ppo.stacked.trainer import train_side_by_side
@@ -168,7 +173,7 @@ def main() -> None:
         outcomes = train_group(group, base, arguments.device)
         append(arguments.output, group, outcomes, machine(arguments.device))
         took = time.monotonic() - began
-        best = max((outcome.metric for outcome in outcomes if not math.isnan(outcome.metric)), default=math.nan)
+        best = max((outcome.score for outcome in outcomes if not math.isnan(outcome.score)), default=math.nan)
         print(f"{group[0].task} {group[0].base}: {len(group)} arms in {took:.0f} s, best {best:.1f}", flush=True)
 
 

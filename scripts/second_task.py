@@ -17,14 +17,15 @@ from pathlib import Path
 
 from reproduce_grpo import add_run_options, run_all
 
-from mua_rl.analysis.measured import curve_name, sweeps_of
+from mua_rl.analysis.measured import sweeps_of
 from mua_rl.analysis.report import ReportTable
 from mua_rl.analysis.rows import read
 from mua_rl.errors import UserError
 from mua_rl.exits import run_command
 from mua_rl.lr.record import LRRecord
+from mua_rl.lr.spec import FFT, AdapterSpec
 from mua_rl.lr.transfer import transfer
-from mua_rl.run.trial import FFT, Arm, Curve, Outcome
+from mua_rl.run.trial import Trial, TrialResult
 from mua_rl.sweep.arguments import parse
 from mua_rl.sweep.closing import make_record
 from mua_rl.sweep.facts import Facts, find_facts
@@ -33,7 +34,7 @@ from mua_rl.sweep.search import HIGHEST, LOWEST, Search, best_of
 TASK = "reasoning-gym:chain_sum,min_terms=2,max_terms=2,min_digits=1,max_digits=2,answer=number,size=4096"
 SOURCE = Path(__file__).parents[1] / "docs" / "results" / "reproduce_grpo.csv"
 SOURCE_RANK = 16
-VALUES = {"metric": "held-out accuracy", "reward_last": "reward of the last tenth"}
+VALUES = {"score": "held-out accuracy", "reward_last": "reward of the last tenth"}
 
 
 def make_source_record(options: argparse.Namespace) -> LRRecord:
@@ -47,19 +48,19 @@ def make_source_record(options: argparse.Namespace) -> LRRecord:
         raise UserError(f"{options.source} has GRPO runs of {options.source_base} on no task, or on several.")
     [sweep] = sweeps_of(rows)
     facts = find_facts(parse(["--algo", "grpo", "--model", options.model, "--task", sweep.task, "--ranks", "full"]))
-    curve = (SOURCE_RANK, "B", "1")
+    curve = AdapterSpec(SOURCE_RANK)
     if curve not in sweep.curves:
-        raise UserError(f"{options.source} has no optimum of {curve_name(curve)}: name another --source.")
+        raise UserError(f"{options.source} has no optimum of {curve.label}: name another --source.")
     measured = sweep.curves[curve]
     seeds = tuple(sorted({seed for _, _, seed in measured.points}))
-    search = Search(*curve, scan=(), step=1.0, resolution=1.0, seeds=seeds)
-    record = make_record(facts, search, measured, {row.arm: row.outcome for row in rows})
+    search = Search(curve, scan=(), step=1.0, resolution=1.0, seeds=seeds)
+    record = make_record(facts, search, measured, {row.trial: row.result for row in rows})
     if record is None:
-        raise UserError(f"{options.source} gives no record: no run of {curve_name(curve)} got better than the base.")
+        raise UserError(f"{options.source} gives no record: no run of {curve.label} got better than the base.")
     return record
 
 
-def transferred(options: argparse.Namespace) -> dict[Curve, float]:
+def transferred(options: argparse.Namespace) -> dict[AdapterSpec, float]:
     """log2 of the learning rate that each curve gets from the record of the source task.
 
     Rounded to hundredths, so that another machine's last digits do not make another run of it.
@@ -78,44 +79,44 @@ def transferred(options: argparse.Namespace) -> dict[Curve, float]:
     facts: Facts = find_facts(request)
     print(f"the record of {record.task}: {record.note}")
     found = {}
-    for curve in [*((rank, "B", "1") for rank in options.ranks), FFT]:
+    for curve in [*(AdapterSpec(rank) for rank in options.ranks), FFT]:
         rate = transfer(record, facts.record_of(curve).configuration())
         found[curve] = round(math.log2(rate.value), 2)
-        print(f"{curve_name(curve)}: 2^{found[curve]:g}: {rate.reason}")
+        print(f"{curve.label}: 2^{found[curve]:g}: {rate.reason}")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         record.save(path)  # more runs of the source would move its optimum, and with it what is to be run here
     return found
 
 
-def arms(rates: Mapping[Curve, float], options: argparse.Namespace) -> list[Arm]:
+def arms(rates: Mapping[AdapterSpec, float], options: argparse.Namespace) -> list[Trial]:
     """At the transferred learning rates, then FFT's grid, each seed after the other."""
-    at_once = [Arm(*curve, rate, seed) for seed in options.seeds for curve, rate in rates.items()]
-    grid = [Arm(*FFT, float(lr), seed) for seed in options.grid_seeds for lr in options.grid]
+    at_once = [Trial(curve, rate, seed) for seed in options.seeds for curve, rate in rates.items()]
+    grid = [Trial(FFT, float(lr), seed) for seed in options.grid_seeds for lr in options.grid]
     return list(dict.fromkeys([*at_once, *grid]))
 
 
 def table(
-    rates: Mapping[Curve, float], done: Mapping[Arm, Outcome], options: argparse.Namespace, value: str
+    rates: Mapping[AdapterSpec, float], done: Mapping[Trial, TrialResult], options: argparse.Namespace, value: str
 ) -> ReportTable:
     """Means over seeds, and what is lost of the gain of FFT's best learning rate of the grid."""
     wanted = arms(rates, options)
-    on_grid = {lr: [done[a] for a in wanted if a.rank is None and a.log2_lr == lr] for lr in map(float, options.grid)}
+    on_grid = {lr: [done[a] for a in wanted if a.spec == FFT and a.log2_lr == lr] for lr in map(float, options.grid)}
     best = best_of(on_grid)
     if best is None:
         raise UserError("FFT diverged at every learning rate of the grid: give smaller ones with --grid.")
     base = statistics.fmean(outcome.before for outcome in done.values())
     highest = _mean(on_grid[best], value)
 
-    def line(name: str, log2_lr: float, runs: Sequence[Outcome]) -> list[str]:
+    def line(name: str, log2_lr: float, runs: Sequence[TrialResult]) -> list[str]:
         mean = _mean(runs, value)
-        error = statistics.fmean(run.error for run in runs) if value == "metric" else math.nan
+        error = statistics.fmean(run.standard_error for run in runs) if value == "score" else math.nan
         lost = f"{(highest - mean) / (highest - base):.1%}" if highest > base else "–"
         spread = f" ± {error:.3f}" if math.isfinite(error) else ""
         return [name, f"{log2_lr:g}", str(len(runs)), f"{mean:.3f}{spread}", lost]
 
     lines = [
-        line(f"{curve_name(c)}, transferred", lr, [done[a] for a in wanted if a.curve == c and a.log2_lr == lr])
+        line(f"{c.label}, transferred", lr, [done[a] for a in wanted if a.spec == c and a.log2_lr == lr])
         for c, lr in rates.items()
     ]
     lines += [line("FFT, the grid's best" if lr == best else "FFT", lr, runs) for lr, runs in sorted(on_grid.items())]
@@ -126,9 +127,9 @@ def table(
     )
 
 
-def _mean(runs: Sequence[Outcome], value: str) -> float:
+def _mean(runs: Sequence[TrialResult], value: str) -> float:
     """NaN where a run diverged."""
-    return statistics.fmean(math.nan if run.diverged else getattr(run, value) for run in runs)
+    return statistics.fmean(math.nan if run.is_lost else getattr(run, value) for run in runs)
 
 
 def main() -> None:

@@ -35,15 +35,15 @@ def finished_run(args: argparse.Namespace, rank: str, k: float, seed: int) -> di
         flags += ["--save_strategy", "no", "--output_dir", str(run.path), *args.flags]
         with open(args.out / f"{run.path.name}.log", "w") as log:
             subprocess.run([sys.executable, "-m", "mua_rl.grpo", *flags], stdout=log, stderr=log)
-    result = run.result() or {"diverged": True}
+    result = run.result()
     row = {
         "rank": rank,
         "log2_lr": -k,
         "seed": seed,
-        "accuracy": result.get("held_out/after", 0.0),
-        "error": result.get("held_out/standard_error", 0.0),
-        "diverged": result["diverged"],
-        "seconds": result.get("seconds", 0.0),
+        "accuracy": result.score if result else 0.0,
+        "error": result.standard_error if result else 0.0,
+        "diverged": result is None or result.is_lost,
+        "seconds": result.seconds if result else 0.0,
     }
     print(row, flush=True)
     return row

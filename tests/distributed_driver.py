@@ -22,6 +22,8 @@ from trl.generation.vllm_generation import DistributedBackend
 
 from mua_rl.exits import run_command
 from mua_rl.grpo import run as grpo
+from mua_rl.grpo.arguments import parse
+from mua_rl.grpo.setup import prepare
 from mua_rl.grpo.trainer import GRPOTrainer
 from mua_rl.lm import models
 from mua_rl.rollouts.fsdp2 import reshard
@@ -90,7 +92,7 @@ def jobs(folder, *names):
             if name.startswith("passes"):
                 train_unmeasured([*flags, *PASSES, "--model", str(untied(Path(folder) / "untied"))])
             else:
-                grpo.train(*grpo.parse(flags))
+                grpo.train(*parse(flags))
     finally:
         grpo.prepare, grpo.make_trainer, grpo.held_out = prepare, make_trainer, held_out
         GRPOTrainer.training_step = step
@@ -115,8 +117,8 @@ def train_unmeasured(flags):
     What a GPU's bf16 and an engine bring is there without their rounding: gradients are reduced in fp32, and the
     engine's check looks at log-probs before the first step.
     """
-    arguments, adapter_arguments, _ = grpo.parse(flags)
-    setup = grpo.prepare(arguments, adapter_arguments)
+    arguments, adapter_arguments, _ = parse(flags)
+    setup = prepare(arguments, adapter_arguments)
     run = RunFolder(arguments.requested_output_dir)
     trainer, _ = grpo.make_trainer(setup, arguments, run)
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)

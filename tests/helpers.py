@@ -1,6 +1,23 @@
 """What several test files need."""
 
 from mua_rl.lr.record import LRRecord
+from mua_rl.lr.spec import AdapterSpec, AlphaRule, Scheme
+from mua_rl.run.trial import Trial
+
+
+def spec(rank, init="B", alpha="1") -> AdapterSpec:
+    """What a trial trains, as people write it."""
+    return AdapterSpec.parse(rank, init, alpha)
+
+
+def scheme(init="B", alpha="1") -> tuple[Scheme, AlphaRule]:
+    """A scheme and a multiplier, as people write them."""
+    return spec(1, init, alpha).scheme, AlphaRule.parse(alpha)
+
+
+def trial(rank, init="B", alpha="1", log2_lr=-10.0, seed=0) -> Trial:
+    """A trial, as people write it."""
+    return Trial(spec(rank, init, alpha), log2_lr, seed)
 
 
 def make_record(**changes) -> LRRecord:

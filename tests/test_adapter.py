@@ -22,9 +22,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from mua_rl.adapter.adapters import Full, LoRA, adapter_for, fingerprint, load_adapter, lora_layers, lora_matrices
+from mua_rl.adapter.adapters import Full, LoRA, fingerprint, load_adapter, lora_layers, lora_matrices
 from mua_rl.errors import UserError
-from mua_rl.lr.rules import AlphaRule, Scheme
+from mua_rl.lr.spec import AdapterSpec, AlphaRule, Scheme
 
 
 class Zoo(nn.Module):
@@ -308,7 +308,7 @@ def test_a_layer_whose_weight_another_shares_is_refused_for_it_could_not_be_merg
         (lambda: LoRA(0), "at least 1"),
         (lambda: LoRA(-3), "at least 1"),
         (lambda: LoRA(4, "pissa"), "PiSSA"),
-        (lambda: adapter_for(4, "B", "nonsense", "mlp"), "multiplier"),
+        (lambda: AdapterSpec.parse(4, "B", "nonsense"), "multiplier"),
         (lambda: LoRA(4).attach(Zoo()), "--target-modules"),
         (lambda: LoRA(4, target_modules=["nowhere"]).attach(Zoo()), "nowhere"),
         (lambda: LoRA(4).attach(LoRA(4).attach(tiny_llama())), "carries a LoRA already"),

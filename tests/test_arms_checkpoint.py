@@ -6,18 +6,18 @@ import math
 
 import pytest
 import torch
+from helpers import trial
 
 from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.stacked.checkpoint import Checkpoint, Checkpoints, mark, path_of
 from mua_rl.grpo.stacked.trainer import SideBySide, train_side_by_side
-from mua_rl.run.trial import Arm
 
 ARMS = [
-    Arm(rank=4, init="B", alpha="1", log2_lr=-8, seed=1),
-    Arm(rank=2, init="A", alpha="1/r", log2_lr=-7, seed=2),
-    Arm(rank=8, init="B", alpha="0.7", log2_lr=-9, seed=1),
+    trial(rank=4, init="B", alpha="1", log2_lr=-8, seed=1),
+    trial(rank=2, init="A", alpha="1/r", log2_lr=-7, seed=2),
+    trial(rank=8, init="B", alpha="0.7", log2_lr=-9, seed=1),
 ]
-HOPELESS = Arm(rank=4, init="B", alpha="1", log2_lr=-20, seed=3)
+HOPELESS = trial(rank=4, init="B", alpha="1", log2_lr=-20, seed=3)
 LAST = 5
 
 
@@ -172,7 +172,7 @@ def test_checkpoints_are_written_as_often_as_the_trainers_own_flags_say(tmp_path
 def test_a_folder_that_cannot_be_written_is_said_and_ends_nothing(tmp_path, capsys):
     (tmp_path / "file").touch()
     _, outcomes = train(ARMS[:1], tmp_path / "file")
-    assert math.isfinite(outcomes[0].metric)
+    assert math.isfinite(outcomes[0].score)
     assert capsys.readouterr().out.count("no checkpoint at step") == 2
 
 

@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from helpers import trial
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import RepeatSampler
 
-from mua_rl.adapter.adapters import LoRA, load_adapter, lora_layers, lora_matrices
+from mua_rl.adapter.adapters import LoRA, adapter_for, load_adapter, lora_layers, lora_matrices
 from mua_rl.errors import UserError
 from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.stacked.generation import Decoder, choose, share
@@ -17,15 +18,13 @@ from mua_rl.grpo.stacked.stack import LoRAStack
 from mua_rl.grpo.stacked.trainer import SideBySide, prompt_order, train_side_by_side
 from mua_rl.lm import models
 from mua_rl.lm.heldout import held_out
-from mua_rl.lr.rules import AlphaRule
 from mua_rl.run.folder import RunFolder
-from mua_rl.run.trial import Arm
-from mua_rl.sweep.runner import read_outcome
+from mua_rl.run.trial import Status, reward_means
 
 MIXED = [
-    Arm(rank=4, init="B", alpha="1", log2_lr=-8, seed=1),
-    Arm(rank=2, init="A", alpha="1/r", log2_lr=-7, seed=2),
-    Arm(rank=8, init="B", alpha="0.7", log2_lr=-9, seed=1),
+    trial(rank=4, init="B", alpha="1", log2_lr=-8, seed=1),
+    trial(rank=2, init="A", alpha="1/r", log2_lr=-7, seed=2),
+    trial(rank=8, init="B", alpha="0.7", log2_lr=-9, seed=1),
 ]
 
 
@@ -51,8 +50,10 @@ def all_close(some, others, **tolerance):
 @pytest.mark.parametrize("number", range(len(MIXED)))
 def test_an_arm_starts_from_what_a_single_run_draws(number):
     arm = MIXED[number]
-    stack = LoRAStack(models.load_model("embedded"), [a.adapter("mlp") for a in MIXED], [a.seed for a in MIXED])
-    alone = LoRA(arm.rank, arm.init, AlphaRule.parse(arm.alpha)).attach(models.load_model("embedded"), arm.seed)
+    stack = LoRAStack(
+        models.load_model("embedded"), [adapter_for(a.spec, "mlp") for a in MIXED], [a.seed for a in MIXED]
+    )
+    alone = adapter_for(arm.spec, "mlp").attach(models.load_model("embedded"), arm.seed)
     found = {name: (a, b) for name, a, b in stack.matrices(number)}
     for name, layer in lora_layers(alone):
         ours = found.pop(name.removeprefix("base_model.model."))
@@ -90,7 +91,7 @@ def test_ranks_are_padded_with_zeros_that_stay_zero():
 
 @pytest.mark.parametrize("fault", ["learning rate", "nan"])
 def test_an_arm_that_goes_wrong_changes_nothing_in_the_others(fault):
-    wrong = Arm(rank=4, init="B", alpha="1", log2_lr=math.log2(10), seed=5)
+    wrong = trial(rank=4, init="B", alpha="1", log2_lr=math.log2(10), seed=5)
     arms = [MIXED[0], wrong, MIXED[2]]
     trainer, without = side_by_side(arms, max_steps=5), side_by_side(arms, max_steps=5)
 
@@ -104,13 +105,13 @@ def test_an_arm_that_goes_wrong_changes_nothing_in_the_others(fault):
     for number in (0, 2):
         assert dataclasses.replace(outcomes[number], seconds=0) == dataclasses.replace(expected[number], seconds=0)
         all_close(matrices(trainer, number), matrices(without, number), rtol=1e-4, atol=1e-6)
-        assert math.isfinite(outcomes[number].metric)
-    assert outcomes[1].diverged
-    assert (expected[1].stopped, expected[1].steps, expected[1].diverged) == ("no", 1, False)
+        assert math.isfinite(outcomes[number].score)
+    assert outcomes[1].status is Status.DIVERGED
+    assert (expected[1].reason, expected[1].steps, expected[1].status) == ("no", 1, Status.STOPPED)
     if fault == "nan":
         assert outcomes[1].steps == 4
-        assert "not finite in 3 steps" in outcomes[1].stopped
-        assert math.isnan(outcomes[1].metric)
+        assert "not finite in 3 steps" in outcomes[1].reason
+        assert math.isnan(outcomes[1].score)
         assert trainer.stack.active == [0, 2]
 
 
@@ -155,7 +156,7 @@ def test_accuracy_is_that_of_a_single_run_and_a_saved_adapter_is_the_arm(tmp_pat
 
 
 def test_arms_learn_and_a_hopeless_one_is_ended_by_name(tmp_path):
-    arms = [Arm(8, "B", "1", -7, 1), Arm(8, "B", "1", -30, 1)]
+    arms = [trial(8, "B", "1", -7, 1), trial(8, "B", "1", -30, 1)]
     seen = []
     outcomes = train_side_by_side(
         arguments(max_steps=40, held_out_problems=200, per_device_train_batch_size=64),
@@ -164,16 +165,16 @@ def test_arms_learn_and_a_hopeless_one_is_ended_by_name(tmp_path):
         keep_going=lambda arm, history: "hopeless" if arm.log2_lr < -20 and len(history) == 5 else None,
         adapters=tmp_path,
     )
-    assert outcomes[0].metric > outcomes[0].before + 0.1
+    assert outcomes[0].score > outcomes[0].before + 0.1
     assert outcomes[0].reward_last > outcomes[0].reward_mean
-    assert (outcomes[1].stopped, outcomes[1].steps, outcomes[1].diverged) == ("hopeless", 5, False)
-    assert math.isnan(outcomes[1].metric)
+    assert (outcomes[1].reason, outcomes[1].steps, outcomes[1].status) == ("hopeless", 5, Status.STOPPED)
+    assert math.isnan(outcomes[1].score)
     assert seen == [(k, [0, 1] if k <= 5 else [0]) for k in range(1, 41)]
     assert [path.name for path in tmp_path.iterdir()] == ["arm-0"]
 
 
 def test_a_step_without_a_score_counts_in_no_mean_as_in_a_single_run(tmp_path):
-    trainer, calls = side_by_side([Arm(4, "B", "1", -8, 1)], max_steps=12), []
+    trainer, calls = side_by_side([trial(4, "B", "1", -8, 1)], max_steps=12), []
     (reward,) = trainer.scoring.rewards
 
     def scores_but_for_two_steps(completions, **columns):
@@ -187,11 +188,9 @@ def test_a_step_without_a_score_counts_in_no_mean_as_in_a_single_run(tmp_path):
     run = RunFolder.create(str(tmp_path / "run"), "x")
     for step, metrics in enumerate(history, 1):  # TRL logs None where there is no score
         run.log(step, {"loss": 0.0, "reward": None if math.isnan(metrics["reward"]) else metrics["reward"]})
-    result = {"held_out/before": outcome.before, "held_out/after": outcome.metric}
-    run.finish({**result, "held_out/standard_error": outcome.error, "diverged": outcome.diverged})
     assert math.isfinite(outcome.reward_mean)
     assert math.isfinite(outcome.reward_last)
-    assert read_outcome(run, "grpo", "", outcome.seconds) == outcome
+    assert (outcome.reward_mean, outcome.reward_last) == reward_means(run.rewards("reward"))
 
 
 def test_prompts_come_in_the_order_of_trls_sampler_epoch_after_epoch():
@@ -211,8 +210,8 @@ def test_prompts_come_in_the_order_of_trls_sampler_epoch_after_epoch():
         ({"num_iterations": 2}, MIXED, "--num_iterations 2.*singly"),
         ({"steps_per_generation": 2}, MIXED, "--steps_per_generation"),
         ({"max_steps": -1}, MIXED, "--max_steps"),
-        ({}, [Arm(None, "", "", -10, 1)], "full finetuning.*singly"),
-        ({}, [Arm(4096, "B", "1", -10, 1)], "rank 4096 exceeds"),
+        ({}, [trial(None, log2_lr=-10, seed=1)], "full finetuning.*singly"),
+        ({}, [trial(4096, "B", "1", -10, 1)], "rank 4096 exceeds"),
         ({}, [], "no arm"),
         ({"reward_weights": [1.0, 2.0]}, MIXED, "--reward_weights"),
         ({"per_device_train_batch_size": 8 * 8193}, MIXED, "8192 training rows"),

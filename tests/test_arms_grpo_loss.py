@@ -2,24 +2,26 @@
 
 import pytest
 import torch
+from helpers import trial
 
 from mua_rl.adapter.adapters import lora_layers, lora_matrices
 from mua_rl.grpo import run as grpo
+from mua_rl.grpo.arguments import parse
+from mua_rl.grpo.setup import prepare
 from mua_rl.grpo.stacked.generation import Answers
 from mua_rl.grpo.stacked.objective import completion_weights, group_advantages
 from mua_rl.grpo.stacked.trainer import SideBySide
 from mua_rl.run.folder import RunFolder
-from mua_rl.run.trial import Arm
 
-ARM = Arm(rank=4, init="B", alpha="1", log2_lr=-10, seed=1)
+ARM = trial(rank=4, init="B", alpha="1", log2_lr=-10, seed=1)
 FLAGS = ["--rank", "4", "--seed", "1", "--per_device_train_batch_size", "32", "--gradient_accumulation_steps", "1"]
 FLAGS += ["--report_to", "none", "--max_completion_length", "6", "--max_steps", "3", "--lr", "1e-3"]
 
 
 def trl_batch(folder, *flags):
     """A trainer of a single run, a batch that TRL has generated and scored, and its texts' rewards."""
-    arguments, adapter_arguments, _ = grpo.parse([*FLAGS, *flags])
-    setup = grpo.prepare(arguments, adapter_arguments)
+    arguments, adapter_arguments, _ = parse([*FLAGS, *flags])
+    setup = prepare(arguments, adapter_arguments)
     arguments.output_dir = str(folder)
     trainer, _ = grpo.make_trainer(setup, arguments, RunFolder(folder))
     generator = torch.Generator().manual_seed(3)
@@ -52,7 +54,7 @@ def test_loss_and_gradient_are_trls_on_the_same_batch(flags, tmp_path, monkeypat
     expected = trainer._compute_loss(trainer.model, batch)
     expected.backward()
 
-    arguments, _, _ = grpo.parse([*FLAGS, *flags])
+    arguments, _, _ = parse([*FLAGS, *flags])
     ours = SideBySide(arguments, [ARM])
     with torch.no_grad():
         matrices = [lora_matrices(layer) for _, layer in lora_layers(trainer.model)]

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import trial
 
 from mua_rl.errors import UserError
 from mua_rl.grpo.arguments import GRPOArguments
@@ -12,7 +13,6 @@ from mua_rl.grpo.stacked.generation import Answers
 from mua_rl.grpo.stacked.memory import CACHE_ALIGNED, Parts, Work, arms_memory, memory_limit, one_run, plan_parts
 from mua_rl.grpo.stacked.trainer import SideBySide
 from mua_rl.rollouts.memory import GIB, PolicySize
-from mua_rl.run.trial import Arm
 
 # SmolLM2-135M with eight LoRAs of rank 32 on the MLP projections; linear layers in bf16, the embedding in fp32.
 EMBEDDING, LINEAR = 49152 * 576, 30 * (2 * 576 * (576 + 192) + 3 * 576 * 1536)
@@ -21,7 +21,7 @@ SMOLLM2 = PolicySize(4 * EMBEDDING + 2 * LINEAR, EMBEDDING + LINEAR, 8 * LORA, 3
 WORK = Work(arms=8, prompts=32, group=8, length=40 + 32, micro_batch=64)
 ONE = one_run(replace(SMOLLM2, frozen_bytes=4 * SMOLLM2.parameters, trained=LORA), WORK).total
 
-ARMS = [Arm(4, "B", "1", -8, 1), Arm(2, "A", "1/r", -7, 2)]
+ARMS = [trial(4, "B", "1", -8, 1), trial(2, "A", "1/r", -7, 2)]
 
 
 def side_by_side(parts=None, fixed=False, **changes):

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from helpers import trial
 
 from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.stacked.packing import UNLABELLED, Completion, attention_bias, batches, completion_sums, pack
 from mua_rl.grpo.stacked.trainer import SideBySide
-from mua_rl.run.trial import Arm
 
 COMPLETIONS = [Completion((30, 31), 0.5), Completion((40,), -1.0), Completion((50, 33, 34, 35), 0.25)]
 PROMPTS = [[5, 9, 20, 7], [8]]  # of two arms
@@ -16,7 +16,7 @@ PROMPTS = [[5, 9, 20, 7], [8]]  # of two arms
 
 @pytest.fixture(scope="module")
 def trainer():
-    arms = [Arm(4, "B", "1", -8, 1), Arm(2, "A", "1/r", -7, 2)]
+    arms = [trial(4, "B", "1", -8, 1), trial(2, "A", "1/r", -7, 2)]
     small = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 1}
     made = SideBySide(GRPOArguments(**small, report_to="none", held_out_problems=8), arms)
     made.stack.values.normal_(std=0.1, generator=torch.Generator().manual_seed(0))

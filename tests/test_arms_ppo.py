@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers import spec, trial
 
 stable_baselines3 = pytest.importorskip("stable_baselines3")
 from stable_baselines3.common.env_util import make_vec_env  # noqa: E402
@@ -27,11 +28,11 @@ from mua_rl.ppo.stacked.update import (  # noqa: E402
     update,
 )
 from mua_rl.ppo.trainer import PPO  # noqa: E402
-from mua_rl.run.trial import Arm  # noqa: E402
+from mua_rl.run.trial import Status  # noqa: E402
 
 CARTPOLE, PENDULUM = "mua_rl/CartPole-LongPole-v0", "mua_rl/Pendulum-HighGravity-v0"
-FFT = Arm(None, "B", "1", -8.0, 3)
-LORA = Arm(4, "B", "1", -8.0, 3)
+FFT = trial(None, "B", "1", -8.0, 3)
+LORA = trial(4, "B", "1", -8.0, 3)
 
 
 def make_base(folder, env_id, activation=torch.nn.Tanh, normalize=False):
@@ -117,12 +118,12 @@ def assert_same_weights(policy, model, rank, arm=0, **tolerance):
 
 @pytest.mark.parametrize("init", ["A", "B"])
 def test_arms_start_where_their_single_runs_start(bases, init):
-    arms = [Arm(rank, init, "1/r", -8.0, seed) for rank, seed in ((2, 0), (4, 0), (4, 7))]
+    arms = [trial(rank, init, "1/r", -8.0, seed) for rank, seed in ((2, 0), (4, 0), (4, 7))]
     base = bases[PENDULUM]
     for k, arm in enumerate(arms):
         model = single_run(base, arm, env_id=PENDULUM)
         policy = stacked(model, base, arms)
-        assert_same_weights(policy, model, arm.rank, k, rtol=0, atol=0)
+        assert_same_weights(policy, model, arm.spec.rank, k, rtol=0, atol=0)
         for name, value in model.policy.state_dict().items():
             assert torch.equal(policy.state_dict(k)[name], value), name
     assert policy.multipliers.tolist() == [0.5, 0.25, 0.25]
@@ -146,7 +147,7 @@ def test_advantages_and_returns_are_sb3s(bases, env_id):
     torch.testing.assert_close(ours[0], torch.as_tensor(buffer.advantages), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("arm", [LORA, replace(LORA, init="A", alpha="1/r"), FFT], ids=["B", "A", "FFT"])
+@pytest.mark.parametrize("arm", [LORA, replace(LORA, spec=spec(4, "A", "1/r")), FFT], ids=["B", "A", "FFT"])
 @pytest.mark.parametrize(
     ("env_id", "options"),
     [
@@ -173,7 +174,7 @@ def test_an_update_on_sb3s_own_rollout_gives_sb3s_weights(bases, arm, env_id, op
     before, adam = policy.trained.clone(), StackedAdam(policy, (0.9, 0.999), 1e-5)
     update(policy, adam, rollout, order[None], rates, torch.tensor([True]), settings)
     assert not torch.equal(before, policy.trained)
-    assert_same_weights(policy, model, arm.rank, rtol=1e-4, atol=2e-5)
+    assert_same_weights(policy, model, arm.spec.rank, rtol=1e-4, atol=2e-5)
     if "target_kl" in options:
         assert 0 < int(adam.steps) < settings.n_epochs * math.ceil(count / settings.batch_size)
 
@@ -198,7 +199,7 @@ def test_loss_and_gradients_are_sb3s_to_rounding(bases, arm):
 
 
 def test_adam_is_torchs_with_a_rate_and_a_count_of_steps_for_each_arm(bases):
-    arms = [Arm(None, "B", "1", rate, 0) for rate in (-8.0, -6.0, -7.0)]
+    arms = [trial(None, "B", "1", rate, 0) for rate in (-8.0, -6.0, -7.0)]
     model = single_run(bases[CARTPOLE], FFT)
     policy, generator = stacked(model, bases[CARTPOLE], arms), torch.Generator().manual_seed(0)
     ours = StackedAdam(policy, (0.9, 0.999), 1e-5)
@@ -233,7 +234,9 @@ def trained(arms, base, given):
 @pytest.mark.parametrize("env_id", [CARTPOLE, PENDULUM])
 @pytest.mark.parametrize("full", [False, True], ids=["LoRA", "FFT"])
 def test_an_arm_among_others_equals_the_arm_alone(bases, env_id, full):
-    arms = [Arm(None if full else rank, "B", "1", lr, seed) for rank, lr, seed in ((2, -7, 0), (4, -8, 1), (3, -6, 2))]
+    arms = [
+        trial(None if full else rank, "B", "1", lr, seed) for rank, lr, seed in ((2, -7, 0), (4, -8, 1), (3, -6, 2))
+    ]
     given = arguments(env_id, total_timesteps=448)  # 224 steps of each environment: Pendulum's episodes end at 200
     together, outcomes = trained(arms, bases[env_id], given)
     for k, arm in enumerate(arms):
@@ -246,7 +249,7 @@ def test_an_arm_among_others_equals_the_arm_alone(bases, env_id, full):
 
 @pytest.mark.parametrize("full", [False, True], ids=["LoRA", "FFT"])
 def test_an_arm_at_a_rate_of_ten_changes_nothing_in_the_others(bases, full):
-    arms = [Arm(None if full else 4, "B", "1", lr, seed) for lr, seed in ((-8, 0), (-7, 1), (-6, 2))]
+    arms = [trial(None if full else 4, "B", "1", lr, seed) for lr, seed in ((-8, 0), (-7, 1), (-6, 2))]
     wild = [arms[0], replace(arms[1], log2_lr=math.log2(10)), arms[2]]
     given = arguments(target_kl=0.0)
     calm, disturbed = (trained(group, bases[CARTPOLE], given)[0].policy.trained for group in (arms, wild))
@@ -258,14 +261,15 @@ def test_an_arm_that_leaves_the_finite_numbers_is_dropped_and_the_others_go_on(b
     arms = [replace(LORA, log2_lr=lr) for lr in (-8.0, 100.0, -7.0)]
     trainer, outcomes = trained(arms, bases[CARTPOLE], arguments(target_kl=0.0))
     assert trainer.alive.tolist() == [True, False, True]
-    assert outcomes[1].diverged and math.isnan(outcomes[1].metric) and "environment step 64" in outcomes[1].stopped
-    assert not math.isnan(outcomes[0].metric) and outcomes[0].steps == 192
+    assert outcomes[1].status is Status.DIVERGED and "environment step 64" in outcomes[1].reason
+    assert math.isnan(outcomes[1].score)
+    assert not math.isnan(outcomes[0].score) and outcomes[0].steps == 192
     _, calm = trained([arms[0], arms[2]], bases[CARTPOLE], arguments(target_kl=0.0))
-    assert [outcomes[k].metric for k in (0, 2)] == pytest.approx([outcome.metric for outcome in calm])
+    assert [outcomes[k].score for k in (0, 2)] == pytest.approx([outcome.score for outcome in calm])
 
 
 def test_smaller_ranks_stay_zero_beyond_their_rank(bases):
-    trainer, _ = trained([replace(LORA, rank=2), LORA], bases[CARTPOLE], arguments())
+    trainer, _ = trained([replace(LORA, spec=spec(2)), LORA], bases[CARTPOLE], arguments())
     for name, value in trainer.policy.weights().items():
         if "lora_A" in name:
             assert not value[0, 2:].any() and value[0, :2].any() and value[1, 2:].any()
@@ -282,7 +286,7 @@ def test_environments_that_are_no_tensors_train_too_with_statistics_of_each_arms
     arms = [replace(LORA, seed=seed) for seed in (0, 1)]
     given = arguments(env_id, eval_episodes=2)
     together, outcomes = trained(arms, base, given)
-    assert all(math.isfinite(outcome.metric) for outcome in outcomes)
+    assert all(math.isfinite(outcome.score) for outcome in outcomes)
     alone, _ = trained([arms[1]], base, given)
     for name, value in alone.policy.state_dict(0).items():
         torch.testing.assert_close(together.policy.state_dict(1)[name], value, rtol=1e-4, atol=1e-5)
@@ -337,5 +341,5 @@ def test_what_has_no_stacked_form_is_refused_and_the_message_says_to_run_singly(
 def test_workers_share_out_the_arms_and_change_no_result(bases):
     arms = [replace(LORA, seed=seed) for seed in range(3)]
     one, two = (train_side_by_side(arguments(), arms, bases[CARTPOLE], workers=workers) for workers in (1, 2))
-    assert [outcome.metric for outcome in two] == pytest.approx([outcome.metric for outcome in one])
+    assert [outcome.score for outcome in two] == pytest.approx([outcome.score for outcome in one])
     assert [outcome.reward_mean for outcome in two] == pytest.approx([outcome.reward_mean for outcome in one])

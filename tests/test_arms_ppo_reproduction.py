@@ -5,6 +5,7 @@ import importlib
 import pytest
 
 from mua_rl.errors import UserError
+from mua_rl.run.trial import Status
 
 pytest.importorskip("stable_baselines3")
 
@@ -15,16 +16,20 @@ def script():
 
 
 def outcome(metric):
-    from mua_rl.run.trial import Outcome
+    from mua_rl.run.trial import TrialResult
 
-    return Outcome(metric, 1.0, 16.0, 100.0, 200.0, False, "", 25600, 1.5)
+    return TrialResult(metric, 1.0, 16.0, 100.0, 200.0, Status.OK, "", 25600, 1.5)
 
 
 def test_arms_are_the_issues(script):
     work = script.all_work(seeds=8)
     assert len({(one.task, one.base, one.arm) for one in work}) == len(work)
-    assert {one.arm.rank for one in work} == {None, 2, 8, 32} and max(script.RANKS) <= script.WIDTH / 8
-    assert {(one.arm.init, one.arm.alpha) for one in work if one.arm.rank} == {("B", "1"), ("A", "1"), ("A", "1/r")}
+    assert {one.arm.spec.rank for one in work} == {None, 2, 8, 32} and max(script.RANKS) <= script.WIDTH / 8
+    assert {(one.arm.spec.init, str(one.arm.spec.alpha)) for one in work if one.arm.spec.rank} == {
+        ("B", "1"),
+        ("A", "1"),
+        ("A", "1/r"),
+    }
     assert len({(one.task, one.base) for one in work}) == 4
 
 
@@ -34,7 +39,7 @@ def test_groups_share_task_base_and_kind_and_hold_no_more_than_asked(script):
     assert [one for group in groups for one in group] == work
     assert max(map(len, groups)) <= 50
     for group in groups:
-        assert len({(one.task, one.base, one.arm.rank is None) for one in group}) == 1
+        assert len({(one.task, one.base, one.arm.spec.rank is None) for one in group}) == 1
 
 
 def test_what_is_in_the_csv_is_not_trained_again(script, tmp_path):
@@ -52,6 +57,6 @@ def test_what_is_in_the_csv_is_not_trained_again(script, tmp_path):
 def test_filters_choose_arms_and_an_unknown_name_is_refused(script):
     work = script.all_work(seeds=1)
     chosen = [one for one in work if script.wanted(one, ["task=pendulum", "rank=full,8"])]
-    assert {one.task for one in chosen} == {"pendulum"} and {one.arm.rank for one in chosen} == {None, 8}
+    assert {one.task for one in chosen} == {"pendulum"} and {one.arm.spec.rank for one in chosen} == {None, 8}
     with pytest.raises(UserError, match="not 'colour=red'"):
         script.wanted(work[0], ["colour=red"])

@@ -10,11 +10,13 @@ from mua_rl.adapter.adapters import fingerprint
 from mua_rl.errors import UserError
 from mua_rl.grpo import run as grpo
 from mua_rl.grpo.arguments import parse as parse_grpo
+from mua_rl.grpo.setup import prepare
 from mua_rl.lr.record import LRRecord
 from mua_rl.run import commands
 from mua_rl.run.folder import RunFolder
 
 ppo = pytest.importorskip("mua_rl.ppo.run")
+ppo_arguments = pytest.importorskip("mua_rl.ppo.arguments")
 ppo_base = pytest.importorskip("mua_rl.ppo.base")
 
 GRPO = ["--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1", "--report_to", "none"]
@@ -42,7 +44,9 @@ ODD_PPO = """--env_kwargs '{"gravity": 12}' --subprocesses true --target_modules
 
 
 @pytest.mark.parametrize(
-    ("parse", "module", "flags"), [(parse_grpo, "grpo", ODD_GRPO), (ppo.parse, "ppo", ODD_PPO)], ids=["grpo", "ppo"]
+    ("parse", "module", "flags"),
+    [(parse_grpo, "grpo", ODD_GRPO), (ppo_arguments.parse, "ppo", ODD_PPO)],
+    ids=["grpo", "ppo"],
 )
 def test_a_command_says_all_that_was_given_in_any_form(parse, module, flags):
     first = parse(shlex.split(flags))
@@ -55,7 +59,7 @@ def test_a_command_says_all_that_was_given_in_any_form(parse, module, flags):
 
 def test_what_a_yaml_file_gave_is_said_by_flags():
     words = shlex.split(commands.command("ppo", {"env_kwargs": {"g": [1]}, "wandb": True, "frame_stack": 2}))
-    arguments = ppo.parse(words[3:])[0]
+    arguments = ppo_arguments.parse(words[3:])[0]
     assert (arguments.env_kwargs, arguments.wandb, arguments.frame_stack) == ({"g": [1]}, True, 2)
 
 
@@ -63,14 +67,14 @@ def test_after_a_ppo_run_in_an_environment_of_ones_own_both_commands_train_in_it
     own = ["--env_id", "Pendulum-v1", "--env_kwargs", '{"g": 9.0}', "--base", "none", "--vec_normalize", "new"]
     own += ["--policy_kwargs", '{"net_arch": [16, 16]}', "--seed", "3", "--rank", "4", "--lr", "1e-6"]
     folder = tmp_path / "a run"
-    first = ppo.parse([*PPO, *own, "--output_dir", str(folder)])
+    first = ppo_arguments.parse([*PPO, *own, "--output_dir", str(folder)])
     ppo.train(*first)
     full, onward = printed(capsys.readouterr().out, "mua_rl.ppo")
-    again = ppo.parse(full)
+    again = ppo_arguments.parse(full)
     assert meant(again, "learning_rate", "output_dir") == meant(first, "learning_rate", "output_dir")
     setup, record = ppo.set_up(*again[:2]), LRRecord.load(folder)
     assert setup.configuration.rank is None and setup.base.fingerprint == record.base_fingerprint
-    later = ppo.parse(onward)
+    later = ppo_arguments.parse(onward)
     new = ("learning_rate", "output_dir", "base", "vec_normalize", "policy_kwargs")
     assert meant(later, *new) == meant(first, *new)
     setup = ppo.set_up(*later[:2])
@@ -91,16 +95,16 @@ def earlier(folder, **settings):
 
 def test_a_ppo_run_that_starts_from_another_is_in_its_environment_unless_another_is_given(tmp_path):
     folder = earlier(tmp_path / "r", env_id="Pendulum-v1", env_kwargs='{"g": 9.0}', frame_stack=2)
-    arguments, _, given = ppo.parse(["--start_from", folder])
+    arguments, _, given = ppo_arguments.parse(["--start_from", folder])
     assert (arguments.env_id, arguments.env_kwargs, arguments.frame_stack) == ("Pendulum-v1", {"g": 9.0}, 2)
     assert given["env_id"] == "Pendulum-v1"  # so that the run folder says it
-    arguments, _, _ = ppo.parse(["--start_from", folder, "--env_kwargs", '{"g": 5.0}'])
+    arguments, _, _ = ppo_arguments.parse(["--start_from", folder, "--env_kwargs", '{"g": 5.0}'])
     assert (arguments.env_id, arguments.env_kwargs, arguments.frame_stack) == ("Pendulum-v1", {"g": 5.0}, 2)
-    other, _, _ = ppo.parse(["--start_from", folder, "--env_id", ppo_default()])
+    other, _, _ = ppo_arguments.parse(["--start_from", folder, "--env_id", ppo_default()])
     assert (other.env_id, other.env_kwargs, other.frame_stack) == (ppo_default(), None, 1)
-    assert ppo.parse(["--start_from", earlier(tmp_path / "d")])[0].env_id == ppo_default()
+    assert ppo_arguments.parse(["--start_from", earlier(tmp_path / "d")])[0].env_id == ppo_default()
     with pytest.raises(UserError, match="brings its own policy: drop --base"):
-        ppo.parse(["--start_from", folder, "--base", "p.zip"])
+        ppo_arguments.parse(["--start_from", folder, "--base", "p.zip"])
 
 
 def ppo_default():
@@ -121,9 +125,9 @@ def test_after_a_grpo_run_from_another_run_both_commands_start_where_they_say(tm
     for parsed in (again, later):
         assert parsed[1].target_modules == targets[1:] and parsed[0].max_steps == 1
     record = LRRecord.load(tmp_path / "b c")
-    setup = grpo.prepare(*again[:2])
+    setup = prepare(*again[:2])
     assert setup.adapter.rank is None and setup.base.fingerprint == record.base_fingerprint
     assert setup.widths == record.widths
-    setup = grpo.prepare(*later[:2])
+    setup = prepare(*later[:2])
     assert setup.adapter.rank is None and setup.base.record == record
     assert setup.base.fingerprint == fingerprint(setup.policy) and setup.widths == record.widths

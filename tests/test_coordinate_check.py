@@ -13,7 +13,8 @@ from mua_rl import coordinate_check
 from mua_rl.coordinate_check import at_width, random_model
 from mua_rl.errors import UserError
 from mua_rl.exits import run_command
-from mua_rl.lr.rules import Configuration, Scheme
+from mua_rl.lr.rules import Configuration
+from mua_rl.lr.spec import AdapterSpec, Scheme
 from mua_rl.probes.coordinate_report import FIXED, TRANSFERRED, Row, figure, lines, table, theory_order
 from mua_rl.probes.feature_updates import DELTA_1, DELTA_2, DELTA_3, DELTA_Z, DELTA_Z_B
 
@@ -206,5 +207,5 @@ def test_a_single_rank_has_no_verdict_and_embeddings_do_not_count():
     ],
 )
 def test_the_theorys_growth_with_rank_at_a_fixed_lr(scheme, quantity, slope):
-    orders = [theory_order(quantity, Configuration(scheme, 1024, rank), 1 / 1024) for rank in (8, 64)]
+    orders = [theory_order(quantity, Configuration(AdapterSpec(rank, scheme), 1024), 1 / 1024) for rank in (8, 64)]
     assert math.log2(orders[1] / orders[0]) / 3 == pytest.approx(slope)

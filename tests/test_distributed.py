@@ -19,6 +19,7 @@ from mua_rl.accelerate_configs import config_file, names
 from mua_rl.errors import UserError
 from mua_rl.lr.record import LRRecord
 from mua_rl.run.folder import RunFolder
+from mua_rl.run.trial import Status
 
 pytestmark = pytest.mark.slow
 
@@ -160,7 +161,7 @@ def test_divergence_in_one_process_ends_all_with_one_message(layout, tmp_path):
     assert code != 0
     assert printed.count("the run diverged: the gradient was not finite in 3 steps in a row, up to step 3") == 1
     assert re.search(r"exitcode\s*: 3 ", printed)
-    assert RunFolder(tmp_path / "diverged").result()["diverged"]
+    assert RunFolder(tmp_path / "diverged").result().status is Status.DIVERGED
     assert not (tmp_path / "diverged" / "lr_record.json").exists()
 
 

@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mua_rl.adapter.adapters import Full, LoRA, lora_layers, lora_matrices
 from mua_rl.errors import UserError
-from mua_rl.lr.rules import AlphaRule
+from mua_rl.lr.spec import AlphaRule
 from mua_rl.probes.feature_updates import DELTA_1, DELTA_2, DELTA_3, DELTA_Z, DELTA_Z_B, feature_updates
 
 

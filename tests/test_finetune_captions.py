@@ -189,9 +189,9 @@ def test_a_curve_over_both_towers_ends_in_a_record(launch):
     launch(*flags, "--output_dir", "curves")
     record = LRRecord.load("curves")
     assert (record.target_modules, record.widths) == ("all-linear", [128, 256])
-    outcomes = {row.arm.log2_lr: row.outcome for row in read("curves/sweep.csv")}
+    outcomes = {row.trial.log2_lr: row.result for row in read("curves/sweep.csv")}
     assert outcomes.keys() == {-10, -9, -8}
-    assert outcomes[-9].metric > outcomes[-9].before
+    assert outcomes[-9].score > outcomes[-9].before
     assert "minus held-out loss per caption token" in Path("curves/report.md").read_text()
 
 

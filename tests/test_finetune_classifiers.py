@@ -19,7 +19,7 @@ from transformers import (
 from mua_rl.adapter.adapters import Full, LoRA, fingerprint, load_adapter, lora_layers
 from mua_rl.errors import UserError
 from mua_rl.lr.record import LRRecord
-from mua_rl.run.trial import Outcome
+from mua_rl.run.trial import Status, TrialResult
 
 for package in ("sklearn", "PIL"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install 'mua-rl[fields]'")
@@ -249,7 +249,7 @@ def test_what_cannot_be_used_is_refused_with_the_fault(launch, name, flags, says
 def test_the_record_of_curves_has_the_heads_learning_rate_that_was_given(launch, monkeypatch):
     def run_arm(problem, arm, before, head_lr):
         metric = before + 2 - abs(arm.log2_lr + 8)
-        return Outcome(metric, 0.1, before, metric, metric, False, "", problem.steps, 1.0)
+        return TrialResult(metric, 0.1, before, metric, metric, Status.OK, "", problem.steps, 1.0)
 
     monkeypatch.setattr("curves.run_arm", run_arm)
     grid = ["--ranks", "full", "--grid", "-9", "-7", "--resolution", "1", "--seeds", "1"]

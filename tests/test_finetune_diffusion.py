@@ -136,7 +136,7 @@ def test_full_finetuning_takes_a_loras_record_and_saves_a_unet_of_diffusers(laun
 
 def test_the_curves_end_in_a_csv_a_report_and_a_record(launch):
     launch("--ranks", 4, "--grid", -9, -8, "--resolution", 1, "--seeds", 1, "--output_dir", "curves")
-    assert {(row.arm.rank, row.task, row.base) for row in read("curves/sweep.csv")} == {
+    assert {(row.trial.rank, row.task, row.base) for row in read("curves/sweep.csv")} == {
         (4, "turned-digits", "unet-digits-3")
     }
     assert "minus held-out denoising loss" in Path("curves/report.md").read_text()

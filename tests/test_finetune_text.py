@@ -9,16 +9,19 @@ import curves
 import finetune_text as script
 import pytest
 import torch
+from helpers import trial
 from torch.nn.functional import log_softmax
 
 from mua_rl.adapter.adapters import LoRA, fingerprint
 from mua_rl.analysis.rows import Row, append
 from mua_rl.errors import UserError
 from mua_rl.grpo import run as grpo
+from mua_rl.grpo.arguments import parse
+from mua_rl.grpo.setup import prepare
 from mua_rl.lm.models import load_model, load_tokenizer
 from mua_rl.lr.record import LRRecord
 from mua_rl.run.folder import RunFolder
-from mua_rl.run.trial import Arm, Outcome
+from mua_rl.run.trial import Status, TrialResult
 
 SMALL = ["--max_steps", "4", "--per_device_train_batch_size", "8", "--held_out", "16"]
 
@@ -63,11 +66,11 @@ def test_grpo_goes_on_from_a_finetuned_policy_at_the_rate_of_its_own_record(tmp_
     flags = ["--start-from", str(sft), "--rank", "32", "--max_steps", "1", "--per_device_train_batch_size", "16"]
     flags += ["--gradient_accumulation_steps", "1", "--held_out_problems", "16", "--held_out_steps", "0"]
     flags += ["--report_to", "none", "--max_completion_length", "6", "--output_dir", str(tmp_path / "grpo")]
-    after = grpo.train(*grpo.parse(flags))
+    after = grpo.train(*parse(flags))
     record = LRRecord.load(Path(script.__file__).parent.parent / "mua_rl" / "assets" / "records" / "arithmetic-1m.json")
     assert after.settings()["task"] == "differences"
-    assert after.result()["learning_rate"] == record.learning_rate
-    assert after.result()["reason"].startswith(f"the shipped record arithmetic-1m (that of {sft} is of sft)")
+    assert after.learning_rate()["learning_rate"] == record.learning_rate
+    assert after.learning_rate()["reason"].startswith(f"the shipped record arithmetic-1m (that of {sft} is of sft)")
 
 
 def test_grpo_goes_on_with_the_tokenizer_of_the_finetuned_policy(tmp_path, monkeypatch):
@@ -78,7 +81,7 @@ def test_grpo_goes_on_with_the_tokenizer_of_the_finetuned_policy(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     run(monkeypatch, "--tokenizer_name", "./chat", "--rank", 4, "--lr", 2**-7, "--output_dir", tmp_path / "sft")
     monkeypatch.chdir("/")
-    setup = grpo.prepare(*grpo.parse(["--start-from", str(tmp_path / "sft"), "--rank", "4"])[:2])
+    setup = prepare(*parse(["--start-from", str(tmp_path / "sft"), "--rank", "4"])[:2])
     assert setup.tokenizer.chat_template == tokenizer.chat_template
     assert setup.held_out_rows["prompt"][0][0]["role"] == "user"
 
@@ -90,8 +93,8 @@ def test_grpo_wants_a_task_after_a_data_set(tmp_path, monkeypatch):
     run(monkeypatch, "--dataset_name", path, "--rank", 4, "--lr", 2**-7, "--output_dir", tmp_path / "sft")
     assert LRRecord.load(tmp_path / "sft").task == str(path)
     with pytest.raises(UserError, match="has no reward: give a --task"):
-        grpo.parse(["--start-from", str(tmp_path / "sft")])
-    grpo.parse(["--start-from", str(tmp_path / "sft"), "--task", "differences"])
+        parse(["--start-from", str(tmp_path / "sft")])
+    parse(["--start-from", str(tmp_path / "sft"), "--task", "differences"])
 
 
 def test_the_curves_end_with_a_record_that_serves_full_finetuning(tmp_path, monkeypatch, capsys):
@@ -225,7 +228,7 @@ def test_curves_are_not_measured_into_a_file(tmp_path, monkeypatch):
 def instant_run(problem_, arm, before, head_lr):
     """A run of no time, best at 2^-8."""
     metric = before + 2 - abs(arm.log2_lr + 8)
-    return Outcome(metric, 0.1, before, metric, metric, False, "", problem_.steps, 1.0)
+    return TrialResult(metric, 0.1, before, metric, metric, Status.OK, "", problem_.steps, 1.0)
 
 
 def test_the_same_command_after_a_stop_repeats_no_run_and_a_run_of_two_processes_counts_once(
@@ -254,7 +257,7 @@ def test_the_same_command_after_a_stop_repeats_no_run_and_a_run_of_two_processes
 
 def test_the_record_is_of_a_search_that_has_ended(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(curves, "run_arm", instant_run)
-    arms = [Arm(4, "B", "1", log2_lr, 0) for log2_lr in (-9.0, -8.0)]
+    arms = [trial(4, "B", "1", log2_lr, 0) for log2_lr in (-9.0, -8.0)]
     outcomes = [instant_run(problem(), arm, -5.0, 0) for arm in arms]
     rows = [Row("sft", "differences", "embedded", *pair, "elsewhere") for pair in zip(arms, outcomes, strict=True)]
     append(tmp_path / "sweep.csv", rows)

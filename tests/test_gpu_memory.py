@@ -7,8 +7,8 @@ import pytest
 from mua_rl.adapter.adapters import Full, LoRA
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import UserError
-from mua_rl.grpo import run as grpo
 from mua_rl.grpo import setup as grpo_setup
+from mua_rl.grpo.arguments import parse
 from mua_rl.lm import models
 from mua_rl.lm.heldout import prompt_ids
 from mua_rl.rollouts.memory import GIB, PolicySize, plan
@@ -74,7 +74,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr("torch.cuda.is_available", lambda: True)
         monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (int(gib * GIB), int(gib * GIB)))
 
-    arguments, _, _ = grpo.parse(["--max_completion_length", "32", "--report_to", "none"])
+    arguments, _, _ = parse(["--max_completion_length", "32", "--report_to", "none"])
     return make, arguments
 
 
@@ -114,7 +114,7 @@ def test_a_task_of_many_rows_is_planned_by_its_prompts_not_by_the_longest_that_t
 )
 def test_a_step_has_the_widest_passes_that_the_trainer_has_room_for_beside_any_engine(gpu, gib, flags, passes):
     make, _ = gpu
-    arguments, _, _ = grpo.parse(["--max_completion_length", "32", "--report_to", "none", *flags])
+    arguments, _, _ = parse(["--max_completion_length", "32", "--report_to", "none", *flags])
     make(gib)
     assert plan_engine(arguments, LoRA(8).attach(models.load_model("embedded")), 8, prompt_tokens=20) is None
     assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == passes
@@ -123,7 +123,7 @@ def test_a_step_has_the_widest_passes_that_the_trainer_has_room_for_beside_any_e
 
 def test_passes_that_the_user_has_chosen_stay(gpu):
     make, _ = gpu
-    arguments, _, _ = grpo.parse(
+    arguments, _, _ = parse(
         ["--per_device_train_batch_size", "8", "--max_completion_length", "32", "--report_to", "none"]
     )
     make(80)

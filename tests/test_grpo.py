@@ -22,18 +22,21 @@ from mua_rl.envs.tasks import get_task
 from mua_rl.errors import Diverged, UserError
 from mua_rl.grpo import arguments as grpo_arguments
 from mua_rl.grpo import run as grpo
+from mua_rl.grpo.arguments import parse
+from mua_rl.grpo.setup import prepare
 from mua_rl.grpo.trainer import GRPOTrainer
 from mua_rl.lm import models
 from mua_rl.lm.heldout import held_out
 from mua_rl.lr.record import LRRecord
 from mua_rl.run.folder import RunFolder
+from mua_rl.run.trial import Status
 
 SMALL = ["--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1", "--report_to", "none"]
 SMALL += ["--held_out_steps", "0"]
 
 
 def run(*flags):
-    return grpo.train(*grpo.parse([*SMALL, *map(str, flags)]))
+    return grpo.train(*parse([*SMALL, *map(str, flags)]))
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +60,9 @@ def test_a_run_folder_holds_what_is_needed_to_judge_and_repeat_it(lora_run):
     assert versions["trl"] == trl.__version__
     assert {"torch", "peft", "command", "host"} <= versions.keys()
     result = lora_run.result()
-    assert result["steps"] == 8
-    assert not result["diverged"]
-    assert result["held_out/after"] != result["held_out/before"]
+    assert result.steps == 8
+    assert result.status is Status.OK
+    assert result.score != result.before
 
 
 def test_metrics_have_every_step_and_the_rate_that_the_optimizer_used(lora_run):
@@ -86,13 +89,13 @@ def test_the_saved_adapter_is_plain_peft_with_the_trained_policys_answers(lora_r
     answers = greedy_answers(unmerged)
     task = get_task("arithmetic")
     scores = task.correct(completions=answers, answer=task.held_out(False)["answer"])
-    assert sum(scores) / len(scores) == lora_run.result()["held_out/after"]
+    assert sum(scores) / len(scores) == lora_run.result().score
     assert greedy_answers(unmerged.merge_and_unload()) == answers
 
 
 def test_full_finetuning_takes_the_lora_tuned_rate_and_saves_all_weights(lora_run, tmp_path):
     full = run("--rank", "full", "--lr-from", lora_run.path, "--max_steps", 2, "--output_dir", tmp_path / "full")
-    assert full.result()["learning_rate"] == 2**-8 * (8 / 128) ** 0.5  # r = 8 of m = 128 outputs
+    assert full.learning_rate()["learning_rate"] == 2**-8 * (8 / 128) ** 0.5  # r = 8 of m = 128 outputs
     assert LRRecord.load(full.path).scheme == "FFT"
     weights = load_file(full.path / "model" / "model.safetensors")
     base = models.load_model("embedded").state_dict()
@@ -102,20 +105,20 @@ def test_full_finetuning_takes_the_lora_tuned_rate_and_saves_all_weights(lora_ru
 
 def test_starting_from_a_lora_run_begins_at_its_accuracy_with_full_finetuning(lora_run, tmp_path):
     run_ = run("--start-from", lora_run.path, "--max_steps", 1, "--output_dir", tmp_path / "on")
-    assert run_.result()["held_out/before"] == lora_run.result()["held_out/after"]
-    assert run_.result()["learning_rate"] == 2**-8 * (8 / 128) ** 0.5
+    assert run_.result().before == lora_run.result().score
+    assert run_.learning_rate()["learning_rate"] == 2**-8 * (8 / 128) ** 0.5
     assert LRRecord.load(run_.path).rank is None
     further = run("--start-from", run_.path, "--rank", 4, "--max_steps", 1, "--output_dir", tmp_path / "further")
-    assert further.result()["held_out/before"] == run_.result()["held_out/after"]
+    assert further.result().before == run_.result().score
 
 
 def test_a_run_that_starts_from_another_has_its_task_unless_one_is_given(tmp_path):
     earlier = RunFolder.create(str(tmp_path / "earlier"), "")
     earlier.start({"task": "differences"})
     for flags, task in ([], "differences"), (["--task", "arithmetic"], "arithmetic"):
-        arguments, _, given = grpo.parse(["--start-from", str(earlier.path), *flags])
+        arguments, _, given = parse(["--start-from", str(earlier.path), *flags])
         assert (arguments.task, given["task"]) == (task, task)
-    assert grpo.parse([])[0].task == "arithmetic"
+    assert parse([])[0].task == "arithmetic"
 
 
 @pytest.mark.parametrize("config", [False, True])
@@ -125,9 +128,9 @@ def test_a_run_that_starts_from_another_model_refuses_model_also_where_it_is_the
     (tmp_path / "c.yaml").write_text("model: embedded\n")
     model = ["--config", str(tmp_path / "c.yaml")] if config else ["--model", "embedded"]
     with pytest.raises(UserError, match="earlier brings its own model, smollm2: drop --model"):
-        grpo.parse(["--start-from", str(earlier.path), *model])
-    assert grpo.parse(["--start-from", str(earlier.path)])[0].model == "smollm2"
-    arguments, _, given = grpo.parse(["--model", "embedded", "--task", "arithmetic"])
+        parse(["--start-from", str(earlier.path), *model])
+    assert parse(["--start-from", str(earlier.path)])[0].model == "smollm2"
+    arguments, _, given = parse(["--model", "embedded", "--task", "arithmetic"])
     assert (arguments.model, given) == ("embedded", {})
 
 
@@ -148,7 +151,7 @@ def test_a_damaged_checkpoint_is_refused_by_file_before_anything_changes(lora_ru
         whole = path.read_bytes()
         path.write_bytes(whole[:1000])
         with pytest.raises(UserError, match=f"{name} is damaged: delete .*checkpoint-8"):
-            grpo.train(*grpo.parse(["--resume", str(broken)]))
+            grpo.train(*parse(["--resume", str(broken)]))
         path.write_bytes(whole)
 
 
@@ -163,7 +166,7 @@ def test_a_config_file_says_the_same_as_flags_and_flags_win(tmp_path, monkeypatc
     (tmp_path / "c.yaml").write_text(
         "rank: 16\nlr: 1e-3\nmax_steps: 7\nnum_generations: 4\ntarget_modules: [up_proj]\n"
     )
-    arguments, adapter_arguments, given = grpo.parse(["--config", str(tmp_path / "c.yaml"), "--max_steps", "3"])
+    arguments, adapter_arguments, given = parse(["--config", str(tmp_path / "c.yaml"), "--max_steps", "3"])
     assert (arguments.max_steps, arguments.num_generations) == (3, 4)
     assert adapter_arguments.adapter("mlp").rank == 16
     assert adapter_arguments.adapter("mlp").target_modules == ["up_proj"]
@@ -183,7 +186,7 @@ def test_a_config_file_says_the_same_as_flags_and_flags_win(tmp_path, monkeypatc
     ],
 )
 def test_target_modules_are_names_with_spaces_or_commas_or_an_expression(flags, targets):
-    _, adapter_arguments, _ = grpo.parse(["--target-modules", *flags])
+    _, adapter_arguments, _ = parse(["--target-modules", *flags])
     assert adapter_arguments.adapter("mlp").target_modules == targets
 
 
@@ -218,7 +221,7 @@ def test_the_words_that_options_take_are_those_of_trls_trainer():
 
 
 def test_defaults_are_the_papers_recipe():
-    arguments, adapter_arguments, _ = grpo.parse([])
+    arguments, adapter_arguments, _ = parse([])
     assert adapter_arguments.adapter("mlp").rank == 32
     assert (arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon) == (0.9, 0.999, 1e-8)
     assert (arguments.weight_decay, arguments.max_grad_norm, arguments.beta) == (0.0, 1.0, 0.0)
@@ -230,7 +233,7 @@ def test_defaults_are_the_papers_recipe():
 
 def test_without_a_rate_the_shipped_record_gives_it_and_the_run_says_so(tmp_path):
     run_ = run("--rank", 4, "--max_steps", 1, "--output_dir", tmp_path / "r")
-    assert "shipped record" in run_.result()["reason"]
+    assert "shipped record" in run_.learning_rate()["reason"]
 
 
 def test_a_reference_policy_sees_the_adapter_we_attached(tmp_path):
@@ -276,7 +279,7 @@ def test_a_run_whose_rewards_never_gave_a_score_says_so_and_leaves_no_record(tmp
     monkeypatch.setattr("mua_rl.grpo.setup.get_task", lambda *spec: task)
     with pytest.raises(UserError, match=r"no completion had a score in any of 2 steps.*\(silent\) give None"):
         run("--rank", 4, "--lr", 1e-3, "--max_steps", 2, "--output_dir", tmp_path / "r")
-    assert RunFolder(tmp_path / "r").result()["diverged"]
+    assert RunFolder(tmp_path / "r").result().status is Status.UNSCORED
     assert not (tmp_path / "r" / "lr_record.json").exists()
 
 
@@ -306,7 +309,7 @@ def test_a_diverged_run_says_so_and_leaves_no_record(tmp_path, monkeypatch):
     poison(monkeypatch, range(9))
     with pytest.raises(Diverged, match="3 steps in a row, up to step 3"):
         run("--rank", 4, "--lr", 1e-3, "--max_steps", 9, "--output_dir", tmp_path / "r")
-    assert RunFolder(tmp_path / "r").result()["diverged"]
+    assert RunFolder(tmp_path / "r").result().status is Status.DIVERGED
     with pytest.raises(UserError):
         LRRecord.load(tmp_path / "r")
 
@@ -419,7 +422,7 @@ def test_a_tokenizer_with_tokens_that_the_model_lacks_is_refused_where_the_task_
     flags = ["--model", tmp_path / "m", "--lr", 1e-3, "--max_steps", 1, "--output_dir", tmp_path / "r"]
     tokenizer.add_tokens([f"<image {k}>" for k in range(models.load_model("embedded").config.vocab_size)])
     tokenizer.save_pretrained(tmp_path / "m")
-    grpo.prepare(*grpo.parse([*SMALL, *map(str, flags)])[:2])
+    prepare(*parse([*SMALL, *map(str, flags)])[:2])
     tokenizer.add_tokens(["<more>"])
     tokenizer.pad_token = "<more>"
     tokenizer.save_pretrained(tmp_path / "m")
@@ -472,11 +475,11 @@ def test_a_killed_run_resumes_to_bitwise_the_same_policy(tmp_path):
     one, two = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, broken))
     assert all(torch.equal(one[name], two[name]) for name in one)
     results = [RunFolder(folder).result() for folder in (whole, broken)]
-    assert results[0]["held_out/after"] == results[1]["held_out/after"]
+    assert results[0].score == results[1].score
     steps = [line["step"] for line in RunFolder(broken).metrics() if "loss" in line]
     assert steps == list(range(1, 13))
     with pytest.raises(UserError, match="has ended"):
-        grpo.parse(["--resume", str(broken)])
+        parse(["--resume", str(broken)])
 
 
 def test_the_trainer_uses_seams_that_trl_and_transformers_have():

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, dynamic_module_utils
 
 from mua_rl.errors import UserError
 from mua_rl.grpo import run as grpo
-from mua_rl.grpo.arguments import GRPOArguments
+from mua_rl.grpo.arguments import GRPOArguments, parse
 from mua_rl.grpo.base import load_base, load_tokenizer
 from mua_rl.lm import models
 from mua_rl.lr.record import LRRecord
@@ -22,7 +22,7 @@ EAGER = '{"attn_implementation": "eager"}'
 
 
 def parsed(*flags):
-    return grpo.parse([*SMALL, *map(str, flags)])
+    return parse([*SMALL, *map(str, flags)])
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_a_lora_held_to_a_reference_policy_resumes_where_it_was(tmp_path):
     shutil.copytree(whole, broken)
     (broken / "result.json").unlink()
     shutil.rmtree(broken / "checkpoint-4")
-    grpo.train(*grpo.parse(["--resume", str(broken)]))
+    grpo.train(*parse(["--resume", str(broken)]))
     one, two = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, broken))
     assert all(torch.equal(one[name], two[name]) for name in one)
 

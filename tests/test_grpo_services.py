@@ -15,6 +15,7 @@ from trl.trainer import base_trainer, grpo_trainer
 from mua_rl.errors import UserError
 from mua_rl.exits import run_command
 from mua_rl.grpo import run as grpo
+from mua_rl.grpo.arguments import parse
 from mua_rl.lr.record import LRRecord
 from mua_rl.run import hub
 from mua_rl.run.folder import RunFolder
@@ -24,7 +25,7 @@ SMALL += ["--held_out_problems", "8", "--max_completion_length", "6", "--rank", 
 
 
 def run(*flags):
-    return grpo.train(*grpo.parse([*SMALL, "--report_to", "none", *map(str, flags)]))
+    return grpo.train(*parse([*SMALL, "--report_to", "none", *map(str, flags)]))
 
 
 class Hub:
@@ -83,7 +84,7 @@ def test_the_hub_is_not_asked_for_where_it_cannot_be_had(flags, tmp_path, monkey
 )
 def test_an_option_that_would_do_harm_or_nothing_is_refused_by_name(flags, instead):
     with pytest.raises(UserError, match=f"^{flags[0]} .*{instead}"):
-        grpo.parse(flags)
+        parse(flags)
 
 
 def test_a_hub_out_of_reach_is_one_line_before_the_first_step(made_up_hub, tmp_path, capsys):
@@ -109,7 +110,7 @@ def test_a_push_that_fails_takes_nothing_with_it_and_says_how_to_push_by_hand(ma
     assert "service not known" in str(error.value)
     assert f"hf upload me/run {folder} . --exclude 'checkpoint-*' --revision v1" in str(error.value)
     assert LRRecord.load(folder).rank == 4
-    assert RunFolder(folder).result()["steps"] == 2
+    assert RunFolder(folder).result().steps == 2
     assert (folder / "adapter" / "adapter_model.safetensors").exists()
     assert (folder / "curve.png").exists()
 
@@ -143,7 +144,7 @@ def test_a_resumed_run_goes_on_at_weights_and_biases(made_up_wandb, tmp_path, mo
     (folder / "result.json").unlink()
     shutil.rmtree(folder / "checkpoint-2")
     made_up_wandb.run = None  # as in a new process
-    grpo.train(*grpo.parse(["--resume", str(folder)]))
+    grpo.train(*parse(["--resume", str(folder)]))
     assert made_up_wandb.asked == [("sums", "run", None, "allow"), ("sums", "run", "fresh", "allow")]
 
 

@@ -7,17 +7,19 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from helpers import trial
 
 from mua_rl.coordinate_check import sample_group
 from mua_rl.envs.tasks import Task, get_task
 from mua_rl.evaluation.evaluation import Settings, evaluate
 from mua_rl.grpo import run as grpo
+from mua_rl.grpo.arguments import parse
+from mua_rl.grpo.setup import prepare
 from mua_rl.grpo.stacked.trainer import SideBySide
 from mua_rl.lm import models
 from mua_rl.lm.heldout import HeldOutResult, complete, end_ids, generate, held_out, prompt_ids, score
 from mua_rl.probes.movement import probe_batch
 from mua_rl.run.folder import RunFolder
-from mua_rl.run.trial import Arm
 
 TEMPLATE = "{{ messages[0]['content'] }}{% if hint %}{{ hint }}{% endif %}="
 
@@ -125,10 +127,10 @@ def test_a_single_run_asks_its_held_out_problems_as_a_sweep_does(tmp_path, monke
     model.save_pretrained(tmp_path / "m"), tokenizer.save_pretrained(tmp_path / "m")
     flags = ["--model", str(tmp_path / "m"), "--chat_template_kwargs", '{"hint": "*3"}', "--held_out_problems", "4"]
     flags += ["--lr", "1e-3", "--output_dir", str(tmp_path / "r"), "--report_to", "none", "--max_steps", "1"]
-    arguments, adapter_arguments, _ = grpo.parse([*flags, "--per_device_train_batch_size", "16"])
-    setup = grpo.prepare(arguments, adapter_arguments)
+    arguments, adapter_arguments, _ = parse([*flags, "--per_device_train_batch_size", "16"])
+    setup = prepare(arguments, adapter_arguments)
     asked = []
     monkeypatch.setattr("mua_rl.lm.heldout.complete", lambda m, t, ids, *_: asked.extend(ids) or torch.tensor(ids))
     grpo.make_trainer(setup, arguments, RunFolder(tmp_path))[1]()
-    assert asked == list(SideBySide(arguments, [Arm(4, "B", "1", -8, 0)]).problems.values())
+    assert asked == list(SideBySide(arguments, [trial(4, "B", "1", -8, 0)]).problems.values())
     assert tokenizer.decode(asked[0]).replace(" ", "") == "1+2*3="

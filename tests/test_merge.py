@@ -11,6 +11,7 @@ from mua_rl import merge
 from mua_rl.errors import UserError
 from mua_rl.evaluation.engines import check_base
 from mua_rl.grpo import run as grpo
+from mua_rl.grpo.arguments import parse
 from mua_rl.grpo.base import load_base
 from mua_rl.lm import models
 from mua_rl.run.folder import RunFolder
@@ -24,8 +25,8 @@ SMALL += ["--rank", "4", "--lr", "0.01", "--max_steps", "2"]
 def chain(tmp_path_factory):
     """A LoRA run, and another that started from it."""
     folder = tmp_path_factory.mktemp("chain")
-    grpo.train(*grpo.parse([*SMALL, "--output_dir", str(folder / "first")]))
-    grpo.train(*grpo.parse([*SMALL, "--start-from", str(folder / "first"), "--output_dir", str(folder / "second")]))
+    grpo.train(*parse([*SMALL, "--output_dir", str(folder / "first")]))
+    grpo.train(*parse([*SMALL, "--start-from", str(folder / "first"), "--output_dir", str(folder / "second")]))
     return folder
 
 
@@ -42,7 +43,7 @@ def same(one, other):
 def test_the_merged_policy_of_a_chain_is_the_one_that_a_next_run_would_start_from(chain, tmp_path, monkeypatch):
     command(monkeypatch, chain / "second", tmp_path / "out")
     after = ["--start-from", str(chain / "second")]
-    expected, _ = load_base(grpo.parse(after)[0], str(chain / "second"))
+    expected, _ = load_base(parse(after)[0], str(chain / "second"))
     assert same(models.load_model(str(tmp_path / "out")), expected)
     assert not same(models.load_model("embedded"), expected)
     assert models.load_tokenizer(str(tmp_path / "out")).get_vocab() == models.load_tokenizer("embedded").get_vocab()
@@ -58,7 +59,7 @@ def test_the_adapter_of_a_run_after_a_lora_run_names_the_command_that_makes_its_
     base = models.load_model(str(tmp_path / "base"))
     check_base(adapter, str(tmp_path / "base"), lambda: base)
     after = ["--start-from", str(chain / "second")]
-    expected, _ = load_base(grpo.parse(after)[0], str(chain / "second"))
+    expected, _ = load_base(parse(after)[0], str(chain / "second"))
     assert same(PeftModel.from_pretrained(base, adapter).merge_and_unload(), expected)
 
 

@@ -10,7 +10,7 @@ from trl.trainer.utils import add_fused_lm_head
 from mua_rl import plan
 from mua_rl.adapter.adapters import Full, LoRA
 from mua_rl.exits import run_command
-from mua_rl.grpo import run as grpo
+from mua_rl.grpo.arguments import parse
 from mua_rl.lm import models
 from mua_rl.rollouts.memory import GIB, PolicySize, trainer_memory
 
@@ -145,7 +145,7 @@ def test_the_command_says_what_to_type(monkeypatch, capsys):
     last = printed.strip().splitlines()[-1]
     assert last.startswith("accelerate launch --config_file $(python -m mua_rl.accelerate_configs ddp)")
     flags = last.partition("mua_rl.grpo ")[2].split()
-    arguments, _, _ = grpo.parse([*flags, "--report_to", "none"])
+    arguments, _, _ = parse([*flags, "--report_to", "none"])
     assert arguments.completions_per_step == 256
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import make_record
-from torch import nn
 
 from mua_rl.analysis.measured import FFT, sweeps_of
 from mua_rl.analysis.predictions import (
@@ -20,8 +19,8 @@ from mua_rl.analysis.predictions import (
 )
 from mua_rl.analysis.report import parse_sizes
 from mua_rl.analysis.rows import read_all
-from mua_rl.grpo.report import announce
-from mua_rl.lr.rules import AlphaRule, Configuration, Scheme
+from mua_rl.lr.rules import Configuration
+from mua_rl.lr.spec import AdapterSpec, AlphaRule, Scheme
 from mua_rl.lr.transfer import (
     EVIDENCE,
     FROM_RANK,
@@ -33,6 +32,7 @@ from mua_rl.lr.transfer import (
     transfer,
 )
 from mua_rl.run.folder import RunFolder
+from mua_rl.run.life import announce
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 SIZES = [
@@ -54,10 +54,10 @@ def measured():
 
 
 def lora(rank, scheme=Scheme.INIT_B, alpha="1", width=512):
-    return Configuration(scheme, width, rank, AlphaRule.parse(alpha), "adamw_torch", outputs=512)
+    return Configuration(AdapterSpec(rank, scheme, AlphaRule.parse(alpha)), width, "adamw_torch", outputs=512)
 
 
-FULL = Configuration(Scheme.FFT, 512, optimizer="adamw_torch", outputs=512)
+FULL = Configuration(FFT, 512, optimizer="adamw_torch", outputs=512)
 
 
 def test_the_evidence_is_what_docs_results_say_today(measured):
@@ -124,7 +124,7 @@ def test_the_records_own_rate_and_a_given_one_are_no_predictions():
         ({"alpha": "16/r"}, lora(16, alpha="16/r"), None, "α = 16/r was not measured with Init\\[B\\]"),
         ({}, lora(16), 0.25, "measured with --rank_exponent 0.5"),
         ({}, lora(16, width=1024), None, "between widths"),
-        ({"scheme": "FFT", "rank": None}, Configuration(Scheme.FFT, 64, optimizer="adamw_torch"), None, "FFT to FFT"),
+        ({"scheme": "FFT", "rank": None}, Configuration(FFT, 64, optimizer="adamw_torch"), None, "FFT to FFT"),
         ({"schedule": {"steps": 5000}}, FULL, None, "took 5,000 steps, and those .* 120"),
         ({"schedule": {"env_steps": 10**6}, "algorithm": "ppo"}, FULL, None, "took 1,000,000 steps"),
     ],
@@ -140,9 +140,9 @@ def test_where_nothing_was_measured_a_warning_says_so_in_one_line_with_a_cure(re
 def test_full_finetuning_is_tuned_at_a_rank_from_which_it_was_measured_to_lose_little(measured):
     least = FROM_RANK[RANK_EXPONENT]
     losses = [
-        (test.source.curve[0], test.loss)
+        (test.source.spec.rank, test.loss)
         for test in prediction_tests(measured[RANK_EXPONENT], RankCorrected(RANK_EXPONENT))
-        if test.target.curve == FFT
+        if test.target.spec == FFT
     ]
     assert max(loss for rank, loss in losses if rank >= least) < 0.033
     small = [loss for rank, loss in losses if rank < least]
@@ -197,5 +197,5 @@ def test_a_record_that_does_not_say_how_long_its_runs_took_is_taken_as_it_is(sch
 def test_a_grpo_run_shows_the_warning_before_its_first_step(tmp_path, capsys):
     for rank, warns in ((2, True), (16, False)):
         rate = transfer(make_record(), lora(rank))
-        announce(RunFolder(tmp_path), "arithmetic", "embedded", nn.Linear(2, 2), lora(rank), rate)
+        announce(RunFolder(tmp_path), "arithmetic with embedded", rate)
         assert ("r = 2 is outside the ranks" in capsys.readouterr().out) is warns

@@ -19,11 +19,10 @@ from mua_rl.envs.control import FAMILIES  # noqa: E402
 from mua_rl.errors import UserError  # noqa: E402
 from mua_rl.lr.record import LRRecord  # noqa: E402
 from mua_rl.ppo import evaluation as ppo_evaluation  # noqa: E402
-from mua_rl.ppo.arguments import PPOArguments  # noqa: E402
+from mua_rl.ppo.arguments import PPOArguments, parse  # noqa: E402
 from mua_rl.ppo.base import SHIPPED, read_base_policy, shipped_policy  # noqa: E402
 from mua_rl.ppo.envs import build_envs, evaluation_envs, with_statistics  # noqa: E402
 from mua_rl.ppo.evaluation import Returns, evaluate  # noqa: E402
-from mua_rl.ppo.run import parse  # noqa: E402
 from mua_rl.ppo.setup import find_base, set_up  # noqa: E402
 from mua_rl.ppo.trainer import PPO  # noqa: E402
 from mua_rl.run.folder import RunFolder  # noqa: E402

@@ -8,8 +8,9 @@ pytest.importorskip("stable_baselines3")
 
 from mua_rl.errors import UserError
 from mua_rl.lr.record import LRRecord
+from mua_rl.ppo.arguments import parse
 from mua_rl.ppo.checkpoint import list_checkpoints, save_checkpoint
-from mua_rl.ppo.run import parse, train
+from mua_rl.ppo.run import train
 from mua_rl.ppo.setup import set_up
 
 FLAGS = ["--total_timesteps", "1024", "--n_steps", "32", "--checkpoint_steps", "256", "--eval_episodes", "2"]
@@ -27,7 +28,7 @@ def kill(*_):
 def killed_near_the_end(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ppo") / "run"
     with pytest.MonkeyPatch.context() as context:
-        context.setattr("mua_rl.ppo.run.plots.learning_curve", kill)
+        context.setattr("mua_rl.run.life.plots.learning_curve", kill)
         with pytest.raises(Killed):
             train(*parse([*FLAGS, "--tensorboard_log", "none", "--output_dir", str(folder)]))
     return folder
@@ -39,7 +40,7 @@ def folder(killed_near_the_end, tmp_path):
 
 
 def test_a_run_that_was_killed_before_its_record_was_written_goes_on(folder):
-    assert train(*parse(["--resume", str(folder)])).result()["env_steps"] == 1024
+    assert train(*parse(["--resume", str(folder)])).result().steps == 1024
     assert LRRecord.load(folder).learning_rate > 0
     with pytest.raises(UserError, match="has ended"):
         parse(["--resume", str(folder)])
@@ -53,7 +54,7 @@ def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on_from_the_o
         train(*parse(["--resume", str(folder)]))
     shutil.rmtree(last)
     assert before.is_dir()
-    assert train(*parse(["--resume", str(folder)])).result()["env_steps"] == 1024
+    assert train(*parse(["--resume", str(folder)])).result().steps == 1024
 
 
 def test_a_copy_that_was_put_aside_is_no_checkpoint_and_is_kept(folder):

@@ -21,10 +21,15 @@ from stable_baselines3.common.vec_env import VecNormalize  # noqa: E402
 
 from mua_rl.errors import UserError  # noqa: E402
 from mua_rl.lr.record import LRRecord  # noqa: E402
-from mua_rl.ppo.arguments import DEFAULT_ENV, PPOArguments  # noqa: E402
+from mua_rl.ppo.arguments import (  # noqa: E402
+    DEFAULT_ENV,
+    PPOArguments,
+    parse,
+)
 from mua_rl.ppo.envs import FiniteGuard, build_envs, evaluation_envs  # noqa: E402
-from mua_rl.ppo.run import parse, train  # noqa: E402
+from mua_rl.ppo.run import train  # noqa: E402
 from mua_rl.ppo.setup import set_up  # noqa: E402
+from mua_rl.ppo.trainer import PPO  # noqa: E402
 from mua_rl.run.folder import RunFolder, start_wandb  # noqa: E402
 
 QUICK = ["--total_timesteps", "2048", "--eval_episodes", "4", "--tensorboard_log", "none", "--progress_bar", "false"]
@@ -111,7 +116,7 @@ def test_a_run_leaves_what_it_promises_and_its_record_gives_full_finetuning_the_
     assert LRRecord.load(full.path).learning_rate == 0.004
     after = run("--start_from", str(folder), "--output_dir", str(tmp_path / "after"))
     first, last = json.loads((folder / "result.json").read_text()), json.loads((after.path / "result.json").read_text())
-    assert last["held_out/before"] == first["held_out/after"]  # the switch loses nothing
+    assert last["before"] == first["score"]  # the switch loses nothing
     assert LRRecord.load(after.path).scheme == "FFT"
 
 
@@ -169,8 +174,8 @@ def test_the_default_command_needs_no_flag(tmp_path, monkeypatch):
     arguments.total_timesteps, arguments.eval_episodes = 1024, 4
     folder = train(arguments, adapter_arguments, given).path
     assert folder.parent.name == "runs" and "/" not in folder.name
-    result = json.loads((folder / "result.json").read_text())
-    assert "the shipped record ppo-cartpole" in result["reason"] and "guess" not in result["reason"]
+    reason = json.loads((folder / "result.json").read_text())["learning_rate_reason"]
+    assert "the shipped record ppo-cartpole" in reason and "guess" not in reason
 
 
 def test_yaml_and_flags_say_the_same(tmp_path):
@@ -206,8 +211,6 @@ def test_a_killed_run_ends_where_the_unbroken_one_does(tmp_path):
 
 @pytest.mark.parametrize("kind", [["--vec_normalize", "new"], ["--use_sde", "true"]], ids=["normalised", "gSDE"])
 def test_a_resumed_run_equals_the_unbroken_one_and_so_does_what_it_measures(kind, tmp_path, monkeypatch):
-    import mua_rl.ppo.run as launcher
-
     flags = ["--env_id", "Pendulum-v1", "--base", "none", *kind, "--lr", "0.001", "--n_steps", "64"]
     flags += ["--total_timesteps", "4096", "--checkpoint_steps", "1024", "--n_envs", "4", "--n_epochs", "2"]
     unbroken = run(*flags, "--output_dir", str(tmp_path / "unbroken")).path
@@ -220,34 +223,33 @@ def test_a_resumed_run_equals_the_unbroken_one_and_so_does_what_it_measures(kind
             raise Stopped
         return original(model, *args, **kwargs)
 
-    original = launcher.PPO.train
-    monkeypatch.setattr(launcher.PPO, "train", stop_late)
+    original = PPO.train
+    monkeypatch.setattr(PPO, "train", stop_late)
     with pytest.raises(Stopped):
         run(*flags, "--output_dir", str(tmp_path / "broken"))
-    monkeypatch.setattr(launcher.PPO, "train", original)
+    monkeypatch.setattr(PPO, "train", original)
     torch.rand(7), np.random.rand(7)  # another process would have other random states
     resumed = train(*parse(["--resume", str(tmp_path / "broken")])).path
     assert same_weights(unbroken, resumed)
     first, second = (json.loads((folder / "result.json").read_text()) for folder in (unbroken, resumed))
-    assert first["held_out/after"] == second["held_out/after"]
+    assert first["score"] == second["score"]
     with pytest.raises(UserError, match="has ended"):
         parse(["--resume", str(resumed)])
 
 
 def test_a_resumed_run_trains_and_records_the_rates_that_it_began_with(tmp_path, monkeypatch):
     """Whatever the record that they came from says by then, and also where there is none any more."""
-    import mua_rl.ppo.run as launcher
     import mua_rl.run.arguments as arguments
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(launcher.PPO, "learn", interrupt)
+        patch.setattr(PPO, "learn", interrupt)
         run(*QUICK, "--output_dir", str(tmp_path / "run"))
     began = RunFolder(tmp_path / "run").learning_rate()
     monkeypatch.delattr(arguments, "find_record")
-    setup = launcher.set_up(*parse(["--resume", str(tmp_path / "run")])[:2])
+    setup = set_up(*parse(["--resume", str(tmp_path / "run")])[:2])
     assert (setup.rate.value, setup.rate.reason) == (began["learning_rate"], began["reason"])
     assert setup.model.head_learning_rate == began["head"] is not None
 

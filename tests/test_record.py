@@ -9,7 +9,8 @@ from helpers import make_record
 
 from mua_rl.errors import UserError
 from mua_rl.lr.record import FILE_NAME, LRRecord, machine
-from mua_rl.lr.rules import AlphaRule, Configuration, Scheme
+from mua_rl.lr.rules import Configuration
+from mua_rl.lr.spec import FFT, AdapterSpec, AlphaRule, Scheme
 from mua_rl.lr.transfer import given, transfer
 
 
@@ -98,16 +99,18 @@ def test_at_the_records_own_configuration_the_policy_returns_its_rate_exactly():
 
 
 def test_without_correction_rank_to_rank_and_lora_to_full_follow_the_rules():
-    record, rank_128 = make_record(), Configuration(Scheme.INIT_B, 512, 128, optimizer="adamw_torch")
+    record, rank_128 = make_record(), Configuration(AdapterSpec(128, Scheme.INIT_B), 512, optimizer="adamw_torch")
     assert transfer(record, rank_128, rank_exponent=0).value == 2**-10
-    assert transfer(record, Configuration(Scheme.FFT, 512, optimizer="adamw_torch"), rank_exponent=0).value == 2**-10
+    assert transfer(record, Configuration(FFT, 512, optimizer="adamw_torch"), rank_exponent=0).value == 2**-10
     init_a = make_record(scheme="Init[A]")
-    assert transfer(init_a, Configuration(Scheme.INIT_A, 512, 128, optimizer="adamw_torch")).value == 2**-12
+    assert (
+        transfer(init_a, Configuration(AdapterSpec(128, Scheme.INIT_A), 512, optimizer="adamw_torch")).value == 2**-12
+    )
 
 
 def test_a_larger_rank_wants_less_in_grpo_by_the_root_of_the_ranks_and_as_much_in_ppo():
-    rank_128 = Configuration(Scheme.INIT_B, 512, 128, optimizer="adamw_torch")
-    full = Configuration(Scheme.FFT, 512, optimizer="adamw_torch", outputs=128)
+    rank_128 = Configuration(AdapterSpec(128, Scheme.INIT_B), 512, optimizer="adamw_torch")
+    full = Configuration(FFT, 512, optimizer="adamw_torch", outputs=128)
     for target in (rank_128, full):  # a full update has as many ranks as its layer has outputs
         found = transfer(make_record(rank=8), target)
         assert found.value == 2**-10 * (8 / 128) ** 0.5
@@ -115,16 +118,16 @@ def test_a_larger_rank_wants_less_in_grpo_by_the_root_of_the_ranks_and_as_much_i
         assert transfer(make_record(rank=8, algorithm="ppo"), target).value == 2**-10
     assert transfer(make_record(rank=8, outputs=128), full, rank_exponent=0.25).value == 2**-11
     back = make_record(scheme="FFT", rank=None, outputs=128)
-    assert transfer(back, Configuration(Scheme.INIT_B, 512, 8, optimizer="adamw_torch")).value == 2**-8
+    assert transfer(back, Configuration(AdapterSpec(8, Scheme.INIT_B), 512, optimizer="adamw_torch")).value == 2**-8
 
 
 def test_full_finetuning_from_a_record_without_the_layers_outputs_is_refused_with_the_way_out():
     with pytest.raises(UserError, match="--rank_exponent 0"):
-        transfer(make_record(), Configuration(Scheme.FFT, 512, optimizer="adamw_torch"))
+        transfer(make_record(), Configuration(FFT, 512, optimizer="adamw_torch"))
 
 
 def test_what_the_theory_does_not_cover_is_a_user_error_with_a_cure():
-    fft = Configuration(Scheme.FFT, 512, optimizer="adamw_torch")
+    fft = Configuration(FFT, 512, optimizer="adamw_torch")
     for record in (
         make_record(scheme="Init[A]"),
         make_record(alpha="1/r"),
@@ -138,7 +141,7 @@ def test_what_the_theory_does_not_cover_is_a_user_error_with_a_cure():
 
 def test_multiplier_rules_move_the_rate_with_the_rank():
     record = make_record(scheme="Init[A]", alpha="1/sqrt(r)")
-    target = Configuration(Scheme.INIT_A, 512, 128, AlphaRule(1, 0.5), "adamw_torch")
+    target = Configuration(AdapterSpec(128, Scheme.INIT_A, AlphaRule(1, 0.5)), 512, "adamw_torch")
     assert transfer(record, target).value == pytest.approx(2**-10 * (128 / 8) ** -0.25)
 
 

@@ -4,27 +4,19 @@ import math
 
 import pytest
 
-from mua_rl.lr.rules import (
-    ALPHA_ONE,
-    AlphaRule,
-    Configuration,
-    Scheme,
-    TransferError,
-    best_lr_order,
-    explain_ratio,
-    lr_ratio,
-)
+from mua_rl.lr.rules import Configuration, TransferError, best_lr_order, explain_ratio, lr_ratio
+from mua_rl.lr.spec import ALPHA_ONE, FFT, AdapterSpec, AlphaRule, Scheme
 
 N = 4096
 RULES = {"1": AlphaRule(), "1/sqrt(r)": AlphaRule(1, 0.5), "1/r": AlphaRule(1, 1)}
 
 
 def lora(scheme: Scheme, rank: int, alpha: AlphaRule = ALPHA_ONE, width: int = N) -> Configuration:
-    return Configuration(scheme, width, rank, alpha)
+    return Configuration(AdapterSpec(rank, scheme, alpha), width)
 
 
 def fft(width: int = N) -> Configuration:
-    return Configuration(Scheme.FFT, width)
+    return Configuration(FFT, width)
 
 
 @pytest.mark.parametrize(
@@ -95,9 +87,9 @@ def test_the_same_configuration_has_ratio_exactly_one():
         (lora(Scheme.INIT_A, 8), lora(Scheme.INIT_B, 8), "tune once more"),
         (lora(Scheme.INIT_B, 8, AlphaRule(1, 1)), fft(), "tune with α = 1"),
         (lora(Scheme.INIT_B, 8, AlphaRule(2)), fft(), "tune with α = 1"),
-        (Configuration(Scheme.INIT_B, N, 8, optimizer="sgd"), lora(Scheme.INIT_B, 16), "tune with AdamW"),
-        (lora(Scheme.INIT_B, 16), Configuration(Scheme.FFT, N, optimizer="lion_32bit"), "tune with AdamW"),
-        (Configuration(Scheme.INIT_B, N, 8, lora_plus_ratio=16), fft(), "equal learning rates"),
+        (Configuration(AdapterSpec(8, Scheme.INIT_B), N, optimizer="sgd"), lora(Scheme.INIT_B, 16), "tune with AdamW"),
+        (lora(Scheme.INIT_B, 16), Configuration(FFT, N, optimizer="lion_32bit"), "tune with AdamW"),
+        (Configuration(AdapterSpec(8, Scheme.INIT_B), N, lora_plus_ratio=16), fft(), "equal learning rates"),
     ],
 )
 def test_what_the_theory_does_not_cover_is_refused_with_a_cure(source, target, cure):

@@ -7,10 +7,12 @@ import pytest
 
 from mua_rl.errors import UserError
 from mua_rl.grpo import run as grpo
+from mua_rl.grpo.arguments import parse
 from mua_rl.lr.record import LRRecord
 from mua_rl.run.folder import CONFIG, RunFolder, open_run
+from mua_rl.run.trial import TrialResult
 
-TRY = "import sys; from mua_rl.run import open_run; open_run(sys.argv[1], None, 'x', {})"
+TRY = "import sys; from mua_rl.run.folder import open_run; open_run(sys.argv[1], None, 'x', {})"
 
 
 def try_to_resume(folder):
@@ -23,7 +25,7 @@ def test_no_two_processes_work_in_one_run_folder(tmp_path):
     run, _ = open_run(None, str(tmp_path / "run"), "x", {})
     assert "another process is at work" in try_to_resume(run.path)
     open_run(str(run.path), None, "x", {})  # the same process may
-    run.finish({"diverged": False})
+    run.finish(TrialResult.of_divergence(0.4, 1, 1.0, "not finite"), {})
     assert try_to_resume(run.path) == ""
 
 
@@ -58,8 +60,8 @@ def test_a_grpo_run_that_was_killed_before_its_record_was_written_goes_on(tmp_pa
     flags = ["--rank", "2", "--lr", "0.0001", "--max_steps", "1", "--save_steps", "1", "--report_to", "none"]
     flags += ["--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1", "--held_out_steps", "0"]
     with monkeypatch.context() as context:
-        context.setattr("mua_rl.grpo.run.plots.learning_curve", kill)
+        context.setattr("mua_rl.run.life.plots.learning_curve", kill)
         with pytest.raises(Killed):
-            grpo.train(*grpo.parse([*flags, "--output_dir", str(tmp_path / "run")]))
-    assert grpo.train(*grpo.parse(["--resume", str(tmp_path / "run")])).result()["steps"] == 1
+            grpo.train(*parse([*flags, "--output_dir", str(tmp_path / "run")]))
+    assert grpo.train(*parse(["--resume", str(tmp_path / "run")])).result().steps == 1
     assert LRRecord.load(tmp_path / "run").learning_rate == 0.0001

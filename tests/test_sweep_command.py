@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from helpers import make_record
+from helpers import make_record, spec, trial
 from rich.console import Console
 
 from mua_rl.analysis import rows
@@ -24,16 +24,17 @@ from mua_rl.grpo import arguments as grpo_arguments
 from mua_rl.grpo.stacked import trainer as grpo
 from mua_rl.grpo.stacked.checkpoint import Checkpoint, path_of
 from mua_rl.lr.record import LRRecord
+from mua_rl.lr.spec import FFT
 from mua_rl.run.folder import RunFolder
-from mua_rl.run.trial import Arm, Outcome
+from mua_rl.run.trial import Status, TrialResult
 from mua_rl.sweep import runner
 from mua_rl.sweep.arguments import parse, parse_scheme
 from mua_rl.sweep.facts import Facts, find_facts
-from mua_rl.sweep.runner import Single, arm_flags, environments, read_outcome
+from mua_rl.sweep.runner import Single, arm_flags, environments
 from mua_rl.sweep.side_by_side import SideBySide
 
 command = importlib.import_module("mua_rl.sweep.__main__")
-ARM = Arm(8, "A", "1/r", -10.5, 43)
+ARM = trial(8, "A", "1/r", -10.5, 43)
 
 
 def facts(known=True, **changes):
@@ -57,9 +58,9 @@ class FakeRunner:
         return [self.respond(arm) for arm in arms]
 
     def respond(self, arm):
-        top = -10.4 if arm.rank else -11.4
+        top = -10.4 if arm.spec.rank else -11.4
         metric = 0.4 + 0.5 * math.exp(-(((arm.log2_lr - top) / 2.5) ** 2)) + 0.001 * arm.seed / 43
-        return Outcome(metric, 0.01, 0.4, 0.6, 0.7, False, "", 300, 2.0)
+        return TrialResult(metric, 0.01, 0.4, 0.6, 0.7, Status.OK, "", 300, 2.0)
 
 
 @pytest.fixture
@@ -79,10 +80,16 @@ def sweep(monkeypatch, tmp_path):
 
 def test_ranks_and_schemes_make_a_curve_each_and_full_finetuning_one():
     request = parse(["--ranks", "8", "64", "full", "--schemes", "B", "A/r", "--seeds", "3"])
-    assert request.curves == [(8, "B", "1"), (8, "A", "1/r"), (64, "B", "1"), (64, "A", "1/r"), (None, "B", "1")]
+    assert request.specs == [
+        spec(8, "B", "1"),
+        spec(8, "A", "1/r"),
+        spec(64, "B", "1"),
+        spec(64, "A", "1/r"),
+        FFT,
+    ]
     assert request.seeds == (42, 43, 44)
-    assert parse(["--rank", "16", "--init", "A", "--alpha", "16/r"]).curves == [(16, "A", "16/r")]
-    assert parse([]).curves == [(32, "B", "1")]
+    assert parse(["--rank", "16", "--init", "A", "--alpha", "16/r"]).specs == [spec(16, "A", "16/r")]
+    assert parse([]).specs == [spec(32, "B", "1")]
 
 
 def test_schemes_are_read_as_people_write_them():
@@ -99,7 +106,7 @@ def test_every_flag_of_the_trainer_is_passed_on_and_the_sweeps_own_are_not():
     pytest.importorskip("stable_baselines3")
     request = parse(["--algo", "ppo", "--env_id", "CartPole-v1", "--n_epochs", "3", "--grid", "-9", "-7"])
     assert request.given == {"env_id": "CartPole-v1", "n_epochs": 3}
-    assert request.curves == [(8, "B", "1")]
+    assert request.specs == [spec(8, "B", "1")]
 
 
 def test_a_config_file_names_the_algorithm_and_flags_win(tmp_path):
@@ -107,7 +114,7 @@ def test_a_config_file_names_the_algorithm_and_flags_win(tmp_path):
     (tmp_path / "c.yaml").write_text("algo: ppo\nranks: [4, full]\nseeds: 5\nenv_id: CartPole-v1\n")
     request = parse(["--config", str(tmp_path / "c.yaml"), "--seeds", "3"])
     assert (request.sweep.algo, request.task, request.sweep.seeds) == ("ppo", "CartPole-v1", 3)
-    assert request.curves == [(4, "B", "1"), (None, "B", "1")]
+    assert request.specs == [spec(4, "B", "1"), FFT]
 
 
 @pytest.mark.parametrize(
@@ -146,15 +153,15 @@ def test_what_cannot_be_used_is_one_clear_line(flags, message):
 
 def test_a_search_begins_around_the_records_rate_moved_by_the_rules_and_widely_where_they_are_silent():
     theory = parse(["--ranks", "8", "--rank_exponent", "0"])
-    assert facts().search((64, "B", "1"), theory).scan == (-13, -12, -11, -10, -9)
-    assert facts().search((None, "B", "1"), theory).scan == (-13, -12, -11, -10, -9)
+    assert facts().search(spec(64, "B", "1"), theory).scan == (-13, -12, -11, -10, -9)
+    assert facts().search(FFT, theory).scan == (-13, -12, -11, -10, -9)
     corrected = parse(["--ranks", "8", "--rank_exponent", "1"])
-    assert facts().search((32, "B", "1"), corrected).scan == (-15, -14, -13, -12, -11)
-    assert facts(scheme="Init[A]").search((32, "A", "1"), theory).scan == (-14, -13, -12, -11, -10)  # r^-1/2
-    wide = facts().search((8, "A", "1"), theory)  # between Init[B] and Init[A] only exponents are known
+    assert facts().search(spec(32, "B", "1"), corrected).scan == (-15, -14, -13, -12, -11)
+    assert facts(scheme="Init[A]").search(spec(32, "A", "1"), theory).scan == (-14, -13, -12, -11, -10)  # r^-1/2
+    wide = facts().search(spec(8, "A", "1"), theory)  # between Init[B] and Init[A] only exponents are known
     assert (wide.step, len(wide.scan)) == (2, 5)
-    assert facts(known=False).search((8, "B", "1"), theory).scan == (-15, -13, -11, -9, -7)
-    assert facts().search((8, "B", "1"), parse(["--grid", "-8", "-6"])).scan == (-8, -7, -6)
+    assert facts(known=False).search(spec(8, "B", "1"), theory).scan == (-15, -13, -11, -9, -7)
+    assert facts().search(spec(8, "B", "1"), parse(["--grid", "-8", "-6"])).scan == (-8, -7, -6)
 
 
 def test_facts_survive_json():
@@ -169,7 +176,7 @@ def test_a_sweep_ends_with_csv_report_figure_and_a_record_of_the_first_lora_curv
     assert record.metric["before"] == 0.4
     assert record.metric["after"] == pytest.approx(0.9, abs=0.03)
     assert "interval" in record.note
-    assert {row.arm for row in rows.read(folder / "sweep.csv")} == set(runner.arms)
+    assert {row.trial for row in rows.read(folder / "sweep.csv")} == set(runner.arms)
     assert (folder / "report.md").exists()
     assert list(folder.glob("*-curves.png"))
     assert f"--rank full --lr-from {folder}" in text
@@ -201,7 +208,7 @@ def test_the_same_command_goes_on_and_repeats_nothing_and_more_ranks_can_be_adde
     assert first.arms
     assert second.arms == []
     _, folder, third = sweep("--ranks", "8", "full")
-    assert {arm.rank for arm in third.arms} == {None}
+    assert {arm.spec.rank for arm in third.arms} == {None}
     assert len(rows.read(folder / "sweep.csv")) == len(first.arms) + len(third.arms)
 
 
@@ -209,7 +216,7 @@ def test_resume_takes_the_sweeps_own_settings(sweep, tmp_path):
     _, folder, first = sweep("--ranks", "8", "--max_steps", "9", "--time_limit", "1e-9")
     assert first.arms == []
     request = parse(["--resume", str(folder)])
-    assert request.curves == [(8, "B", "1")]
+    assert request.specs == [spec(8, "B", "1")]
     assert request.given == {"max_steps": 9}
     with pytest.raises(UserError, match="drop max_steps"):
         parse(["--resume", str(folder), "--max_steps", "5"])
@@ -218,7 +225,7 @@ def test_resume_takes_the_sweeps_own_settings(sweep, tmp_path):
 def test_resume_goes_on_with_the_ranks_that_a_later_command_added(sweep):
     sweep("--ranks", "8")
     _, folder, _ = sweep("--ranks", "8", "full", "--time_limit", "1e-9")
-    assert parse(["--resume", str(folder)]).curves == [(8, "B", "1"), (None, "B", "1")]
+    assert parse(["--resume", str(folder)]).specs == [spec(8, "B", "1"), FFT]
 
 
 def test_runs_in_a_folder_are_never_read_into_a_study_of_other_settings(sweep):
@@ -263,8 +270,9 @@ def test_diverged_and_stopped_runs_are_named_and_never_the_record(sweep):
     class Breaking(FakeRunner):
         def respond(self, arm):
             if arm.log2_lr > -11:
-                return Outcome.of_divergence(0.4, 10, 1.0, "the gradient was not finite")
-            return replace(super().respond(arm), stopped="" if arm.log2_lr > -13 else "far behind its peers")
+                return TrialResult.of_divergence(0.4, 10, 1.0, "the gradient was not finite")
+            good = super().respond(arm)
+            return good if arm.log2_lr > -13 else good.with_status(Status.STOPPED, "far behind its peers")
 
     text, folder, _ = sweep("--ranks", "8", runner=Breaking())
     assert "diverged, or got worse, at 2^-10, 2^-9" in text
@@ -275,7 +283,9 @@ def test_diverged_and_stopped_runs_are_named_and_never_the_record(sweep):
 def test_a_sweep_in_which_nothing_learns_writes_no_record(sweep):
     class Useless(FakeRunner):
         def respond(self, arm):
-            return replace(super().respond(arm), metric=0.4 if arm.log2_lr < -5 else 0.1, diverged=arm.log2_lr >= -5)
+            if arm.log2_lr < -5:
+                return replace(super().respond(arm), score=0.4)
+            return replace(super().respond(arm), score=0.1, status=Status.WORSE)
 
     text, folder, _ = sweep(runner=Useless())
     assert "No learning rate was found" in text
@@ -355,10 +365,10 @@ def single(tmp_path, monkeypatch):
 
 def test_a_single_run_is_asked_for_its_arm_and_read_into_an_outcome(single, tmp_path):
     [outcome] = single(GOOD).run([ARM])
-    assert (outcome.metric, outcome.error, outcome.before, outcome.steps) == (0.75, 0.02, 0.4, 20)
+    assert (outcome.score, outcome.standard_error, outcome.before, outcome.steps) == (0.75, 0.02, 0.4, 20)
     assert outcome.reward_mean == pytest.approx(0.505)
     assert outcome.reward_last == pytest.approx(0.595)
-    assert not outcome.diverged
+    assert outcome.status is Status.OK
     folder = tmp_path / "runs" / "r8-A-1-r-lr-10.5-s43"
     asked = json.loads((folder / "flags.json").read_text())
     assert asked["--lr"] == repr(2**-10.5)
@@ -382,21 +392,21 @@ def test_a_run_that_was_cut_off_starts_anew_or_goes_on_from_its_checkpoint(singl
     folder = tmp_path / "runs" / ARM.name
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("{}")
-    assert single(GOOD).run([ARM])[0].metric == 0.75
+    assert single(GOOD).run([ARM])[0].score == 0.75
     (folder / "result.json").unlink()
     (folder / "checkpoint-10").mkdir()
     (folder / "checkpoint-10" / "trainer_state.json").write_text("{}")
     on = 'assert flags == {"--resume": folder}'
     on += '\nfinish(**{"diverged": False, "held_out/after": 0.8, "held_out/standard_error": 0.1})'
-    assert single(on).run([ARM])[0].metric == 0.8
+    assert single(on).run([ARM])[0].score == 0.8
 
 
 def test_a_diverged_run_is_an_outcome_and_a_failed_one_an_error_with_the_logs_last_lines(single, tmp_path):
     diverged = 'finish(**{"diverged": True, "reason": "nan in step 3", "held_out/before": 0.4})\nsys.exit(3)'
     [outcome] = single(diverged).run([ARM])
-    assert outcome.diverged
-    assert math.isnan(outcome.metric)
-    assert (outcome.stopped, outcome.before) == ("nan in step 3", 0.4)
+    assert outcome.status is Status.DIVERGED
+    assert math.isnan(outcome.score)
+    assert (outcome.reason, outcome.before) == ("nan in step 3", 0.4)
     failing = 'print("CUDA out of memory")\nsys.exit(1)'
     with pytest.raises(UserError, match=r"code 1.*CUDA out of memory"):
         single(failing).run([replace(ARM, seed=44)])
@@ -409,8 +419,8 @@ for step in range(1, 13):
 time.sleep(60)
 """
     [outcome] = single(body).run([ARM])
-    assert outcome.stopped.startswith("the reward fell")
-    assert not outcome.diverged
+    assert outcome.reason.startswith("the reward fell")
+    assert outcome.status is Status.STOPPED
     assert outcome.steps == 12
     assert outcome.seconds < 30
 
@@ -427,16 +437,18 @@ def test_a_result_of_ppo_is_read_too(tmp_path):
     run.log(0, {"held_out/return": 16.0})
     run.log(1024, {"rollout/ep_rew_mean": 20.0})
     returns = {"mean": 400.0, "std": 20.0, "iqm": 410.0, "episodes": 16}
-    run.finish({"diverged": False, "held_out/before": {"mean": 16.0}, "held_out/after": returns, "env_steps": 1024})
-    outcome = read_outcome(run, "ppo", "", 3.0)
-    assert (outcome.metric, outcome.error, outcome.before, outcome.steps) == (400.0, 5.0, 16.0, 1024)
+    old = {"diverged": False, "held_out/before": {"mean": 16.0}, "held_out/after": returns, "seconds": 3.0}
+    (run.path / "result.json").write_text(json.dumps(old))  # as versions before 0.2 wrote it
+    outcome = run.result()
+    assert (outcome.score, outcome.standard_error, outcome.before, outcome.steps) == (400.0, 5.0, 16.0, 1024)
     assert (outcome.reward_mean, outcome.seconds) == (20.0, 3.0)
 
 
 def test_arms_have_names_and_flags_of_their_own():
-    arms = [ARM, replace(ARM, alpha="1"), replace(ARM, init="B"), replace(ARM, rank=None), replace(ARM, log2_lr=-10.0)]
+    specs = [spec(8, "A", "1"), spec(8, "B", "1/r"), FFT]
+    arms = [ARM, *(replace(ARM, spec=other) for other in specs), replace(ARM, log2_lr=-10.0)]
     assert len({arm.name for arm in arms}) == len(arms)
-    assert arm_flags(replace(ARM, rank=None)) == ["--rank", "full", "--lr", repr(2**-10.5), "--seed", "43"]
+    assert arm_flags(replace(ARM, spec=FFT)) == ["--rank", "full", "--lr", repr(2**-10.5), "--seed", "43"]
 
 
 def test_workers_share_out_cores_and_gpus(monkeypatch):
@@ -461,7 +473,7 @@ def test_grpo_arms_get_their_memory_and_go_on_with_those_of_their_step(tmp_path,
     for arm, step in zip(arms, (10, 10, 5), strict=False):
         path = path_of(tmp_path / "runs", arm)
         path.parent.mkdir(exist_ok=True)
-        torch.save(vars(Checkpoint(asdict(arm), {}, step, 0.4, None, {})), path)
+        torch.save(vars(Checkpoint(arm.as_dict(), {}, step, 0.4, None, {})), path)
     assert [side_by_side.group(arm) == side_by_side.group(arms[0]) for arm in arms] == [True, True, False, False]
     side_by_side.run(arms[:2])
     assert (asked[0]["memory"], asked[0]["checkpoints"]) == (2.5, tmp_path / "runs")
@@ -491,9 +503,9 @@ def test_a_grpo_sweep_from_command_to_record(tmp_path, side_by_side):
     run = run_command("--ranks", 4, "--grid", -5, -4, "--side_by_side", side_by_side, "--output_dir", out, *TINY)
     assert run.returncode == 0, run.stderr
     table = rows.read(out / "sweep.csv")
-    assert {row.arm.log2_lr for row in table} >= {-5, -4}
-    assert {row.outcome.steps for row in table} == {2}
-    assert len({row.outcome.before for row in table}) == 1
+    assert {row.trial.log2_lr for row in table} >= {-5, -4}
+    assert {row.result.steps for row in table} == {2}
+    assert len({row.result.before for row in table}) == 1
     logs = list((out / "runs").glob("*.log"))
     assert len(logs) == (0 if side_by_side == "on" else len(table))
     assert "search begins around the shipped record" in run.stdout
@@ -512,7 +524,7 @@ def test_a_grpo_sweep_that_is_killed_goes_on_within_its_arms(tmp_path):
     run = run_command("--resume", out)
     assert run.returncode == 0, run.stderr
     assert "3 arms go on from step" in run.stdout
-    assert {row.arm.log2_lr for row in rows.read(out / "sweep.csv")} >= {-6, -5, -4}
+    assert {row.trial.log2_lr for row in rows.read(out / "sweep.csv")} >= {-6, -5, -4}
     assert not list((out / "runs").glob("*.pt"))
 
 
@@ -526,6 +538,8 @@ def test_a_ppo_sweep_from_command_to_record_and_on_to_full_finetuning(tmp_path):
     assert (record.algorithm, record.rank, record.widths) == ("ppo", 4, [128])
     assert record.other_learning_rates == {"head": record.learning_rate}
     ppo = importlib.import_module("mua_rl.ppo.run")
-    arguments, adapter, given = ppo.parse(["--rank", "full", "--lr-from", str(out), *steps])
+    arguments, adapter, given = importlib.import_module("mua_rl.ppo.arguments").parse(
+        ["--rank", "full", "--lr-from", str(out), *steps]
+    )
     assert ppo.set_up(arguments, adapter).rate.value == record.learning_rate
     assert given["rank"] == "full"

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers import trial
 from known_sweeps import SCHEMES, outcome, row, sweep_rows, sweeps
 
 from mua_rl.analysis import report
@@ -14,7 +15,7 @@ from mua_rl.analysis.predictions import BareRule, EqualMovement, RankCorrected, 
 from mua_rl.analysis.regret import regrets
 from mua_rl.analysis.rows import COLUMNS, append, read_all
 from mua_rl.errors import UserError
-from mua_rl.run.trial import Arm, Outcome
+from mua_rl.run.trial import TrialResult
 
 
 def test_a_perfect_rule_stands_below_the_rules_of_each_algorithm_with_all_pairs_of_theirs():
@@ -117,9 +118,9 @@ def test_every_table_of_the_report_has_as_many_cells_in_each_line(csvs, tmp_path
 
 
 def test_the_report_names_curves_without_an_optimum_and_optima_at_an_edge(tmp_path, monkeypatch, capsys):
-    rows = [r for r in sweep_rows((4, 16, 64), SCHEMES[:1]) if not (r.arm.rank == 64 and r.arm.log2_lr > -13)]
-    lost = Outcome.of_divergence(0.1, 5, 1.0, "not finite")
-    append(tmp_path / "c.csv", [replace(r, outcome=lost) if r.arm.rank == 16 else r for r in rows])
+    rows = [r for r in sweep_rows((4, 16, 64), SCHEMES[:1]) if not (r.trial.spec.rank == 64 and r.trial.log2_lr > -13)]
+    lost = TrialResult.of_divergence(0.1, 5, 1.0, "not finite")
+    append(tmp_path / "c.csv", [replace(r, result=lost) if r.trial.spec.rank == 16 else r for r in rows])
     text = run_report(monkeypatch, capsys, tmp_path / "c.csv", "--out", tmp_path)
     assert "most runs diverged at every learning rate" in text
     assert "at the right end: extend the grid" in text
@@ -144,9 +145,12 @@ def test_sweeps_whose_names_are_long_or_make_one_file_name_have_figures_of_their
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([row(Arm(8, "B", "1", -9.0, seed), outcome()) for seed in (0, 1)], "Init\\[B\\] α=1 r=8.*two learning rates"),
         (
-            [row(Arm(8, "B", "1", -9.0, 0), outcome(math.nan)), row(Arm(8, "B", "1", -8.0, 0), outcome(math.nan))],
+            [row(trial(8, "B", "1", -9.0, seed), outcome()) for seed in (0, 1)],
+            "Init\\[B\\] α=1 r=8.*two learning rates",
+        ),
+        (
+            [row(trial(8, "B", "1", -9.0, 0), outcome(math.nan)), row(trial(8, "B", "1", -8.0, 0), outcome(math.nan))],
             "diverged",
         ),
     ],

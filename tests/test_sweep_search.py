@@ -4,8 +4,9 @@ import math
 import random
 
 import pytest
+from helpers import spec, trial
 
-from mua_rl.run.trial import Arm, Outcome
+from mua_rl.run.trial import Status, TrialResult
 from mua_rl.sweep.search import (
     HIGHEST,
     LOWEST,
@@ -18,7 +19,8 @@ from mua_rl.sweep.search import (
 
 
 def outcome(metric, *, before=0.4, error=0.01, diverged=False, stopped=""):
-    return Outcome(metric, error, before, metric, metric, diverged, stopped, 100, 1.0)
+    status = Status.WORSE if diverged else Status.STOPPED if stopped else Status.OK
+    return TrialResult(metric, error, before, metric, metric, status, stopped, 100, 1.0)
 
 
 def curve_with_optimum_at(optimum, breaks_at=math.inf, width=3.0, noise=0.0):
@@ -26,7 +28,7 @@ def curve_with_optimum_at(optimum, breaks_at=math.inf, width=3.0, noise=0.0):
 
     def respond(arm):
         if arm.log2_lr >= breaks_at:
-            return Outcome.of_divergence(0.4, 10, 1.0, "not finite")
+            return TrialResult.of_divergence(0.4, 10, 1.0, "not finite")
         draw = random.Random(repr((arm.log2_lr, arm.seed))).gauss(0, noise)
         return outcome(0.4 + 0.5 * math.exp(-(((arm.log2_lr - optimum) / width) ** 2)) + draw)
 
@@ -34,7 +36,7 @@ def curve_with_optimum_at(optimum, breaks_at=math.inf, width=3.0, noise=0.0):
 
 
 def search(scan, step=1.0, resolution=1.0, seeds=(1, 2), rank=8):
-    return Search(rank, "B", "1", tuple(scan), step, resolution, seeds)
+    return Search(spec(rank), tuple(scan), step, resolution, seeds)
 
 
 def run(search, respond, limit=100):
@@ -142,7 +144,7 @@ def test_the_plan_depends_on_outcomes_alone_not_on_the_order_in_which_they_came(
 
 def test_arms_of_other_curves_do_not_count():
     found = search(range(-13, -8))
-    others = {Arm(16, "B", "1", lr, 1): outcome(0.9) for lr in range(-13, -8)}
+    others = {trial(16, "B", "1", lr, 1): outcome(0.9) for lr in range(-13, -8)}
     assert [arm.log2_lr for arm in found.next_arms(others)] == [-13, -12, -11, -10, -9]
 
 

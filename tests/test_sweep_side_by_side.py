@@ -4,11 +4,11 @@ import math
 from dataclasses import asdict
 
 import pytest
+from helpers import trial
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from mua_rl.grpo.stacked import trainer as grpo
 from mua_rl.lm import models
-from mua_rl.run.trial import Arm
 from mua_rl.sweep.arguments import parse
 from mua_rl.sweep.facts import Facts, find_facts
 from mua_rl.sweep.side_by_side import SideBySide, why_not
@@ -27,13 +27,13 @@ def conv1d_model(tmp_path):
 def test_arms_on_layers_that_cannot_be_stacked_go_singly_without_being_asked(conv1d_model):
     request = parse(["--model", conv1d_model, "--ranks", "2", "--target-modules", "c_fc"])
     facts = find_facts(request)
-    assert "take linear layers" in why_not(request, request.curves[0], facts.obstacle)
+    assert "take linear layers" in why_not(request, request.specs[0], facts.obstacle)
 
 
 def test_arms_on_linear_layers_go_side_by_side():
     request = parse(["--ranks", "2"])
     facts = find_facts(request)
-    assert why_not(request, request.curves[0], facts.obstacle) == ""
+    assert why_not(request, request.specs[0], facts.obstacle) == ""
     begun_earlier = {**asdict(facts), "linear": True}
     del begun_earlier["obstacle"]
     assert Facts.from_dict(begun_earlier) == facts
@@ -49,11 +49,11 @@ def test_arms_of_a_model_with_sliding_attention_or_dropout_go_singly_without_bei
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         request = parse(["--model", str(folder), "--ranks", "2"])
-        assert reason in why_not(request, request.curves[0], find_facts(request).obstacle)
+        assert reason in why_not(request, request.specs[0], find_facts(request).obstacle)
 
 
 def test_a_hopeless_arm_is_seen_through_steps_without_a_score(tmp_path, monkeypatch):
-    arms, asked = [Arm(2, "B", "1", -8.0, 1), Arm(2, "B", "1", -9.0, 1)], {}
+    arms, asked = [trial(2, "B", "1", -8.0, 1), trial(2, "B", "1", -9.0, 1)], {}
 
     def train(arguments, arms, targets, keep_going, **options):
         never, falling = [{"reward": math.nan}] * 12, [{"reward": 0.5 - 0.02 * step} for step in range(12)]

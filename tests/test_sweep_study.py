@@ -9,38 +9,38 @@ import signal
 import threading
 import time
 from collections import Counter
-from dataclasses import asdict
 
 import optuna
 import pytest
+from helpers import spec, trial
 
 from mua_rl.errors import UserError
-from mua_rl.run.trial import Arm, Outcome
+from mua_rl.run.trial import Status, TrialResult
 from mua_rl.sweep import worker
 from mua_rl.sweep.search import Search
 from mua_rl.sweep.study import WORKER, Study
 from mua_rl.sweep.work import work, work_together
 
-SEARCHES = [Search(rank, "B", "1", (-13.0, -12.0, -11.0, -10.0, -9.0), 1.0, 1.0, (1, 2)) for rank in (4, None)]
+SEARCHES = [Search(spec(rank), (-13.0, -12.0, -11.0, -10.0, -9.0), 1.0, 1.0, (1, 2)) for rank in (4, None)]
 SETTINGS = {"algo": "grpo", "task": "arithmetic"}
 
 
 def respond(arm):
-    return Outcome(0.9 - 0.03 * (arm.log2_lr + 10.6) ** 2, 0.01, 0.4, 0.5, 0.6, False, "", 100, 1.0)
+    return TrialResult(0.9 - 0.03 * (arm.log2_lr + 10.6) ** 2, 0.01, 0.4, 0.5, 0.6, Status.OK, "", 100, 1.0)
 
 
 class FakeRunner:
     """Answers at once, and writes down what it was asked to run."""
 
-    def __init__(self, log, at_once=1, seconds=0.0, group=lambda arm: arm.rank):
+    def __init__(self, log, at_once=1, seconds=0.0, group=lambda arm: arm.spec.rank):
         self.log, self.at_once, self.seconds, self.group = log, at_once, seconds, group
 
     def run(self, arms):
         with open(self.log, "a") as stream:
-            stream.writelines(f"{os.getpid()} begins {arm.curve} {arm.log2_lr} {arm.seed}\n" for arm in arms)
+            stream.writelines(f"{os.getpid()} begins {arm.spec} {arm.log2_lr} {arm.seed}\n" for arm in arms)
         time.sleep(self.seconds)
         with open(self.log, "a") as stream:
-            stream.writelines(f"{os.getpid()} ends {arm.curve} {arm.log2_lr} {arm.seed}\n" for arm in arms)
+            stream.writelines(f"{os.getpid()} ends {arm.spec} {arm.log2_lr} {arm.seed}\n" for arm in arms)
         return [respond(arm) for arm in arms]
 
 
@@ -99,7 +99,7 @@ def test_arms_of_one_group_are_taken_together_up_to_the_limit(tmp_path):
 
     class Watching(FakeRunner):
         def run(self, arms):
-            calls.append([(arm.rank, arm.log2_lr) for arm in arms])
+            calls.append([(arm.spec.rank, arm.log2_lr) for arm in arms])
             return super().run(arms)
 
     run(open_study(tmp_path / "study"), Watching(tmp_path / "log", at_once=4))
@@ -180,14 +180,16 @@ def test_outcomes_that_are_not_numbers_survive_storage(tmp_path):
     class Diverging(FakeRunner):
         def run(self, arms):
             super().run(arms)
-            return [Outcome.of_divergence(0.4, 7, 1.0, "not finite") if a.log2_lr > -12 else respond(a) for a in arms]
+            return [
+                TrialResult.of_divergence(0.4, 7, 1.0, "not finite") if a.log2_lr > -12 else respond(a) for a in arms
+            ]
 
     run(open_study(tmp_path / "study"), Diverging(tmp_path / "log"), SEARCHES[:1])
     outcomes = open_study(tmp_path / "study").outcomes()
-    lost = outcomes[Arm(4, "B", "1", -9.0, 1)]
-    assert lost.diverged
-    assert math.isnan(lost.metric)
-    assert lost.stopped == "not finite"
+    lost = outcomes[trial(4, "B", "1", -9.0, 1)]
+    assert lost.status is Status.DIVERGED
+    assert math.isnan(lost.score)
+    assert lost.reason == "not finite"
 
 
 def test_optunas_own_tools_see_parameters_and_values(tmp_path):
@@ -225,7 +227,7 @@ def test_a_dead_workers_trial_that_had_its_outcome_is_not_repeated(tmp_path):
     study = open_study(path)
     study.plan(SEARCHES)
     [claim] = study.claim(1, lambda arm: arm)
-    claim.trial.set_user_attr("outcome", asdict(respond(claim.arm)))  # and killed before it could end the trial
+    claim.trial.set_user_attr("outcome", respond(claim.arm).as_dict())  # and killed before it could end the trial
     claim.trial.set_user_attr(WORKER, {**study.worker.as_dict(), "name": "dead", "pid": 2**22 + 1})
     run(open_study(path), FakeRunner(log))
     assert len(runs(log)) == 15

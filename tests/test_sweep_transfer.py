@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from helpers import spec
 from known_sweeps import SCHEMES, SIZES, sweep_rows, sweeps
 
 from mua_rl.analysis import report
@@ -30,22 +31,22 @@ from mua_rl.errors import UserError
 
 
 def pairs(tests):
-    return {(test.source.curve, test.target.curve) for test in tests}
+    return {(test.source.spec, test.target.spec) for test in tests}
 
 
 def test_the_bare_rule_predicts_within_a_scheme_and_between_init_b_and_fft_and_nothing_else(quarter):
     covered = pairs(prediction_tests(quarter, BareRule()))
-    assert ((4, "B", "1"), FFT) in covered
-    assert (FFT, (4, "B", "1")) in covered
-    assert ((4, "A", "1"), (16, "A", "1/r")) in covered
-    assert ((4, "A", "1"), FFT) not in covered
-    assert ((4, "A", "1"), (4, "B", "1")) not in covered
+    assert (spec(4, "B", "1"), FFT) in covered
+    assert (FFT, spec(4, "B", "1")) in covered
+    assert (spec(4, "A", "1"), spec(16, "A", "1/r")) in covered
+    assert (spec(4, "A", "1"), FFT) not in covered
+    assert (spec(4, "A", "1"), spec(4, "B", "1")) not in covered
 
 
 def test_the_rule_with_the_right_exponent_hits_where_the_bare_rule_misses(quarter):
     def errors(rule):
         tests = prediction_tests(quarter, rule)
-        return {(t.source.curve[0], t.target.curve[0]): t for t in tests if t.source.curve[1] != "A"}
+        return {(t.source.spec.rank, t.target.spec.rank): t for t in tests if t.source.spec.init != "A"}
 
     bare, corrected = errors(BareRule()), errors(RankCorrected(0.25))
     assert bare.keys() == corrected.keys()
@@ -58,22 +59,22 @@ def test_the_rule_with_the_right_exponent_hits_where_the_bare_rule_misses(quarte
 
 def test_init_a_is_predicted_as_the_theory_says_whatever_the_correction(quarter):
     def of_init_a(rule):
-        return [t.prediction for t in prediction_tests(quarter, rule) if t.source.curve[1] == "A"]
+        return [t.prediction for t in prediction_tests(quarter, rule) if t.source.spec.init == "A"]
 
     assert of_init_a(RankCorrected(0.5)) == of_init_a(BareRule())
-    assert all(test.is_hit for test in prediction_tests(quarter, BareRule()) if test.source.curve[1] == "A")
+    assert all(test.is_hit for test in prediction_tests(quarter, BareRule()) if test.source.spec.init == "A")
 
 
 def test_without_the_layers_outputs_the_correction_predicts_ranks_but_not_fft():
     covered = pairs(prediction_tests(sweeps(sweep_rows(), Context(width=512)), RankCorrected(0.25)))
-    assert ((4, "B", "1"), (64, "B", "1")) in covered
+    assert (spec(4, "B", "1"), spec(64, "B", "1")) in covered
     assert not any(FFT in pair for pair in covered)
 
 
 def test_an_interval_is_as_wide_as_predictions_between_the_like_were_off(quarter):
-    source = quarter[0].curves[4, "B", "1"]
+    source = quarter[0].curves[spec(4, "B", "1")]
     rule = Calibrated(BareRule(), {"FFT, Init[B]": 0.5}, otherwise=1.5)
-    full, other = (rule.predict(source, target, SIZES) for target in (FFT, (16, "B", "1")))
+    full, other = (rule.predict(source, target, SIZES) for target in (FFT, spec(16, "B", "1")))
     assert full.log2_lr == other.log2_lr == source.optimum.log2_lr
     assert full.log2_interval == (full.log2_lr - 0.5, full.log2_lr + 0.5)
     assert other.log2_interval == (full.log2_lr - 1.5, full.log2_lr + 1.5)
@@ -81,7 +82,7 @@ def test_an_interval_is_as_wide_as_predictions_between_the_like_were_off(quarter
 
 
 def test_a_measured_optimum_is_covered_if_its_own_interval_reaches_the_stated_one(quarter):
-    source, target = quarter[0].curves[4, "B", "1"], quarter[0].fft
+    source, target = quarter[0].curves[spec(4, "B", "1")], quarter[0].fft
 
     def covers(off, own):
         blurred = replace(target.optimum, low=target.optimum.log2_lr - own, high=target.optimum.log2_lr + own)
@@ -101,7 +102,7 @@ def test_a_perfect_rule_hits_but_for_what_other_seeds_would_have_changed(quarter
         return replace(measured, optimum=replace(measured.optimum, scatter=scatter))
 
     def hit(*scatters):
-        source, target = map(steady, (quarter[0].curves[4, "B", "1"], quarter[0].fft), scatters)
+        source, target = map(steady, (quarter[0].curves[spec(4, "B", "1")], quarter[0].fft), scatters)
         return Comparison("", quarter[0], source, target, Prediction(0.0), error=9.0).perfect_hit
 
     assert hit(0.3, 0.4) == hit(0.4, 0.3) == pytest.approx(0.683, abs=1e-3)  # within one standard deviation
@@ -110,7 +111,7 @@ def test_a_perfect_rule_hits_but_for_what_other_seeds_would_have_changed(quarter
 
 
 def test_a_prediction_on_the_targets_plateau_is_as_good_as_the_best_however_far_from_the_optimum(quarter):
-    source, target = quarter[0].curves[4, "B", "1"], quarter[0].fft
+    source, target = quarter[0].curves[spec(4, "B", "1")], quarter[0].fft
     best = target.optimum.log2_lr
 
     def test_at(off, scatter=0.0):
@@ -214,10 +215,10 @@ def test_each_task_is_predicted_by_a_rule_fitted_on_the_others_only():
 
 def test_habits_apply_to_what_they_are_said_of():
     (sweep,) = sweeps(sweep_rows((8,), (("B", "1"), ("A", "1"), ("A", "2"))))
-    a, twice, b = (sweep.curves[8, *scheme] for scheme in (("A", "1"), ("A", "2"), ("B", "1")))
+    a, twice, b = (sweep.curves[spec(8, *scheme)] for scheme in (("A", "1"), ("A", "2"), ("B", "1")))
     assert DividedByTen().predict(a, FFT, SIZES).log2_lr == pytest.approx(a.optimum.log2_lr - math.log2(10))
     assert DividedByTen().predict(b, FFT, SIZES) is None
-    assert DividedByTen().predict(a, a.curve, SIZES) is None
+    assert DividedByTen().predict(a, a.spec, SIZES) is None
     assert Unchanged().predict(twice, FFT, SIZES).log2_lr == twice.optimum.log2_lr
     assert Unchanged().predict(a, FFT, SIZES) is None
     assert Fixed().predict(a, FFT, SIZES).log2_lr == pytest.approx(-19.93, abs=0.01)
@@ -226,19 +227,19 @@ def test_habits_apply_to_what_they_are_said_of():
 def test_equal_movement_takes_a_rate_over_by_what_was_measured_whatever_the_initialisation(tmp_path):
     file = tmp_path / "movement.csv"
     lines = ["task,base,rank,init,alpha,log2_lr,seed,steps,kl,machine"]
-    for curve, rate in {(8, "A", "1"): 2.0**5, FFT: 2.0**9}.items():  # √KL per step and unit of learning rate
+    for curve, rate in {spec(8, "A", "1"): 2.0**5, FFT: 2.0**9}.items():  # √KL per step and unit of learning rate
         for steps, log2_lr in ((1, -16), (2, -15)):
             kl = (rate * steps * 2.0**log2_lr) ** 2
-            lines.append(f"arithmetic,base,{curve[0] or ''},{curve[1]},{curve[2]},{log2_lr},0,{steps},{kl},cpu")
+            lines.append(f"arithmetic,base,{curve.rank or ''},{curve.init},{curve.alpha},{log2_lr},0,{steps},{kl},cpu")
     file.write_text("\n".join(lines) + "\n")
     movements = read_movements([file])["arithmetic", "base"]
-    assert movements == {(8, "A", "1"): pytest.approx(2**5), FFT: pytest.approx(2**9)}
+    assert movements == {spec(8, "A", "1"): pytest.approx(2**5), FFT: pytest.approx(2**9)}
     (found,) = sweeps(sweep_rows(ranks=(8,), schemes=(("A", "1"),)), Context(movement=movements))
-    source = found.curves[8, "A", "1"]
+    source = found.curves[spec(8, "A", "1")]
     for exponent, octaves in ((1.0, 4), (0.5, 2)):
         prediction = EqualMovement(exponent).predict(source, FFT, found.context)
         assert prediction.log2_lr == pytest.approx(source.optimum.log2_lr - octaves)
-    assert EqualMovement().predict(source, (16, "B", "1"), found.context) is None
+    assert EqualMovement().predict(source, spec(16, "B", "1"), found.context) is None
     file.write_text("rank,kl\n8,x\n")
     with pytest.raises(UserError, match="measure_movement"):
         read_movements([file])

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mua_rl.grpo import run as grpo
+from mua_rl.grpo.arguments import parse
 
 FLAGS = ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1", "--num_generations", "4"]
 FLAGS += ["--report_to", "none", "--held_out_steps", "0", "--rank", "2", "--lr", "0.001", "--max_steps", "2"]
@@ -12,7 +13,7 @@ FLAGS += ["--max_completion_length", "8"]
 
 
 def run(*flags):
-    folder = grpo.train(*grpo.parse([*FLAGS, *map(str, flags)]))
+    folder = grpo.train(*parse([*FLAGS, *map(str, flags)]))
     steps = [line for line in folder.metrics() if "loss" in line]
     assert len(steps) == 2
     return folder, steps

@@ -16,8 +16,9 @@ from trl.trainer import grpo_trainer as trl_grpo_trainer
 from mua_rl.adapter.adapters import LoRA, lora_layers, lora_matrices
 from mua_rl.errors import UserError
 from mua_rl.grpo import run as grpo
+from mua_rl.grpo.arguments import parse
 from mua_rl.lm import models
-from mua_rl.lr.rules import AlphaRule
+from mua_rl.lr.spec import AlphaRule
 from mua_rl.rollouts import lora_engine as vllm_lora
 from mua_rl.rollouts import sync as rollouts
 from mua_rl.rollouts.correction import CorrectedGRPOTrainer, Mismatch, importance_ratio
@@ -49,7 +50,7 @@ def test_a_rank_beyond_vllms_is_refused_with_the_ways_out_of_training_and_of_eva
 @pytest.mark.parametrize("flags", [["--rank", "full"], ["--rank", "8", "--vllm_sync", "merged"]])
 def test_what_a_cpu_engine_cannot_take_is_refused_at_once(flags, monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
-    arguments, adapter_arguments, _ = grpo.parse([*flags, "--report_to", "none"])
+    arguments, adapter_arguments, _ = parse([*flags, "--report_to", "none"])
     policy = adapter_arguments.adapter("mlp").attach(models.load_model("embedded"))
     rank = adapter_arguments.adapter("mlp").rank
     with pytest.raises(UserError, match="vLLM on a CPU"):

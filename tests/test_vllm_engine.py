@@ -15,6 +15,8 @@ from transformers import Olmo2Config, Olmo2ForCausalLM
 from mua_rl.adapter.adapters import lora_layers, lora_matrices
 from mua_rl.errors import EngineFailed, UserError
 from mua_rl.grpo import run as grpo
+from mua_rl.grpo.arguments import parse as parse_grpo
+from mua_rl.grpo.setup import prepare
 from mua_rl.lm import models
 from mua_rl.rollouts import lora_engine as vllm_lora
 from mua_rl.rollouts.correction import answers
@@ -36,7 +38,7 @@ EXACT = 1e-4 if not torch.cuda.is_available() else 2e-2
 
 
 def parse(*flags):
-    return grpo.parse([*map(str, SMALL), *map(str, flags)])
+    return parse_grpo([*map(str, SMALL), *map(str, flags)])
 
 
 def train(*flags):
@@ -50,7 +52,7 @@ def trainer(tmp_path_factory):
     arguments, adapter_arguments, given = parse(
         *("--rank", 5, "--alpha", "0.7", "--lr", 2**-6, "--max_steps", 5, "--output_dir", folder)
     )
-    setup = grpo.prepare(arguments, adapter_arguments)
+    setup = prepare(arguments, adapter_arguments)
     run = RunFolder.create(str(folder), "run")
     run.start(given)
     arguments.output_dir = str(folder)
@@ -216,7 +218,7 @@ def test_a_run_whose_engine_dies_keeps_its_checkpoint_and_resumes(tmp_path, monk
         with pytest.raises(EngineFailed, match=r"while it generated.*EngineCore"):
             train("--rank", 4, "--lr", 2**-7, "--max_steps", 4, "--save_steps", 2, "--output_dir", folder)
     assert RunFolder(folder).result() is None
-    run = grpo.train(*grpo.parse(["--resume", str(folder)]))
+    run = grpo.train(*parse_grpo(["--resume", str(folder)]))
     lines = [line for line in run.metrics() if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert max(line["rollout/logp_difference"] for line in lines) < EXACT

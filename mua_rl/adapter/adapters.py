@@ -22,7 +22,8 @@ from torch import nn
 
 from mua_rl.adapter.groups import FULL, LORA_A, LORA_B
 from mua_rl.errors import UserError, one_line
-from mua_rl.lr.rules import ALPHA_ONE, AlphaRule, Configuration, Scheme
+from mua_rl.lr.rules import Configuration
+from mua_rl.lr.spec import ALPHA_ONE, FFT, AdapterSpec, AlphaRule, Scheme
 
 MLP_PROJECTIONS = (
     ("gate_proj", "up_proj", "gate_up_proj", "down_proj"),  # Llama and its like, the first two fused in Phi-3's
@@ -101,9 +102,9 @@ class LoRA:
             )
 
     @property
-    def scheme(self) -> Scheme:
-        """The paper's name of the initialisation."""
-        return Scheme.INIT_A if self.init == "A" else Scheme.INIT_B
+    def spec(self) -> AdapterSpec:
+        """Rank, scheme and multiplier."""
+        return AdapterSpec(self.rank, Scheme.INIT_A if self.init == "A" else Scheme.INIT_B, self.alpha)
 
     def learning_rates(self, learning_rate: float) -> dict[str, float]:
         """See `Adapter.learning_rates`. The theory has one learning rate for A and B."""
@@ -176,7 +177,7 @@ class LoRA:
             raise UserError(
                 f"rank {self.rank} exceeds the width {width} of the model's layers: choose a smaller --rank."
             )
-        return Configuration(self.scheme, width, self.rank, self.alpha, optimizer, outputs=outputs)
+        return Configuration(self.spec, width, optimizer, outputs=outputs)
 
     def widths(self, model: nn.Module) -> list[int]:
         """See `Adapter.widths`."""
@@ -210,7 +211,7 @@ class Full:
     def configuration(self, model: nn.Module, optimizer: str = "adamw") -> Configuration:
         """See `Adapter.configuration`."""
         width, outputs = _sizes(model, self.target_modules)
-        return Configuration(Scheme.FFT, width, optimizer=optimizer, outputs=outputs)
+        return Configuration(FFT, width, optimizer, outputs=outputs)
 
     def widths(self, model: nn.Module) -> list[int]:
         """See `Adapter.widths`."""
@@ -221,18 +222,11 @@ class Full:
         return model
 
 
-def adapter_for(rank: int | None, init: str, alpha: str, target_modules: TargetModules) -> Adapter:
-    """The adapter that a command line asks for; rank `None` is full finetuning.
-
-    Raises:
-        UserError: The rank, the initialisation or the multiplier is none.
-    """
-    if rank is None:
+def adapter_for(spec: AdapterSpec, target_modules: TargetModules) -> Adapter:
+    """The adapter of a specification, on certain layers."""
+    if spec.rank is None:
         return Full(target_modules)
-    try:
-        return LoRA(rank, init, AlphaRule.parse(alpha), target_modules)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    return LoRA(spec.rank, spec.init, spec.alpha, target_modules)
 
 
 def resolve_targets(model: nn.Module, targets: TargetModules) -> TargetModules:

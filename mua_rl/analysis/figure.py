@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -11,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MultipleLocator
 
-from mua_rl.analysis.measured import Measured, Sweep, scheme_name, slope
+from mua_rl.analysis.measured import Measured, Sweep, slope
+from mua_rl.lr.spec import AdapterSpec
 
 _DPI = 120
 _Style = dict[str, object]
@@ -28,19 +30,19 @@ def learning_rate_curves(sweep: Sweep, path: Path, label: str) -> None:
         path: Where the PNG goes.
         label: Of the metric.
     """
-    schemes = sweep.schemes() or {("", ""): []}
+    schemes: dict[Any, list[Measured]] = dict(sweep.schemes()) or {None: []}
     figure = Figure(figsize=(1.5 + 3.7 * len(schemes), 4.2), layout="constrained")
     panels = figure.subplots(1, len(schemes), sharex=True, sharey=True, squeeze=False)[0]
-    ranks = sorted({m.curve[0] for line in schemes.values() for m in line if m.curve[0] is not None})
+    ranks = sorted({m.spec.rank for line in schemes.values() for m in line if m.spec.rank is not None})
     styles = _styles(ranks)
     drawn = list(sweep.curves.values())
     bottom, top = _range(drawn)
     lane, lanes = 0.03 * (top - bottom), len(ranks) + 1
     for axes, (scheme, line) in zip(panels, schemes.items(), strict=True):
         for number, measured in enumerate([*line, *([sweep.fft] if sweep.fft else [])], 2):
-            style = styles[measured.curve[0]]
+            style = styles[measured.spec.rank]
             _draw_curve(axes, measured, style, top + (lanes + 3 - number) * lane, bottom - number * lane)
-        axes.set(title=scheme_name(*scheme) if scheme[0] else "", xlabel="log2 η")
+        axes.set(title=AdapterSpec(1, *scheme).scheme_label if scheme else "", xlabel="log2 η")
         axes.grid(alpha=0.25)
     panels[0].set_ylabel(label)
     panels[0].set_ylim(bottom - (lanes + 2) * lane, top + (lanes + 2) * lane)
@@ -61,7 +63,7 @@ def optimum_against_rank(sweep: Sweep, path: Path) -> None:
     """
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    ranks = sorted({m.curve[0] for line in sweep.schemes().values() for m in line if m.curve[0] is not None})
+    ranks = sorted({m.spec.rank for line in sweep.schemes().values() for m in line if m.spec.rank is not None})
     if sweep.fft:
         optimum = sweep.fft.optimum
         axes.axhspan(optimum.low, optimum.high, color="black", alpha=0.08, lw=0)
@@ -71,14 +73,14 @@ def optimum_against_rank(sweep: Sweep, path: Path) -> None:
         shift = 2 ** (0.06 * (number - (len(sweep.schemes()) - 1) / 2))  # side by side, not over one another
         for measured in line:
             axes.errorbar(
-                (measured.curve[0] or 1) * shift, measured.optimum.log2_lr, yerr=_bar(measured), fmt="o", capsize=3,
+                (measured.spec.rank or 1) * shift, measured.optimum.log2_lr, yerr=_bar(measured), fmt="o", capsize=3,
                 color=colour, mfc="white" if measured.optimum.edge else colour,
             )  # fmt: skip
         found = slope([sweep], scheme)
-        name = scheme_name(*scheme)
+        name = AdapterSpec(1, *scheme).scheme_label
         if found.theory is not None:
             known = [m for m in line if not m.optimum.edge]
-            middle = np.mean([m.optimum.log2_lr - found.theory * math.log2(m.curve[0] or 1) for m in known])
+            middle = np.mean([m.optimum.log2_lr - found.theory * math.log2(m.spec.rank or 1) for m in known])
             axes.plot(ranks, middle + found.theory * np.log2(ranks), color=colour, ls=":")
             name += f": slope {found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}], theory {found.theory:+.2f}"
         axes.plot([], [], "o:", color=colour, label=name)

@@ -11,13 +11,16 @@ import numpy as np
 from mua_rl.analysis.optimum import COVERAGE, RESOLUTION, Array, Optimum, estimate_optimum
 from mua_rl.analysis.rows import Row
 from mua_rl.errors import UserError
-from mua_rl.lr.rules import AlphaRule, Configuration, Scheme, TransferError, lr_ratio
-from mua_rl.run.trial import FFT, Curve, is_clear
+from mua_rl.lr.rules import Configuration, TransferError, lr_ratio
+from mua_rl.lr.spec import FFT, AdapterSpec, AlphaRule, Scheme
+from mua_rl.run.trial import Status, is_clear
 
 Key = tuple[str, str, str]
 """(algorithm, task, base): what learning rates can be compared in."""
-VALUES = ("metric", "reward_mean", "reward_last")
-"""Fields of `Outcome` that a curve can show."""
+SchemeAlpha = tuple[Scheme, AlphaRule]
+"""What LoRA curves have in common that differ in rank alone."""
+VALUES = ("score", "reward_mean", "reward_last")
+"""Fields of `TrialResult` that a curve can show."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Context:
 
     width: int | None = None
     outputs: int | None = None
-    movement: Mapping[Curve, float] = field(default_factory=dict)
+    movement: Mapping[AdapterSpec, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,14 +44,14 @@ class Measured:
     """A curve's optimum and what it took to find it.
 
     Attributes:
-        curve: Which.
+        spec: What the curve is of.
         optimum: See there.
         points: (log2 η, value, seed) of each run; NaN for one that diverged or was stopped.
         before: The metric before training.
         steps, seconds: Of all runs together.
     """
 
-    curve: Curve
+    spec: AdapterSpec
     optimum: Optimum
     points: list[tuple[float, float, int]]
     before: float
@@ -92,8 +95,8 @@ class Sweep:
     algorithm: str
     task: str
     base: str
-    curves: dict[Curve, Measured]
-    without: dict[Curve, str]
+    curves: dict[AdapterSpec, Measured]
+    without: dict[AdapterSpec, str]
     context: Context = Context()
 
     def __str__(self) -> str:
@@ -104,13 +107,13 @@ class Sweep:
         """Full finetuning's curve, if there is one."""
         return self.curves.get(FFT)
 
-    def schemes(self) -> dict[tuple[str, str], list[Measured]]:
-        """The LoRA curves of each (init, alpha), ascending in rank."""
-        found: dict[tuple[str, str], list[Measured]] = {}
-        for curve, measured in self.curves.items():
-            if curve != FFT:
-                found.setdefault(curve[1:], []).append(measured)
-        return dict(sorted(found.items(), key=lambda item: (item[0][0] != "B", AlphaRule.parse(item[0][1]).gamma)))
+    def schemes(self) -> dict[SchemeAlpha, list[Measured]]:
+        """The LoRA curves of each scheme and multiplier, ascending in rank."""
+        curves: dict[SchemeAlpha, list[Measured]] = {}
+        for spec, measured in self.curves.items():
+            if spec != FFT:
+                curves.setdefault((spec.scheme, spec.alpha), []).append(measured)
+        return dict(sorted(curves.items(), key=lambda item: (item[0][0] is not Scheme.INIT_B, item[0][1].gamma)))
 
 
 @dataclass(frozen=True)
@@ -130,20 +133,9 @@ class Slope:
     ranks: list[int]
 
 
-def scheme_name(init: str, alpha: str) -> str:
-    """E.g. "Init[B] α=1"."""
-    return f"Init[{init}] α={alpha}"
-
-
-def curve_name(curve: Curve) -> str:
-    """E.g. "Init[B] α=1 r=8"."""
-    rank, init, alpha = curve
-    return "FFT" if rank is None else f"{scheme_name(init, alpha)} r={rank}"
-
-
 def sweeps_of(
     rows: Iterable[Row],
-    value: str = "metric",
+    value: str = "score",
     contexts: Callable[[Key], Context] = lambda key: Context(),
 ) -> list[Sweep]:
     """Sort rows into sweeps and find the optimum of each curve.
@@ -158,9 +150,9 @@ def sweeps_of(
     """
     sweeps: list[Sweep] = []
     for key, found in groupby(sorted(rows, key=_order), key=_key):
-        curves: dict[Curve, Measured] = {}
-        without: dict[Curve, str] = {}
-        for curve, of_curve in groupby(found, key=lambda row: row.arm.curve):
+        curves: dict[AdapterSpec, Measured] = {}
+        without: dict[AdapterSpec, str] = {}
+        for curve, of_curve in groupby(found, key=lambda row: row.trial.spec):
             try:
                 others = [measured for sweep in sweeps for measured in sweep.curves.values()] + [*curves.values()]
                 curves[curve] = _with_own_draws(_measure(curve, list(of_curve), value), others)
@@ -168,7 +160,7 @@ def sweeps_of(
                 without[curve] = str(error)
         sweeps.append(Sweep(*key, curves, without, contexts(key)))
     if not any(sweep.curves for sweep in sweeps):
-        reasons = [f"{curve_name(c)}: {reason}" for sweep in sweeps for c, reason in sweep.without.items()]
+        reasons = [f"{spec.label}: {reason}" for sweep in sweeps for spec, reason in sweep.without.items()]
         raise UserError(
             f"no curve of the sweep has an optimum. {reasons[0]}"
             if reasons
@@ -183,26 +175,27 @@ def _key(row: Row) -> Key:
 
 def _order(row: Row) -> tuple:
     """LoRA by scheme and rank, then FFT."""
-    rank, init, alpha = row.arm.curve
-    return (*_key(row), rank is None, init, alpha, rank or 0, row.arm.log2_lr, row.arm.seed)
+    spec = row.trial.spec
+    scheme = (spec == FFT, spec.init, str(spec.alpha), spec.rank or 0)
+    return (*_key(row), *scheme, row.trial.log2_lr, row.trial.seed)
 
 
-def _measure(curve: Curve, rows: Sequence[Row], value: str) -> Measured:
+def _measure(curve: AdapterSpec, rows: Sequence[Row], value: str) -> Measured:
     points = [
         (
-            row.arm.log2_lr,
-            math.nan if row.outcome.diverged or row.outcome.stopped else float(getattr(row.outcome, value)),
-            row.arm.seed,
+            row.trial.log2_lr,
+            float(getattr(row.result, value)) if row.result.status is Status.OK else math.nan,
+            row.trial.seed,
         )
         for row in rows
     ]
     return Measured(
-        curve=curve,
+        spec=curve,
         optimum=estimate_optimum(points),
         points=points,
-        before=statistics.fmean(row.outcome.before for row in rows),
-        steps=sum(row.outcome.steps for row in rows),
-        seconds=sum(row.outcome.seconds for row in rows),
+        before=statistics.fmean(row.result.before for row in rows),
+        steps=sum(row.result.steps for row in rows),
+        seconds=sum(row.result.seconds for row in rows),
     )
 
 
@@ -231,14 +224,14 @@ def distance(measured: Measured, from_: Measured) -> tuple[float, float, float]:
     return measured.optimum.log2_lr - from_.optimum.log2_lr, low, high
 
 
-def slope(sweeps: Sequence[Sweep], scheme: tuple[str, str]) -> Slope:
+def slope(sweeps: Sequence[Sweep], scheme: SchemeAlpha) -> Slope:
     """How a scheme's optimum moves with the rank: one slope for all sweeps, each with a level of its own.
 
     Optima at an edge of their grid are left out: they are bounds. The others count by their precision; the interval is
     that of the slope over draws of the optima.
 
     Args:
-        scheme: (init, alpha).
+        scheme: The scheme and the multiplier.
     """
     lines = [[m for m in sweep.schemes().get(scheme, []) if not m.optimum.edge] for sweep in sweeps]
     known = [(sweep, line) for sweep, line in zip(sweeps, lines, strict=True) if len(line) > 1]
@@ -252,7 +245,7 @@ def slope(sweeps: Sequence[Sweep], scheme: tuple[str, str]) -> Slope:
 
 
 def _ranks(line: Sequence[Measured]) -> list[int]:
-    return [m.curve[0] for m in line if m.curve[0] is not None]
+    return [m.spec.rank for m in line if m.spec.rank is not None]
 
 
 def _centred(line: Sequence[Measured], log2_lrs: Sequence[Sequence[float] | Array]) -> tuple[Array, Array, Array]:
@@ -268,9 +261,9 @@ def _slope(lines: Sequence[tuple[Array, Array, Array]]) -> Array:
     return np.sum([(w * x) @ y for x, y, w in lines], axis=0) / np.sum([(w * x) @ x for x, _, w in lines])
 
 
-def _theory_slope(scheme: tuple[str, str], width: int | None, ranks: Sequence[int]) -> float | None:
+def _theory_slope(scheme: SchemeAlpha, width: int | None, ranks: Sequence[int]) -> float | None:
     """Of a line through the rules' ratios: a scheme may change its regime between two ranks."""
-    ratios = [log2_ratio((ranks[0], *scheme), (rank, *scheme), width) for rank in ranks]
+    ratios = [log2_ratio(AdapterSpec(ranks[0], *scheme), AdapterSpec(rank, *scheme), width) for rank in ranks]
     known = [ratio for ratio in ratios if ratio is not None]
     if len(known) < len(ratios):
         return None
@@ -280,22 +273,15 @@ def _theory_slope(scheme: tuple[str, str], width: int | None, ranks: Sequence[in
 _WIDEST = 2**20
 
 
-def log2_ratio(source: Curve, target: Curve, width: int | None) -> float | None:
+def log2_ratio(source: AdapterSpec, target: AdapterSpec, width: int | None) -> float | None:
     """log2 of `mua_rl.lr.rules.lr_ratio`.
 
     `None` where the theory does not give it, or it depends on the width and that is unknown.
     """
-    ranks = [rank for rank in (source[0], target[0]) if rank is not None]
+    ranks = [rank for rank in (source.rank, target.rank) if rank is not None]
     widths = [width] if width is not None else [max(ranks, default=1), _WIDEST]
     try:
-        ratios = {lr_ratio(_configuration(source, n), _configuration(target, n)) for n in widths}
+        ratios = {lr_ratio(Configuration(source, n), Configuration(target, n)) for n in widths}
     except (TransferError, ValueError):  # a ValueError: the rank is above the width
         return None
     return math.log2(ratios.pop()) if max(ratios) < 1.001 * min(ratios) else None
-
-
-def _configuration(curve: Curve, width: int) -> Configuration:
-    rank, init, alpha = curve
-    if rank is None:
-        return Configuration(Scheme.FFT, width)
-    return Configuration(Scheme(f"Init[{init}]"), width, rank, AlphaRule.parse(alpha))

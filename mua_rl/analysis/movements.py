@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mua_rl.errors import UserError
-from mua_rl.run.trial import Curve
+from mua_rl.lr.spec import AdapterSpec
 
-Movements = dict[tuple[str, str], dict[Curve, float]]
+Movements = dict[tuple[str, str], dict[AdapterSpec, float]]
 """By (task, base) and curve: √KL per step and unit of learning rate."""
 
 
@@ -22,12 +22,12 @@ def read_movements(paths: Sequence[Path | str]) -> Movements:
     Raises:
         UserError: A file cannot be read, or is of another kind.
     """
-    logs: dict[tuple[str, str], dict[Curve, list[float]]] = defaultdict(lambda: defaultdict(list))
+    logs: dict[tuple[str, str], dict[AdapterSpec, list[float]]] = defaultdict(lambda: defaultdict(list))
     for path in paths:
         try:
             with open(path, newline="") as stream:
                 for line in csv.DictReader(stream):
-                    curve = (int(line["rank"]) if line["rank"] else None, line["init"], line["alpha"])
+                    curve = AdapterSpec.parse(int(line["rank"]) if line["rank"] else None, line["init"], line["alpha"])
                     log2_kl, log2_steps = math.log2(float(line["kl"])), math.log2(int(line["steps"]))
                     logs[line["task"], line["base"]][curve].append(log2_kl / 2 - float(line["log2_lr"]) - log2_steps)
         except (OSError, ValueError, KeyError, TypeError) as error:

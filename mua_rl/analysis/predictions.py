@@ -17,9 +17,8 @@ import numpy as np
 
 from mua_rl.analysis.measured import Context, Measured, Sweep, log2_ratio
 from mua_rl.analysis.optimum import COVERAGE, RESOLUTION
-from mua_rl.lr.rules import Scheme
+from mua_rl.lr.spec import FFT, AdapterSpec, Scheme
 from mua_rl.lr.transfer import UNMOVED, Evidence, default_exponent, pair_kind
-from mua_rl.run.trial import FFT, Curve
 
 HIT = 0.5
 """Octaves within which a prediction counts as right."""
@@ -54,7 +53,7 @@ class Rule(Protocol):
     @property
     def needs_source(self) -> bool: ...
 
-    def predict(self, source: Measured, target: Curve, context: Context) -> Prediction | None:
+    def predict(self, source: Measured, target: AdapterSpec, context: Context) -> Prediction | None:
         """The optimum of `target`, or `None` where the rule does not cover the pair."""
 
 
@@ -65,9 +64,9 @@ class BareRule:
     name: str = "theory"
     needs_source: bool = True
 
-    def predict(self, source: Measured, target: Curve, context: Context) -> Prediction | None:
+    def predict(self, source: Measured, target: AdapterSpec, context: Context) -> Prediction | None:
         """See `Rule`."""
-        shift = log2_ratio(source.curve, target, context.width)
+        shift = log2_ratio(source.spec, target, context.width)
         return None if shift is None else Prediction(source.optimum.log2_lr + shift)
 
 
@@ -78,9 +77,9 @@ class Unmoved:
     name: str = "no rule, the LR unchanged"
     needs_source: bool = True
 
-    def predict(self, source: Measured, target: Curve, context: Context) -> Prediction | None:
+    def predict(self, source: Measured, target: AdapterSpec, context: Context) -> Prediction | None:
         """See `Rule`."""
-        return None if log2_ratio(source.curve, target, context.width) is None else Prediction(source.optimum.log2_lr)
+        return None if log2_ratio(source.spec, target, context.width) is None else Prediction(source.optimum.log2_lr)
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,11 @@ class RankCorrected:
 
     Attributes:
         exponent: c.
-        inits: The initialisations whose curves it corrects; FFT counts as "B".
+        schemes: The schemes whose curves it corrects; FFT counts as Init[B].
     """
 
     exponent: float
-    inits: tuple[str, ...] = ("B",)
+    schemes: tuple[Scheme, ...] = (Scheme.INIT_B,)
     needs_source: bool = True
 
     @property
@@ -104,10 +103,10 @@ class RankCorrected:
         """See `Rule`."""
         return f"theory × (r/m)^{self.exponent:.3g}"
 
-    def predict(self, source: Measured, target: Curve, context: Context) -> Prediction | None:
+    def predict(self, source: Measured, target: AdapterSpec, context: Context) -> Prediction | None:
         """See `Rule`."""
-        shift = log2_ratio(source.curve, target, context.width)
-        correction = log2_rank_ratio(source.curve, target, context, self.inits)
+        shift = log2_ratio(source.spec, target, context.width)
+        correction = log2_rank_ratio(source.spec, target, context, self.schemes)
         if shift is None or correction is None:
             return None
         return Prediction(source.optimum.log2_lr + shift - self.exponent * correction)
@@ -127,9 +126,9 @@ class Shipped:
     name: str = "what mua_rl does by default"
     needs_source: bool = True
 
-    def predict(self, source: Measured, target: Curve, context: Context) -> Prediction | None:
+    def predict(self, source: Measured, target: AdapterSpec, context: Context) -> Prediction | None:
         """See `Rule`."""
-        stays = _scheme(source.curve) == _scheme(target) in self.unmoved
+        stays = source.spec.scheme is target.scheme and target.scheme in self.unmoved
         rule: Rule = Unmoved() if stays else RankCorrected(self.exponent)
         return rule.predict(source, target, context)
 
@@ -157,12 +156,12 @@ class EqualMovement:
         """See `Rule`."""
         return f"equal movement^{self.exponent:g}"
 
-    def predict(self, source: Measured, target: Curve, context: Context) -> Prediction | None:
+    def predict(self, source: Measured, target: AdapterSpec, context: Context) -> Prediction | None:
         """See `Rule`."""
         found = context.movement
-        if source.curve not in found or target not in found:
+        if source.spec not in found or target not in found:
             return None
-        shift = -self.exponent * math.log2(found[target] / found[source.curve])
+        shift = -self.exponent * math.log2(found[target] / found[source.spec])
         return Prediction(source.optimum.log2_lr + shift)
 
 
@@ -190,10 +189,10 @@ class Calibrated:
         """See `Rule`."""
         return self.rule.needs_source
 
-    def predict(self, source: Measured, target: Curve, context: Context) -> Prediction | None:
+    def predict(self, source: Measured, target: AdapterSpec, context: Context) -> Prediction | None:
         """See `Rule`."""
         prediction = self.rule.predict(source, target, context)
-        octaves = self.octaves.get(_pair_kind(source.curve, target), self.otherwise)
+        octaves = self.octaves.get(_pair_kind(source.spec, target), self.otherwise)
         if prediction is None or octaves is None:
             return prediction
         return replace(prediction, log2_interval=(prediction.log2_lr - octaves, prediction.log2_lr + octaves))
@@ -204,13 +203,15 @@ MOVEMENT_RULES: tuple[Rule, ...] = (EqualMovement(), EqualMovement(0.5))
 """Where movements were measured."""
 
 
-def log2_rank_ratio(source: Curve, target: Curve, context: Context, inits: Sequence[str] = ("B",)) -> float | None:
-    """log2 of r_target / r_source, FFT being of rank m: 0 for initialisations not in `inits`, `None` for m unknown."""
+def log2_rank_ratio(
+    source: AdapterSpec, target: AdapterSpec, context: Context, schemes: Sequence[Scheme] = (Scheme.INIT_B,)
+) -> float | None:
+    """log2 of r_target / r_source, FFT being of rank m: 0 for schemes not in `schemes`, `None` for m unknown."""
     ranks = []
-    for rank, init, _ in (source, target):
-        if rank is not None and init not in inits:
+    for spec in (source, target):
+        if spec != FFT and spec.scheme not in schemes:
             return 0.0
-        ranks.append(context.outputs if rank is None else rank)
+        ranks.append(context.outputs if spec.rank is None else spec.rank)
     if ranks[0] == ranks[1]:
         return 0.0
     return None if None in ranks else math.log2(ranks[1] / ranks[0])  # type: ignore[operator]
@@ -298,7 +299,7 @@ class Test:
     @property
     def kind(self) -> str:
         """Between what, whatever the direction: "within Init[B]", "FFT ↔ Init[B]"."""
-        schemes = sorted({_scheme(self.source.curve), _scheme(self.target.curve)})
+        schemes = sorted({self.source.spec.scheme, self.target.spec.scheme})
         return " ↔ ".join(schemes) if len(schemes) > 1 else f"within {schemes[0]}"
 
 
@@ -308,21 +309,21 @@ def prediction_tests(sweeps: Sequence[Sweep], rule: Rule) -> list[Test]:
     for sweep in sweeps:
         known = [measured for measured in sweep.curves.values() if not measured.optimum.edge]
         for source, target in itertools.permutations(known, 2):
-            prediction = rule.predict(source, target.curve, sweep.context)
+            prediction = rule.predict(source, target.spec, sweep.context)
             if prediction is not None:
                 error = prediction.log2_lr - target.optimum.log2_lr
                 tests.append(Test(rule.name, sweep, source, target, prediction, error))
     return tests
 
 
-def fit_exponent(sweeps: Sequence[Sweep], inits: tuple[str, ...] = ("B",)) -> RankCorrected | None:
+def fit_exponent(sweeps: Sequence[Sweep], schemes: tuple[Scheme, ...] = (Scheme.INIT_B,)) -> RankCorrected | None:
     """The exponent c with which `RankCorrected` predicts the optima of these sweeps best.
 
     Weighted least squares over all pairs that the theory covers; `None` where no pair tells.
     """
     x, y, variances = [], [], []
     for test in prediction_tests(sweeps, BareRule()):
-        ratio = log2_rank_ratio(test.source.curve, test.target.curve, test.sweep.context, inits)
+        ratio = log2_rank_ratio(test.source.spec, test.target.spec, test.sweep.context, schemes)
         if ratio:
             x.append(ratio)
             y.append(test.error)
@@ -330,7 +331,7 @@ def fit_exponent(sweeps: Sequence[Sweep], inits: tuple[str, ...] = ("B",)) -> Ra
     if not x:
         return None
     ratios, errors, weights = np.array(x), np.array(y), 1 / np.array(variances)
-    return RankCorrected(float((weights * ratios) @ errors / ((weights * ratios) @ ratios)), inits)
+    return RankCorrected(float((weights * ratios) @ errors / ((weights * ratios) @ ratios)), schemes)
 
 
 def calibrated(rule: Rule, sweeps: Sequence[Sweep]) -> Calibrated:
@@ -360,10 +361,10 @@ def evidence(sweeps: Sequence[Sweep], rule: Rule) -> dict[str, Evidence]:
     tests, found = prediction_tests(sweeps, rule), {}
     for kind, alike in _by_pair(tests).items():
         curves = [m for test in tests if _kind_of(test) == kind for m in (test.source, test.target)]
-        ranks = [m.curve[0] for m in curves if m.curve[0] is not None]
+        ranks = [m.spec.rank for m in curves if m.spec.rank is not None]
         found[kind] = Evidence(
             ranks=(min(ranks), max(ranks)),
-            alphas=tuple(sorted({m.curve[2] for m in curves if m.curve != FFT})),
+            alphas=tuple(sorted({str(m.spec.alpha) for m in curves if m.spec != FFT})),
             steps=max(round(m.steps / len(m.points)) for m in curves),
             octaves=_off(alike),
             loss=_nine_in_ten([test.loss for test in alike]),
@@ -383,15 +384,11 @@ def _nine_in_ten(values: Sequence[float]) -> float:
 
 
 def _kind_of(test: Test) -> str:
-    return _pair_kind(test.source.curve, test.target.curve)
+    return _pair_kind(test.source.spec, test.target.spec)
 
 
-def _pair_kind(source: Curve, target: Curve) -> str:
-    return pair_kind(_scheme(source), _scheme(target))
-
-
-def _scheme(curve: Curve) -> Scheme:
-    return Scheme.FFT if curve == FFT else Scheme(f"Init[{curve[1]}]")
+def _pair_kind(source: AdapterSpec, target: AdapterSpec) -> str:
+    return pair_kind(source.scheme, target.scheme)
 
 
 def leave_one_out(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mua_rl.analysis.measured import Context, Measured, Sweep
 from mua_rl.analysis.predictions import Prediction, Rule
-from mua_rl.run.trial import FFT, Curve
+from mua_rl.lr.spec import FFT, AdapterSpec
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class DividedByTen:
     name: str = "LoRA ÷ 10"
     needs_source: bool = True
 
-    def predict(self, source: Measured, target: Curve, context: Context) -> Prediction | None:
+    def predict(self, source: Measured, target: AdapterSpec, context: Context) -> Prediction | None:
         """See `Rule`."""
-        applies = source.curve[1] == "A" and target == FFT
+        applies = source.spec.init == "A" and target == FFT
         return Prediction(source.optimum.log2_lr - math.log2(10)) if applies else None
 
 
@@ -35,9 +35,13 @@ class Unchanged:
     name: str = "LoRA unchanged (Init[A] α=2)"
     needs_source: bool = True
 
-    def predict(self, source: Measured, target: Curve, context: Context) -> Prediction | None:
+    def predict(self, source: Measured, target: AdapterSpec, context: Context) -> Prediction | None:
         """See `Rule`."""
-        return Prediction(source.optimum.log2_lr) if source.curve[1:] == ("A", "2") and target == FFT else None
+        return (
+            Prediction(source.optimum.log2_lr)
+            if (source.spec.init, str(source.spec.alpha)) == ("A", "2") and target == FFT
+            else None
+        )
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Fixed:
         """See `Rule`."""
         return f"always {self.learning_rate:g}"
 
-    def predict(self, source: Measured, target: Curve, context: Context) -> Prediction | None:
+    def predict(self, source: Measured, target: AdapterSpec, context: Context) -> Prediction | None:
         """See `Rule`."""
         return Prediction(math.log2(self.learning_rate)) if target == FFT else None
 
@@ -92,7 +96,7 @@ def regrets(sweeps: Sequence[Sweep], rule: Rule) -> list[Regret]:
     """FFT's loss at the learning rate that a rule takes from each LoRA curve, in sweeps that have FFT."""
     found = []
     for sweep in sweeps:
-        fft, loras = sweep.fft, [m for m in sweep.curves.values() if m.curve != FFT]
+        fft, loras = sweep.fft, [m for m in sweep.curves.values() if m.spec != FFT]
         if fft is None:
             continue
         for source in loras if rule.needs_source else [fft]:

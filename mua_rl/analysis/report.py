@@ -26,9 +26,7 @@ from mua_rl.analysis.measured import (
     Key,
     Slope,
     Sweep,
-    curve_name,
     distance,
-    scheme_name,
     slope,
     sweeps_of,
 )
@@ -50,7 +48,7 @@ from mua_rl.analysis.rows import read_all
 from mua_rl.analysis.small_sweeps import SmallSweep, small_sweeps
 from mua_rl.errors import UserError
 from mua_rl.exits import run_command
-from mua_rl.run.trial import FFT
+from mua_rl.lr.spec import FFT, AdapterSpec
 
 FILE_NAME = "report.md"
 METRICS = {"grpo": "held-out accuracy", "ppo": "held-out return"}
@@ -93,7 +91,7 @@ class ReportTable:
 def write_report(
     sweeps: Sequence[Sweep],
     out: Path,
-    value: str = "metric",
+    value: str = "score",
     rules: Sequence[Rule] = (),
     metrics: Mapping[str, str] = METRICS,
 ) -> list:
@@ -146,7 +144,7 @@ def write_report(
 
 def label(sweep: Sweep, value: str, metrics: Mapping[str, str] = METRICS) -> str:
     """What a curve shows."""
-    if value == "metric":
+    if value == "score":
         return metrics.get(sweep.algorithm, "held-out metric")
     kind = "return" if sweep.algorithm == "ppo" else "reward"
     return {"reward_mean": f"mean training {kind}", "reward_last": f"training {kind} at the end"}[value]
@@ -159,7 +157,7 @@ def optimum_table(sweep: Sweep, shown: str) -> ReportTable:
         optimum = measured.optimum
         lines.append(
             [
-                curve_name(curve),
+                curve.label,
                 str(len(measured.points)),
                 _interval(optimum.log2_lr, optimum.low, optimum.high),
                 f"{2**optimum.log2_lr:.2g}",
@@ -169,7 +167,7 @@ def optimum_table(sweep: Sweep, shown: str) -> ReportTable:
                 _remark_on(optimum),
             ]
         )
-    lines += [[curve_name(curve), *["–"] * 6, reason] for curve, reason in sweep.without.items()]
+    lines += [[curve.label, *["–"] * 6, reason] for curve, reason in sweep.without.items()]
     before = next((f"; {_number(m.before)} before training" for m in sweep.curves.values()), "")
     return ReportTable(
         f"{sweep}: optima by {shown}{before}",
@@ -198,7 +196,7 @@ def slope_table(sweeps: Sequence[Sweep]) -> ReportTable | None:
         for scheme in dict.fromkeys(scheme for sweep in group for scheme in sweep.schemes()):
             found = slope(group, scheme)
             if found.ranks:
-                lines.append([f"{name}, {scheme_name(*scheme)}", *_slope_cells(found)])
+                lines.append([f"{name}, {AdapterSpec(1, *scheme).scheme_label}", *_slope_cells(found)])
     columns = ["scheme", "ranks", "slope", "theory", "theory in the interval"]
     return ReportTable("Slope of log2 η* on log2 r", columns, lines) if lines else None
 
@@ -282,10 +280,10 @@ def regret_table(sweep: Sweep, rules: Sequence[Rule]) -> ReportTable | None:
     lines = []
     for rule in rules:
         for regret in regrets([sweep], rule):
-            source = regret.source.curve if regret.source else None
+            source = regret.source.spec if regret.source else None
             lines.append(
                 [
-                    f"{rule.name}{f', from {curve_name(source)}' if source else ''}",
+                    f"{rule.name}{f', from {source.label}' if source else ''}",
                     f"{regret.log2_lr:.2f}",
                     "–" if math.isnan(regret.share) else f"{'≥ ' * regret.is_bound}{regret.share:.1%}",
                     f"{regret.steps:.0%}",
@@ -346,8 +344,8 @@ def small_sweep_table(sweeps: Sequence[Sweep]) -> ReportTable | None:
         most = max((len({seed for _, _, seed in sweep.fft.points}) for sweep in of_algorithm if sweep.fft), default=0)
         for seeds, step in [(1, 1.0), *((2**k, 0.0) for k in range(most.bit_length()) if 2**k < most)]:
             found = [small for sweep in of_algorithm for small in small_sweeps(sweep, seeds, step)]
-            loras = [small for small in found if small.source.curve != FFT]
-            ffts = [small for small in found if small.source.curve == FFT]
+            loras = [small for small in found if small.source.spec != FFT]
+            ffts = [small for small in found if small.source.spec == FFT]
             if loras:
                 name = f"{algorithm}, {seeds} of {most} seeds{', whole octaves' if step else ''}"
                 lines.append([name, *_loss_cells(loras), *_loss_cells(ffts)])
@@ -451,7 +449,9 @@ def main() -> None:
     )
     parser.add_argument("csv", type=Path, nargs="+", help="of finished sweeps")
     parser.add_argument("--out", type=Path, required=True, help="folder of the report")
-    parser.add_argument("--value", choices=VALUES, default="metric", help="what is compared (default: held-out metric)")
+    parser.add_argument(
+        "--value", choices=VALUES, default="score", help="what is compared (default: the held-out score)"
+    )
     parser.add_argument(
         "--sizes", nargs="+", default=[], metavar="BASE=n,m",
         help="largest fan-in n and fan-out m of the trained layers, for base policies by name\n"

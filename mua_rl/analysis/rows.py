@@ -5,13 +5,12 @@ import fcntl
 import io
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from mua_rl.errors import UserError
-from mua_rl.lr.rules import AlphaRule
-from mua_rl.run.trial import Arm, Outcome
+from mua_rl.run.trial import Trial, TrialResult
 
 
 @dataclass(frozen=True)
@@ -22,28 +21,35 @@ class Row:
         algorithm: As in an LR record.
         task: Task name or environment id.
         base: Name of the base policy.
-        arm: What was trained.
-        outcome: What it reached.
+        trial: What was trained.
+        result: What it reached.
         machine: What it ran on; seconds compare on one machine only.
     """
 
     algorithm: str
     task: str
     base: str
-    arm: Arm
-    outcome: Outcome
+    trial: Trial
+    result: TrialResult
     machine: str
 
 
-_ARM, _OUTCOME = [f.name for f in fields(Arm)], [f.name for f in fields(Outcome)]
-COLUMNS = ["algorithm", "task", "base", *_ARM, *_OUTCOME, "machine"]
-_TYPES = get_type_hints(Arm) | get_type_hints(Outcome)
+_TRIAL: dict[str, type] = {"rank": int, "init": str, "alpha": str, "log2_lr": float, "seed": int}
+_RESULT = get_type_hints(TrialResult)
+_OUTCOME = {
+    "metric": float, "error": float, "before": float, "reward_mean": float, "reward_last": float, "diverged": bool,
+    "stopped": str, "steps": int, "seconds": float,
+}  # fmt: skip
+"""The result's columns before version 0.2, whose files are still read."""
+COLUMNS = ["algorithm", "task", "base", *_TRIAL, *_RESULT, "machine"]
+_OLD_COLUMNS = ["algorithm", "task", "base", *_TRIAL, *_OUTCOME, "machine"]
 
 
 def append(path: Path | str, rows: Iterable[Row]) -> None:
     """Add whole lines to a CSV, which is made with its header where there is none.
 
-    One write under a lock: processes that append to one file at a time neither mix lines nor repeat the header.
+    One write under a lock: processes that append to one file at a time neither mix lines nor repeat the header. A file
+    with the columns of before version 0.2 is brought up to date first.
 
     Raises:
         UserError: The file is there and has other columns.
@@ -57,10 +63,13 @@ def append(path: Path | str, rows: Iterable[Row]) -> None:
         fcntl.flock(stream, fcntl.LOCK_EX)
         stream.seek(0)
         there = stream.readall() or b""
+        if there and _columns(there.decode(errors="replace").splitlines()[0], path) == _OLD_COLUMNS:
+            old = "".join(_line(_cells(row)) for row in _parse_rows(there.decode("utf-8"), path))
+            stream.truncate(0)
+            there, text = b"", old + text
         if not there:
             text = _line(COLUMNS) + text
         else:
-            _check_header(there.decode(errors="replace").splitlines()[0], path)
             if not there.endswith(b"\n"):  # cut off in the middle of a line: `read` names it, and this one stays whole
                 text = "\n" + text
         stream.write(text.encode())
@@ -79,14 +88,23 @@ def read(path: Path | str) -> list[Row]:
         raise UserError(f"the sweep's CSV {path} cannot be read: {error}.") from None
     if not text.strip():
         raise UserError(f"the sweep's CSV {path} is empty: run the sweep first.")
-    _check_header(text.splitlines()[0], path)
+    return _parse_rows(text, path)
+
+
+def _parse_rows(text: str, path: Path) -> list[Row]:
+    """The rows in a CSV's text.
+
+    Raises:
+        UserError: As `read`.
+    """
+    _columns(text.splitlines()[0], path)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         return [_row(values) for values in reader]
     except (ValueError, csv.Error) as error:
         raise UserError(
             f"line {reader.line_num} of {path} is no run of a sweep ({error}): delete the line, and the sweep will "
-            "run that arm again."
+            "run that trial again."
         ) from None
 
 
@@ -97,22 +115,28 @@ def read_all(paths: Sequence[Path | str]) -> list[Row]:
         UserError: As `read`.
     """
     rows = [row for path in paths for row in read(path)]
-    return list({(row.algorithm, row.task, row.base, row.arm): row for row in rows}.values())
+    return list({(row.algorithm, row.task, row.base, row.trial): row for row in rows}.values())
 
 
-def _check_header(line: str, path: Path) -> None:
+def _columns(line: str, path: Path) -> list[str]:
+    """The columns that a header names.
+
+    Raises:
+        UserError: They are not those of a sweep's CSV.
+    """
     names = next(csv.reader([line]), [])
+    if names in (COLUMNS, _OLD_COLUMNS):
+        return names
     if missing := [name for name in COLUMNS if name not in names]:
         raise UserError(
             f"{path} is no sweep's CSV: line 1 lacks the column{'s'[: len(missing) > 1]} {', '.join(missing)}; name "
             "another file."
         )
-    if names != COLUMNS:
-        raise UserError(f"{path} has other columns than a sweep's CSV: line 1 should be {','.join(COLUMNS)}.")
+    raise UserError(f"{path} has other columns than a sweep's CSV: line 1 should be {','.join(COLUMNS)}.")
 
 
 def _cells(row: Row) -> list[str]:
-    values = {**vars(row), **asdict(row.arm), **asdict(row.outcome)}
+    values = {**vars(row), **row.trial.as_dict(), **row.result.as_dict()}
     return ["" if values[name] is None else str(values[name]) for name in COLUMNS]
 
 
@@ -123,24 +147,31 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _row(values: dict[str, Any]) -> Row:
-    """Raises ValueError where the values make no row."""
+    """The row of a line's values.
+
+    Raises:
+        ValueError: The values make no row.
+    """
     if None in values or None in values.values():
         raise ValueError("it has too many or too few values")
-    arm = Arm(**{name: _parse(name, values[name]) for name in _ARM})
-    outcome = Outcome(**{name: _parse(name, values[name]) for name in _OUTCOME})
-    if not math.isfinite(arm.log2_lr):
-        raise ValueError(f"log2_lr is {arm.log2_lr}")
-    if arm.rank is not None:
-        if arm.rank < 1 or arm.init not in ("A", "B"):
-            raise ValueError(f"rank {arm.rank} and init {arm.init!r} make no LoRA")
-        AlphaRule.parse(arm.alpha)
-    return Row(values["algorithm"], values["task"], values["base"], arm, outcome, values["machine"])
+    trial = {name: _parse(name, kind, values[name]) for name, kind in _TRIAL.items()}
+    kinds = _OUTCOME if "metric" in values else _RESULT
+    result = {name: _parse(name, kind, values[name]) for name, kind in kinds.items()}
+    if not math.isfinite(trial["log2_lr"]):
+        raise ValueError(f"log2_lr is {trial['log2_lr']}")
+    return Row(
+        values["algorithm"],
+        values["task"],
+        values["base"],
+        Trial.from_dict(trial),
+        TrialResult.from_dict(result),
+        values["machine"],
+    )
 
 
-def _parse(name: str, text: str) -> Any:
-    kind = _TYPES[name]
+def _parse(name: str, kind: type, text: str) -> Any:
     try:
-        if kind == int | None:
+        if name == "rank":
             return int(text) if text else None
         if kind is bool:
             return {"True": True, "False": False}[text]

@@ -13,7 +13,7 @@ from mua_rl.analysis.measured import Measured, Sweep
 from mua_rl.analysis.optimum import estimate_optimum
 from mua_rl.analysis.predictions import Prediction, shipped
 from mua_rl.errors import UserError
-from mua_rl.run.trial import FFT
+from mua_rl.lr.spec import FFT
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ def small_sweeps(sweep: Sweep, seeds: int, step: float = 0.0) -> list[SmallSweep
     for measured in sweep.curves.values():
         for source in _parts(measured, seeds, step):
             own = Prediction(source.optimum.log2_lr)
-            prediction = own if source.curve == FFT else rule.predict(source, FFT, sweep.context)
+            prediction = own if source.spec == FFT else rule.predict(source, FFT, sweep.context)
             if prediction is not None and not math.isnan(share := fft.share_lost(prediction.log2_lr)):
                 found.append(SmallSweep(source, share, *source.cost_beside(fft)))
     return found

@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 from mua_rl.exits import run_command
 from mua_rl.grpo.arguments import parse
 from mua_rl.grpo.run import train
+from mua_rl.run.life import raise_if_worse
 
 
 def main() -> None:
@@ -18,7 +19,7 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    train(*parse())
+    raise_if_worse(train(*parse()))
 
 
 if __name__ == "__main__":

@@ -2,29 +2,31 @@
 
 import os
 import shutil
-import time
 from collections.abc import Callable
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import torch
+from rich.markup import escape
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, get_scheduler
 
-from mua_rl.envs.tasks import is_scored, unscored
-from mua_rl.errors import Diverged, EngineFailed, UserError, one_line
+from mua_rl.envs.tasks import unscored
+from mua_rl.errors import EngineFailed, UserError, one_line
 from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.checkpoint import check_checkpoint
-from mua_rl.grpo.report import announce, report
 from mua_rl.grpo.setup import Setup, prepare
-from mua_rl.grpo.trainer import GRPOTrainer, ProgressBar, RunCallback, Start
+from mua_rl.grpo.trainer import BeginCallback, GRPOTrainer, ProgressBar, RunCallback
 from mua_rl.lm.heldout import HeldOutResult, gather, held_out
 from mua_rl.lr.record import LRRecord, package_versions
 from mua_rl.rollouts.sync import generation_class
-from mua_rl.run import hub, plots, processes
+from mua_rl.run import hub, processes
 from mua_rl.run.arguments import AdapterArguments
-from mua_rl.run.folder import CURVE, RunFolder, open_run, start_wandb
-from mua_rl.run.trial import is_clear
+from mua_rl.run.folder import RunFolder, open_run, start_wandb
+from mua_rl.run.life import Measurement, Names, announce, live
 
 Measure = Callable[[], HeldOutResult]
+
+NAMES = Names("grpo", "held-out accuracy", "held_out/accuracy", "training reward", "reward", "optimizer step")
 
 
 def make_trainer(setup: Setup, arguments: GRPOArguments, run: RunFolder) -> tuple[GRPOTrainer, Measure]:
@@ -80,6 +82,67 @@ def _set_up_trainer(
     return trainer, measure
 
 
+class GRPOLearner:
+    """A GRPO run as `mua_rl.run.life` sees it.
+
+    Args:
+        setup: What the run is made of.
+        arguments: What was asked.
+        trainer: The trainer of the run.
+        measure: The function that measures its policy on the held-out problems.
+    """
+
+    names = NAMES
+
+    def __init__(self, setup: Setup, arguments: GRPOArguments, trainer: GRPOTrainer, measure: Measure) -> None:
+        self.setup, self.arguments, self.trainer, self.held_out = setup, arguments, trainer, measure
+        self.rate = setup.rate
+
+    @property
+    def title(self) -> str:
+        """See `Learner.title`."""
+        return f"{self.setup.task.name}, {self.setup.configuration}, lr {self.rate.value:.3g}"
+
+    @property
+    def steps(self) -> int:
+        """See `Learner.steps`."""
+        return self.trainer.state.global_step
+
+    def train(self, checkpoint: Path | None, on_begin: Callable[[], None]) -> None:
+        """See `Learner.train`."""
+        self.trainer.add_callback(BeginCallback(on_begin))
+        try:
+            self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            cast(ProgressBar, self.trainer.pop_callback(ProgressBar)).close()
+
+    def measure(self) -> Measurement:
+        """See `Learner.measure`."""
+        result = self.held_out()
+        text = f"{result.accuracy:.3f} ± {result.standard_error:.3f} ({len(result.scores)} problems)"
+        return Measurement(result.accuracy, result.standard_error, text, result.metrics())
+
+    def save(self, run: RunFolder) -> None:
+        """See `Learner.save`."""
+        self.trainer.save_model(str(run.path / self.setup.adapter.saved_as), _internal_call=True)  # as yet no push
+
+    def record(self, metric: dict[str, Any]) -> LRRecord:
+        """See `Learner.record`."""
+        return lr_record(self.arguments, self.setup, metric, self.steps)
+
+    def unscored(self) -> UserError | None:
+        """See `Learner.unscored`."""
+        return unscored(self.setup.task, self.steps)
+
+    def remarks(self) -> list[str]:
+        """See `Learner.remarks`."""
+        return []
+
+    def doubt(self) -> str:
+        """See `Learner.doubt`."""
+        return ""
+
+
 def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: dict) -> RunFolder:
     """One run from arguments to record.
 
@@ -103,76 +166,14 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
     )
     arguments.output_dir = str(run.path)
     if processes.is_main():
-        announce(run, setup.task.name, setup.base.name, setup.policy, setup.configuration, setup.rate)
+        weights = sum(p.numel() for p in setup.policy.parameters() if p.requires_grad)
+        what = f"[bold]{setup.task.name}[/] with {setup.base.name}, {escape(str(setup.configuration))}"
+        announce(run, f"{what}: {weights:,} trained weights", setup.rate)
     trainer, measure = _set_up_trainer(setup, arguments, run, is_new=adapter_arguments.resume is None)
-    start = Start(lambda: _before(run, measure))
-    trainer.add_callback(start)
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except Diverged as error:
-        rate = setup.rate.value
-        if processes.is_main():
-            run.finish(
-                {"diverged": True, "reason": str(error), "held_out/before": start.accuracy, "learning_rate": rate}
-            )
-        raise
-    finally:
-        cast(ProgressBar, trainer.pop_callback(ProgressBar)).close()
-    seconds = time.perf_counter() - start.time
-    after = measure()
-    trainer.save_model(str(run.path / setup.adapter.saved_as), _internal_call=True)  # as yet without a push
-    if processes.is_main():
-        close(run, setup, arguments, start, after, seconds, trainer.state.global_step)
+    live(run, GRPOLearner(setup, arguments, trainer, measure), checkpoint)
     if arguments.push_to_hub:
         hub.push(trainer, run.path)
     return run
-
-
-def close(
-    run: RunFolder,
-    setup: Setup,
-    arguments: GRPOArguments,
-    start: Start,
-    after: HeldOutResult,
-    seconds: float,
-    steps: int,
-) -> None:
-    """Write and show what a run that has ended came to; a record only where it has not got worse.
-
-    Raises:
-        UserError: No reward gave a score in the whole run.
-    """
-    before = start.accuracy
-    run.log(steps, after.metrics())
-    scored = is_scored([line["reward"] for line in run.metrics() if "reward" in line])
-    worse = is_clear(before - after.accuracy, after.standard_error)
-    result = {
-        "diverged": worse or not scored,
-        "held_out/before": before,
-        "held_out/after": after.accuracy,
-        "held_out/standard_error": after.standard_error,
-        "held_out/problems": len(after.scores),
-        "learning_rate": setup.rate.value,
-        "reason": setup.rate.reason,
-        "seconds": seconds,
-        "seconds_per_step": seconds / max(1, steps - start.step),
-        "steps": steps,
-    }
-    if not scored:
-        run.finish(result)
-        raise unscored(setup.task, steps)
-    plots.learning_curve(
-        run.metrics(),
-        run.path / CURVE,
-        f"{setup.task.name}, {setup.configuration}, lr {setup.rate.value:.3g}",
-        {"reward": "training reward", "held_out/accuracy": "held-out accuracy"},
-        "optimizer step",
-    )
-    if not worse:
-        metric = {"name": "held-out accuracy", "before": before, "after": after.accuracy}
-        lr_record(arguments, setup, metric, steps).save(run.path)
-    run.finish(result)
-    report(run, setup.rate)
 
 
 def lr_record(arguments: GRPOArguments, setup: Setup, metric: dict, steps: int) -> LRRecord:
@@ -182,7 +183,7 @@ def lr_record(arguments: GRPOArguments, setup: Setup, metric: dict, steps: int) 
         learning_rate=setup.rate.value,
         scheme=setup.configuration.scheme.value,
         rank=setup.configuration.rank,
-        alpha=str(setup.configuration.alpha),
+        alpha=str(setup.configuration.spec.alpha),
         widths=setup.widths,
         target_modules=setup.adapter.target_modules,
         algorithm="grpo",
@@ -213,17 +214,3 @@ def lr_record(arguments: GRPOArguments, setup: Setup, metric: dict, steps: int) 
         outputs=setup.configuration.outputs,
         note=setup.rate.reason,
     )
-
-
-def _before(run: RunFolder, measure: Measure) -> float:
-    """Held-out accuracy before the first step; measured once, also where a run is resumed."""
-
-    def known() -> list[float]:
-        return [m["held_out/accuracy"] for m in run.metrics() if m["step"] == 0 and "held_out/accuracy" in m]
-
-    if earlier := processes.on_main(known):
-        return earlier[0]
-    result = measure()
-    if processes.is_main():
-        run.log(0, result.metrics())
-    return result.accuracy

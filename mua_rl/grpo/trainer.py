@@ -2,7 +2,6 @@
 
 import copy
 import math
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -158,28 +157,15 @@ class RunCallback(TrainerCallback):
             self.run.log(state.global_step, {**logs, **self.used})
 
 
-class Start(TrainerCallback):
-    """Measures the policy before its first step: where weights are sharded, only then are they in their places.
+class BeginCallback(TrainerCallback):
+    """Calls a function before the first step: where weights are sharded, only then are they in their places."""
 
-    Args:
-        measure: Held-out accuracy before the first step.
-
-    Attributes:
-        accuracy: What it gave.
-        time: When training began, by `time.perf_counter`.
-        step: After which step: 0, or that of the checkpoint.
-    """
-
-    def __init__(self, measure: Callable[[], float]) -> None:
-        self.measure = measure
-        self.accuracy = math.nan
-        self.time = math.nan
-        self.step = 0
+    def __init__(self, on_begin: Callable[[], None]) -> None:
+        self.on_begin = on_begin
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Measure."""
-        self.accuracy = self.measure()
-        self.time, self.step = time.perf_counter(), state.global_step
+        """Call it."""
+        self.on_begin()
 
 
 class ProgressBar(ProgressCallback):

@@ -15,7 +15,8 @@ from typing import Any, get_type_hints
 
 from mua_rl.errors import UserError
 from mua_rl.files import write_whole
-from mua_rl.lr.rules import AlphaRule, Configuration, Scheme
+from mua_rl.lr.rules import Configuration
+from mua_rl.lr.spec import AdapterSpec, AlphaRule, Scheme
 
 FILE_NAME = "lr_record.json"
 FORMAT = "mua_rl LR record"
@@ -88,13 +89,16 @@ class LRRecord:
         if "name" not in self.optimizer:
             raise UserError("an LR record must name its optimizer.")
 
+    @property
+    def spec(self) -> AdapterSpec:
+        """What was trained."""
+        return AdapterSpec(self.rank, Scheme(self.scheme), AlphaRule.parse(self.alpha))
+
     def configuration(self) -> Configuration:
         """What the rules need to know."""
         return Configuration(
-            scheme=Scheme(self.scheme),
+            spec=self.spec,
             width=max(self.widths, default=0),
-            rank=self.rank,
-            alpha=AlphaRule.parse(self.alpha),
             optimizer=str(self.optimizer.get("name", "")),
             lora_plus_ratio=self.lora_plus_ratio,
             outputs=self.outputs,

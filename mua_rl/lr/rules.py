@@ -14,76 +14,13 @@ learning rates is known between configurations of one scheme, and between Init[B
 change the weights by entries of the same size. Everything else is refused with a `TransferError`.
 """
 
-import math
-import re
 from dataclasses import dataclass, field
-from enum import StrEnum
+
+from mua_rl.lr.spec import ALPHA_ONE, AdapterSpec, Scheme
 
 
 class TransferError(ValueError):
     """The theory does not give the ratio that was asked for; the message says what to do instead."""
-
-
-class Scheme(StrEnum):
-    """Which matrix of `B A` starts random (the other starts at zero), or no LoRA at all."""
-
-    INIT_A = "Init[A]"
-    INIT_B = "Init[B]"
-    FFT = "FFT"
-
-
-_NUMBER = r"(?P<constant>\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)"
-_ALPHA_RULE = re.compile(
-    rf"^(?:{_NUMBER})?(?P<power>/r|/sqrt\(r\)|/√r|\*?r\^-(?P<exponent>\d+(?:\.\d*)?(?:e-?\d+)?))?$", re.IGNORECASE
-)
-
-
-@dataclass(frozen=True)
-class AlphaRule:
-    """The multiplier as a function of the rank: `α(r) = constant · r^(-gamma)`.
-
-    α = 1 is `AlphaRule(1, 0)`, rsLoRA's 1/√r is `AlphaRule(1, 0.5)`, 1/r is `AlphaRule(1, 1)`.
-    """
-
-    constant: float = 1.0
-    gamma: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.constant) and self.constant > 0 and math.isfinite(self.gamma)):
-            raise ValueError(f"a multiplier α(r) = c·r^-γ needs a finite c > 0 and a finite γ, not {self}.")
-
-    def __call__(self, rank: int) -> float:
-        """α at a rank."""
-        return self.constant * rank**-self.gamma
-
-    def __str__(self) -> str:
-        constant, exponent = (repr(float(value)).removesuffix(".0") for value in (self.constant, self.gamma))
-        return constant + {0.0: "", 0.5: "/sqrt(r)", 1.0: "/r"}.get(self.gamma, f"*r^-{exponent}")
-
-    @classmethod
-    def parse(cls, text: str) -> "AlphaRule":
-        """Read `1`, `0.5`, `1/r`, `1/sqrt(r)`, `16/r`, `2*r^-0.25`: what `str()` writes, and the usual ways to say it.
-
-        Raises:
-            ValueError: The text is no such rule.
-        """
-        match = _ALPHA_RULE.match(text.replace(" ", ""))
-        if not match or not text.strip():
-            raise ValueError(
-                f"cannot read the multiplier {text!r}: write a number, or c/r, c/sqrt(r) or c*r^-gamma (as in 1, 1/r, "
-                "16/sqrt(r), 2*r^-0.25)."
-            )
-        power = (match["power"] or "").lower()
-        if power == "/r":
-            gamma = 1.0
-        elif power.startswith("/"):
-            gamma = 0.5
-        else:
-            gamma = float(match["exponent"] or 0.0)
-        return cls(float(match["constant"] or 1.0), gamma)
-
-
-ALPHA_ONE = AlphaRule()
 
 
 @dataclass(frozen=True)
@@ -91,20 +28,19 @@ class Configuration:
     """What the best learning rate depends on.
 
     Attributes:
-        scheme: Init[A], Init[B] or FFT.
+        spec: What is trained.
         width: n, the largest fan-in among the trained layers (the one that binds: every rule falls with n).
-        rank: r; `None` for FFT.
-        alpha: The multiplier's rule; ignored for FFT.
         optimizer: Its name, as in `--optim`; the rules hold for Adam's family.
-        lora_plus_ratio: LR of B over LR of A; the rules hold at 1 (LoRA+ takes 16, say).
+        lora_plus_ratio: The LR of B over the LR of A; the rules hold at 1 (LoRA+ takes 16, say).
         outputs: m, the smallest fan-out among the trained layers, which bounds the rank of a full update; no rule
             here depends on it (`mua_rl.lr.transfer.rank_correction` does).
+
+    Raises:
+        ValueError: The width is below 1, or the rank is above the width.
     """
 
-    scheme: Scheme
+    spec: AdapterSpec
     width: int
-    rank: int | None = None
-    alpha: AlphaRule = ALPHA_ONE
     optimizer: str = "adamw"
     lora_plus_ratio: float = 1.0
     outputs: int | None = field(default=None, compare=False)
@@ -112,15 +48,26 @@ class Configuration:
     def __post_init__(self) -> None:
         if self.width < 1:
             raise ValueError(f"a width is a positive integer, not {self.width}.")
-        if (self.rank is None) != (self.scheme is Scheme.FFT):
-            raise ValueError("a LoRA configuration needs a rank, and full finetuning (FFT) has none.")
-        if self.rank is not None and not 1 <= self.rank <= self.width:
+        if self.rank is not None and self.rank > self.width:
             raise ValueError(f"the rank must lie between 1 and the width {self.width}, not at {self.rank}.")
 
+    @property
+    def rank(self) -> int | None:
+        """r; `None` for full finetuning."""
+        return self.spec.rank
+
+    @property
+    def scheme(self) -> Scheme:
+        """Init[A], Init[B] or FFT."""
+        return self.spec.scheme
+
+    @property
+    def multiplier(self) -> float | None:
+        """α at the rank; `None` for full finetuning."""
+        return None if self.rank is None else self.spec.alpha(self.rank)
+
     def __str__(self) -> str:
-        if self.scheme is Scheme.FFT:
-            return "FFT"
-        return f"LoRA {self.scheme.value}, α = {self.alpha}, r = {self.rank}"
+        return str(self.spec)
 
 
 def best_lr_order(configuration: Configuration) -> float:
@@ -128,10 +75,9 @@ def best_lr_order(configuration: Configuration) -> float:
 
     Init[A]: `η = min(1/(α r), (α n r)^(-1/2))`; Init[B]: `η = min(1/(α n), (α n r)^(-1/2))`; FFT: `η = 1/n`.
     """
-    n = configuration.width
-    if configuration.rank is None:
+    n, r, alpha = configuration.width, configuration.rank, configuration.multiplier
+    if r is None or alpha is None:
         return 1 / n
-    r, alpha = configuration.rank, configuration.alpha(configuration.rank)
     both_move = (alpha * n * r) ** -0.5  # δ₃: the updates of A and B meet
     if configuration.scheme is Scheme.INIT_A:
         return min(1 / (alpha * r), both_move)
@@ -170,9 +116,10 @@ def lr_ratio(source: Configuration, target: Configuration) -> float:
                 "initialisation that you want to use."
             )
         lora = source if target.scheme is Scheme.FFT else target
-        if lora.alpha != ALPHA_ONE:
+        if lora.spec.alpha != ALPHA_ONE:
             raise TransferError(
-                f"Init[B] shares its learning rate with full finetuning (FFT) at α = 1 only, not at α = {lora.alpha}: "
+                f"Init[B] shares its learning rate with full finetuning (FFT) at α = 1 only, not at "
+                f"α = {lora.spec.alpha}: "
                 "tune with α = 1."
             )
     return best_lr_order(target) / best_lr_order(source)
@@ -199,12 +146,8 @@ def explain_ratio(source: Configuration, target: Configuration) -> str:
         for symbol, before, after in (
             ("r", source.rank, target.rank),
             ("n", source.width, target.width),
-            ("α", _alpha_of(source), _alpha_of(target)),
+            ("α", source.multiplier, target.multiplier),
         )
         if before is not None and after is not None and before != after
     ]
     return f"{why}{'; ' + ', '.join(changes) if changes else ''}: times {ratio:.4g}"
-
-
-def _alpha_of(configuration: Configuration) -> float | None:
-    return None if configuration.rank is None else configuration.alpha(configuration.rank)

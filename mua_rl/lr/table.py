@@ -6,7 +6,8 @@ from rich.table import Table
 
 from mua_rl.errors import UserError
 from mua_rl.lr.record import LRRecord
-from mua_rl.lr.rules import AlphaRule, Configuration, Scheme
+from mua_rl.lr.rules import Configuration
+from mua_rl.lr.spec import FFT, AdapterSpec
 from mua_rl.lr.transfer import transfer
 
 
@@ -24,13 +25,11 @@ def target_configuration(
     """
     source = record.configuration()
     if rank is None:
-        return Configuration(Scheme.FFT, source.width, optimizer=source.optimizer, outputs=source.outputs)
-    scheme = Scheme(f"Init[{init}]") if init else source.scheme
-    if scheme is Scheme.FFT:
-        scheme = Scheme.INIT_B
+        return replace(source, spec=FFT, lora_plus_ratio=1.0)
     try:
-        rule = AlphaRule.parse(alpha) if alpha else source.alpha
-        return replace(source, scheme=scheme, rank=rank, alpha=rule)
+        return replace(
+            source, spec=AdapterSpec.parse(rank, init or source.spec.init or "B", alpha or str(source.spec.alpha))
+        )
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 
 from mua_rl.errors import UserError
 from mua_rl.lr.record import LRRecord, check_learning_rate
-from mua_rl.lr.rules import Configuration, Scheme, TransferError, explain_ratio, lr_ratio
+from mua_rl.lr.rules import Configuration, TransferError, explain_ratio, lr_ratio
+from mua_rl.lr.spec import FFT, Scheme
 
 TRAINED_PRECISION = "float32"
 
@@ -209,7 +210,7 @@ def transfer(
         rank_exponent is None and source.scheme is target.scheme and target.scheme in UNMOVED.get(record.algorithm, ())
     )
     # What is left of the theory then is the width.
-    resized = replace(target, rank=source.rank, alpha=source.alpha) if unmoved else target
+    resized = replace(target, spec=source.spec) if unmoved else target
     try:
         ratio, reason = lr_ratio(source, resized), explain_ratio(source, resized)
     except TransferError as error:
@@ -231,7 +232,7 @@ def gives_full_finetuning(record: LRRecord) -> bool:
     """Whether the theory gives the learning rate of full finetuning from a record."""
     source = record.configuration()
     try:
-        lr_ratio(source, replace(source, scheme=Scheme.FFT, rank=None))
+        lr_ratio(source, replace(source, spec=FFT))
     except TransferError:
         return False
     return True
@@ -270,8 +271,8 @@ def _why_unmeasured(record: LRRecord, target: Configuration, exponent: float, kn
     for side in (source, target):
         if side.rank is not None and not low <= side.rank <= high:
             return f"r = {side.rank} is outside the ranks that were measured, {low} to {high}"
-        if side.rank is not None and str(side.alpha) not in known.alphas:
-            return f"α = {side.alpha} was not measured with {side.scheme}"
+        if side.rank is not None and str(side.spec.alpha) not in known.alphas:
+            return f"α = {side.spec.alpha} was not measured with {side.scheme}"
     steps = record.schedule.get("steps") or record.schedule.get("env_steps")
     if isinstance(steps, int | float) and steps > LONG * known.steps:
         return f"the record's runs took {steps:,} steps, and those that were measured {known.steps:,}"

@@ -15,12 +15,13 @@ def main() -> None:
     """Run the command line."""
     if find_spec("stable_baselines3") is None:
         raise UserError("PPO needs stable-baselines3 and gymnasium: pip install 'mua-rl[control]'.")
-    from mua_rl.ppo.arguments import limit_threads
-    from mua_rl.ppo.run import parse, train
+    from mua_rl.ppo.arguments import limit_threads, parse
+    from mua_rl.ppo.run import train
+    from mua_rl.run.life import raise_if_worse
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     limit_threads()
-    train(*parse())
+    raise_if_worse(train(*parse()))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from mua_rl.errors import UserError
 from mua_rl.ppo.envs import import_from
 from mua_rl.ppo.evaluation import TRAINING_SEEDS
-from mua_rl.run.arguments import AdapterArguments
+from mua_rl.run.arguments import AdapterArguments, parse_run
 from mua_rl.run.folder import RunFolder
 
 DEFAULT_ENV = "mua_rl/CartPole-LongPole-v0"
@@ -200,3 +200,14 @@ def _mapping(value: dict | str | None, name: str) -> dict[str, Any] | None:
     if not isinstance(parsed, dict):
         raise UserError(f"--{name} takes a mapping in JSON, such as '{{\"key\": 1}}', not {value!r}.")
     return parsed
+
+
+def parse(argv: list[str] | None = None) -> tuple[PPOArguments, AdapterArguments, dict]:
+    """Command line to arguments.
+
+    Raises:
+        UserError: As `parse_run`; or `--start_from` contradicts `--base`.
+    """
+    adapter_arguments, arguments, given = parse_run(PPOAdapterArguments, PPOArguments, argv)
+    complete(arguments, adapter_arguments, given)
+    return arguments, adapter_arguments, given

@@ -1,31 +1,105 @@
 """One PPO run from arguments to record."""
 
-import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.table import Column, Table
-from stable_baselines3.common.vec_env import VecEnv
+from rich.markup import escape
 
-from mua_rl.errors import Diverged, UserError
+from mua_rl.errors import UserError
 from mua_rl.lr.record import LRRecord, package_versions
-from mua_rl.lr.transfer import gives_full_finetuning
-from mua_rl.ppo.arguments import PPOAdapterArguments, PPOArguments, complete
+from mua_rl.ppo.arguments import PPOArguments
 from mua_rl.ppo.checkpoint import Checkpoints, load_checkpoint
 from mua_rl.ppo.envs import evaluation_envs
-from mua_rl.ppo.evaluation import Returns, evaluate
+from mua_rl.ppo.evaluation import evaluate
 from mua_rl.ppo.logs import RETURN, make_logger
 from mua_rl.ppo.setup import POLICY, Setup, bare_envs, set_up
-from mua_rl.ppo.trainer import PPO
-from mua_rl.run import plots
-from mua_rl.run.arguments import AdapterArguments, parse_run
-from mua_rl.run.commands import from_policy, full_finetuning, other_ranks
-from mua_rl.run.folder import ADAPTER_FOLDER, CURVE, RunFolder, open_run, start_wandb
-from mua_rl.run.trial import is_clear
+from mua_rl.run.arguments import AdapterArguments
+from mua_rl.run.folder import ADAPTER_FOLDER, RunFolder, open_run, start_wandb
+from mua_rl.run.life import Measurement, Names, announce, live, say
 
 STATISTICS = "vecnormalize.pkl"
-HELD_OUT = "held_out/return"
+
+
+NAMES = Names("ppo", "held-out return", "held_out/return", "training return", RETURN, "environment step")
+
+
+class PPOLearner:
+    """A PPO run as `mua_rl.run.life` sees it.
+
+    Args:
+        setup: The model and what it starts from.
+        arguments: What was asked.
+        run: The run's folder.
+    """
+
+    names = NAMES
+
+    def __init__(self, setup: Setup, arguments: PPOArguments, run: RunFolder) -> None:
+        self.setup, self.arguments, self.run = setup, arguments, run
+        self.model, self.rate = setup.model, setup.rate
+        training = self.model.get_env()
+        assert training is not None
+        self.held_out = evaluation_envs(bare_envs(arguments, min(8, arguments.eval_episodes), 0), training)
+
+    @property
+    def title(self) -> str:
+        """See `Learner.title`."""
+        return f"{self.arguments.env_id}, {self.setup.configuration}, lr {self.rate.value:.3g}"
+
+    @property
+    def steps(self) -> int:
+        """See `Learner.steps`."""
+        return self.model.num_timesteps
+
+    def train(self, checkpoint: Path | None, on_begin: Callable[[], None]) -> None:
+        """See `Learner.train`."""
+        arguments, total = self.arguments, self.arguments.total_timesteps
+        on_begin()
+        if arguments.wandb:
+            start_wandb(
+                self.run, project="mua_rl", dir=str(self.run.path), config=self.run.settings(), sync_tensorboard=True
+            )
+        self.model.set_logger(make_logger(self.run, _tensorboard(arguments, self.run), arguments.verbose))
+        if checkpoint is not None:
+            load_checkpoint(self.model, checkpoint)
+        self.model.learn(
+            total - self.model.num_timesteps,
+            callback=Checkpoints(self.run.path, arguments.checkpoint_steps or max(1, total // 5)),
+            reset_num_timesteps=checkpoint is None,
+            progress_bar=arguments.progress_bar and Console().is_terminal,
+        )
+
+    def measure(self) -> Measurement:
+        """See `Learner.measure`."""
+        returns = evaluate(self.model, self.held_out, self.arguments.eval_episodes)
+        return Measurement(returns.mean, returns.standard_error, str(returns), {"held_out/iqm": returns.iqm})
+
+    def save(self, run: RunFolder) -> None:
+        """Write the merged policy for plain SB3, the statistics that belong to it, and the adapter for plain PEFT."""
+        self.model.save(run.path / POLICY)
+        if (statistics := self.model.get_vec_normalize_env()) is not None:
+            statistics.save(str(run.path / STATISTICS))
+        self.model.save_adapter(run.path / ADAPTER_FOLDER)
+
+    def record(self, metric: dict[str, Any]) -> LRRecord:
+        """See `Learner.record`."""
+        return lr_record(self.arguments, self.setup, metric)
+
+    def unscored(self) -> UserError | None:
+        """See `Learner.unscored`: no episode need end while a policy learns."""
+        return None
+
+    def remarks(self) -> list[str]:
+        """See `Learner.remarks`."""
+        return [f"the policy for stable_baselines3.PPO.load: {self.run.path / POLICY}"]
+
+    def doubt(self) -> str:
+        """See `Learner.doubt`."""
+        normalised = self.model.get_vec_normalize_env() is not None
+        return "the observation statistics have moved away from what the base policy knew" if normalised else ""
 
 
 def train(arguments: PPOArguments, adapter_arguments: AdapterArguments, given: dict) -> RunFolder:
@@ -42,77 +116,24 @@ def train(arguments: PPOArguments, adapter_arguments: AdapterArguments, given: d
         raise UserError("--wandb passes on what TensorBoard gets: drop --tensorboard_log none.")
     setup = set_up(arguments, adapter_arguments)
     model = setup.model
-    task = arguments.env_id.rpartition(":")[2]
-    name = f"ppo-{task}-r{adapter_arguments.rank or 'full'}"
+    name = f"ppo-{arguments.env_id.rpartition(':')[2]}-r{adapter_arguments.rank or 'full'}"
     rate = {**setup.rate.as_dict(), "head": model.head_learning_rate}
     run, checkpoint = open_run(adapter_arguments.resume, arguments.output_dir, name, given, rate)
-    console = Console()
+    _announce(arguments, setup, run)
+    live(run, PPOLearner(setup, arguments, run), checkpoint)
+    return run
+
+
+def _announce(arguments: PPOArguments, setup: Setup, run: RunFolder) -> None:
+    """Say what the run is about to do."""
+    model, is_lora = setup.model, bool(setup.model.attached.rank)
     trained = sum(p.numel() for p in model.learner.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.policy.parameters())
-    layers = ", ".join(model.target_layers)
-    console.print(
-        f"[bold]{arguments.env_id}[/] from {setup.base.name} ({total:,} weights), {setup.configuration}, {trained:,} "
-        f"trained{f': LoRA on {layers}, and the heads' if model.attached.rank else ''}\n"
-        f"learning rate [bold]{setup.rate.value:.4g}[/]: {setup.rate.reason}\nrun folder {run.path}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if setup.rate.warning:
-        console.print(f"[yellow]{setup.rate.warning}[/]", highlight=False, soft_wrap=True)
-    if setup.pretrained is None and model.attached.rank:
-        console.print(
-            "[yellow]There is no pretrained policy here, and LoRA keeps random weights: --rank full learns more.[/]"
-        )
-    training = model.get_env()
-    assert training is not None
-    held_out = evaluation_envs(bare_envs(arguments, min(8, arguments.eval_episodes), 0), training)
-    before = _before(run, model, held_out, arguments.eval_episodes)
-    if arguments.wandb:
-        start_wandb(run, project="mua_rl", dir=str(run.path), config=given, sync_tensorboard=True)
-    model.set_logger(make_logger(run, _tensorboard(arguments, run), arguments.verbose))
-    if checkpoint is not None:
-        load_checkpoint(model, checkpoint)
-    start = time.perf_counter()
-    first_step = model.num_timesteps
-    try:
-        model.learn(
-            arguments.total_timesteps - model.num_timesteps,
-            callback=Checkpoints(run.path, arguments.checkpoint_steps or max(1, arguments.total_timesteps // 5)),
-            reset_num_timesteps=checkpoint is None,
-            progress_bar=arguments.progress_bar and console.is_terminal,
-        )
-    except Diverged as error:
-        run.finish({"diverged": True, "reason": str(error), "before": before, "learning_rate": setup.rate.value})
-        raise
-    seconds = time.perf_counter() - start
-    after = evaluate(model, held_out, arguments.eval_episodes)
-    worse = is_clear(before["mean"] - after.mean, after.standard_error)
-    _save(run, model)
-    run.log(model.num_timesteps, {HELD_OUT: after.mean, "held_out/iqm": after.iqm})
-    plots.learning_curve(
-        run.metrics(),
-        run.path / CURVE,
-        f"{arguments.env_id}, {setup.configuration}, lr {setup.rate.value:.3g}",
-        {RETURN: "training return", HELD_OUT: "held-out return"},
-        "environment step",
-    )
-    if not worse:
-        metric = {"name": "held-out return", "before": before["mean"], "after": after.mean}
-        lr_record(arguments, setup, metric).save(run.path)
-    run.finish(
-        {
-            "diverged": worse,
-            "held_out/before": before,
-            "held_out/after": after.as_dict(),
-            "learning_rate": setup.rate.value,
-            "reason": setup.rate.reason,
-            "seconds": seconds,
-            "env_steps": model.num_timesteps,
-            "env_steps_per_second": (model.num_timesteps - first_step) / seconds,
-        }
-    )
-    _report(console, run, before, after, setup, seconds, worse)
-    return run
+    layers = f": LoRA on {', '.join(model.target_layers)}, and the heads" if is_lora else ""
+    what = f"[bold]{escape(arguments.env_id)}[/] from {escape(setup.base.name)} ({total:,} weights)"
+    announce(run, f"{what}, {escape(str(setup.configuration))}, {trained:,} trained{layers}", setup.rate)
+    if setup.pretrained is None and is_lora:
+        say("[yellow]There is no pretrained policy here, and LoRA keeps random weights: --rank full learns more.[/]")
 
 
 def lr_record(arguments: PPOArguments, setup: Setup, metric: dict) -> LRRecord:
@@ -123,7 +144,7 @@ def lr_record(arguments: PPOArguments, setup: Setup, metric: dict) -> LRRecord:
         learning_rate=setup.rate.value,
         scheme=configuration.scheme.value,
         rank=configuration.rank,
-        alpha=str(configuration.alpha),
+        alpha=str(configuration.spec.alpha),
         widths=model.widths,
         target_modules=model.target_layers,
         algorithm="ppo",
@@ -156,69 +177,3 @@ def _tensorboard(arguments: PPOArguments, run: RunFolder) -> Path | None:
     if arguments.tensorboard_log == "none":
         return None
     return Path(arguments.tensorboard_log) if arguments.tensorboard_log else run.path / "tensorboard"
-
-
-def _before(run: RunFolder, model: PPO, envs: VecEnv, episodes: int) -> dict[str, float]:
-    """Held-out return before the first step; measured once, also where a run is resumed."""
-    for line in run.metrics():
-        if line["step"] == 0 and HELD_OUT in line:
-            return line["before"]
-    before = evaluate(model, envs, episodes)
-    run.log(0, {HELD_OUT: before.mean, "before": before.as_dict()})
-    return before.as_dict()
-
-
-def _save(run: RunFolder, model: PPO) -> None:
-    """The merged policy for plain SB3, the statistics that belong to it, and the adapter for plain PEFT."""
-    model.save(run.path / POLICY)
-    if (statistics := model.get_vec_normalize_env()) is not None:
-        statistics.save(str(run.path / STATISTICS))
-    model.save_adapter(run.path / ADAPTER_FOLDER)
-
-
-def _report(
-    console: Console, run: RunFolder, before: dict, after: Returns, setup: Setup, seconds: float, worse: bool
-) -> None:
-    """The closing table and what to do next."""
-    steps = setup.model.num_timesteps
-    rows = Table("", Column("", overflow="fold"), show_header=False, title="result", title_justify="left")
-    rows.add_row("held-out return before", f"{before['mean']:.1f} ± {before['std']:.1f} (IQM {before['iqm']:.1f})")
-    rows.add_row("held-out return after", f"{after.mean:.1f} ± {after.std:.1f} (IQM {after.iqm:.1f})", style="bold")
-    rows.add_row("mean ± standard deviation over", f"{len(after.values)} episodes on seeds not trained on")
-    rows.add_row("learning rate", f"{setup.rate.value:.4g}")
-    rows.add_row("training time", f"{seconds:.0f} s, {steps:,} environment steps")
-    rows.add_row("run folder", str(run.path))
-    console.print(rows)
-    if worse:
-        normalised = setup.model.get_vec_normalize_env() is not None
-        moved = ", or the observation statistics have moved away from what the base policy knew" if normalised else ""
-        console.print(
-            f"[bold red]The policy got worse[/]: this learning rate is too large{moved}, and no LR record was written. "
-            "Try a quarter of it with --lr."
-        )
-        return
-    settings = run.settings()
-    onward = (
-        f"\nfull finetuning at this rate: {full_finetuning('ppo', settings, run.path)}"
-        f"\n… from this policy: {from_policy('ppo', settings, run.path)}"
-    )
-    console.print(
-        f"learning curve: {run.path / CURVE}\n"
-        f"the policy for stable_baselines3.PPO.load: {run.path / POLICY}\n"
-        f"the learning rate at other ranks: {other_ranks(run.path)}"
-        f"{onward if gives_full_finetuning(LRRecord.load(run.path)) else ''}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-
-
-def parse(argv: list[str] | None = None) -> tuple[PPOArguments, AdapterArguments, dict]:
-    """Command line to arguments.
-
-    Raises:
-        UserError: As `parse_run`; or `--start_from` contradicts `--base`.
-    """
-    adapter_arguments, arguments, given = parse_run(PPOAdapterArguments, PPOArguments, argv)
-    complete(arguments, adapter_arguments, given)
-    return arguments, adapter_arguments, given

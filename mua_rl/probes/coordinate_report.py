@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from mua_rl.lr.rules import AlphaRule, Configuration, Scheme, best_lr_order
+from mua_rl.lr.rules import Configuration, best_lr_order
+from mua_rl.lr.spec import AdapterSpec, AlphaRule, Scheme
 from mua_rl.probes.feature_updates import DELTA_1, DELTA_2, DELTA_3, DELTA_Z, DELTA_Z_B
 
 TRANSFERRED, FIXED = "transferred", "fixed"
@@ -60,7 +61,7 @@ class Row:
     def configuration(self) -> Configuration:
         """What the rules need to know."""
         alpha = AlphaRule.parse(self.alpha) if self.alpha else AlphaRule()
-        return Configuration(Scheme(self.scheme), self.width, self.rank, alpha)
+        return Configuration(AdapterSpec(self.rank, Scheme(self.scheme), alpha), self.width)
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,9 @@ class Line:
 
 def theory_order(quantity: str, configuration: Configuration, learning_rate: float) -> float:
     """Size of a quantity once both A and B have moved, to leading order, without the constants (`mua_rl.lr.rules`)."""
-    n, eta = configuration.width, learning_rate
-    if configuration.rank is None:
+    n, r, alpha, eta = configuration.width, configuration.rank, configuration.multiplier, learning_rate
+    if r is None or alpha is None:
         return eta * n
-    r, alpha = configuration.rank, configuration.alpha(configuration.rank)
     both_moved = alpha * eta**2 * n * r
     random_times_step = alpha * eta * (r if configuration.scheme is Scheme.INIT_A else n)
     with_random_factor = DELTA_2 if configuration.scheme is Scheme.INIT_A else DELTA_1

@@ -17,6 +17,7 @@ from mua_rl.lr import transfer as policy
 from mua_rl.lr.rank import parse_rank
 from mua_rl.lr.record import LRRecord
 from mua_rl.lr.rules import Configuration
+from mua_rl.lr.spec import AdapterSpec
 from mua_rl.lr.transfer import LearningRate
 from mua_rl.run.folder import CONFIG, RunFolder
 
@@ -77,6 +78,15 @@ class AdapterArguments:
             return self.rank
         return "full" if self.start_from else str(DEFAULT_RANK)
 
+    @property
+    def spec(self) -> AdapterSpec:
+        """Rank, scheme and multiplier that were asked for.
+
+        Raises:
+            UserError: One of them cannot be read.
+        """
+        return AdapterSpec.parse(parse_rank(self.chosen_rank), self.init, self.alpha)
+
     def adapter(self, default_targets: TargetModules) -> Adapter:
         """The adapter that was asked for.
 
@@ -89,7 +99,7 @@ class AdapterArguments:
             targets = names[0] if len(names) == 1 else names
             if isinstance(targets, str) and targets.isidentifier() and targets != "mlp":
                 targets = [targets]  # PEFT reads a lone string as a regular expression of the full path
-        return adapter_for(parse_rank(self.chosen_rank), self.init, self.alpha, targets)
+        return adapter_for(self.spec, targets)
 
 
 def _names(item: str) -> list[str]:
@@ -189,8 +199,9 @@ def parse_run(adapter_type: type, arguments_type: type, argv: Sequence[str] | No
         if extra := sorted(given.keys() - {"resume"}):
             raise UserError(f"--resume takes the run's own settings: drop {', '.join(extra)}.")
         if result := run.result():
-            cure = "start anew with a smaller --lr" if result["diverged"] else f"use --start-from {run.path}"
-            raise UserError(f"the run {run.path} has ended{' diverged' * result['diverged']}: {cure}.")
+            cure = f"use --start-from {run.path}" if result.is_good else "start anew with a smaller --lr"
+            ended = "" if result.is_good else f" ({result.status})"
+            raise UserError(f"the run {run.path} has ended{ended}: {cure}.")
         (adapter_arguments, arguments), given = parse_arguments(types, ["--config", str(run.path / CONFIG)])
         adapter_arguments.resume = resume
     if arguments.learning_rate is not None:

@@ -14,11 +14,14 @@ wandb_id          the run at Weights & Biases, where it reports there
 """
 
 import json
+import math
 import os
 import platform
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +32,7 @@ from mua_rl.errors import UserError, one_line
 from mua_rl.files import write_whole
 from mua_rl.lr.record import package_versions
 from mua_rl.run import processes
+from mua_rl.run.trial import Status, TrialResult
 
 CONFIG, VERSIONS, METRICS, RESULT, CURVE = "config.yaml", "versions.json", "metrics.jsonl", "result.json", "curve.png"
 RATE, WANDB_ID = "rate.json", "wandb_id"
@@ -193,16 +197,63 @@ class RunFolder:
         kept = [line for line in self.metrics() if line["step"] <= step]
         write_whole(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def finish(self, result: dict[str, Any]) -> None:
-        """Write the result and let go of the folder."""
-        (self.path / RESULT).write_text(json.dumps(result, indent=2) + "\n")
+    def score_before(self) -> tuple[float, str] | None:
+        """The score before the first step and its text for the reader; `None`: it was not measured yet."""
+        for line in self.metrics():
+            for key in ("held_out/accuracy", "held_out/return"):
+                if line["step"] == 0 and key in line:
+                    text = line.get("before")
+                    return line[key], text if isinstance(text, str) else f"{line[key]:.4g}"
+        return None
+
+    def rewards(self, key: str) -> list[float]:
+        """The mean training reward of each step that has a line of metrics; NaN where no completion had a score.
+
+        Args:
+            key: What the metrics call the reward.
+        """
+        lines = [line[key] for line in self.metrics() if key in line]
+        return [float(reward) if isinstance(reward, (int, float)) else math.nan for reward in lines]
+
+    def finish(self, result: TrialResult, facts: Mapping[str, Any]) -> None:
+        """Write the result and let go of the folder.
+
+        Args:
+            result: What the run reached.
+            facts: What it was reached by: the learning rate, say.
+        """
+        values = {**result.as_dict(), **facts}
+        known = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
+        write_whole(self.path / RESULT, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
         if (file := _locks.pop(self.path.resolve(), None)) is not None:
             (self.path / LOCK).unlink(missing_ok=True)
             file.close()
 
-    def result(self) -> dict[str, Any] | None:
+    def result(self) -> TrialResult | None:
         """The result, or `None` where the run has not ended."""
-        return json.loads((self.path / RESULT).read_text()) if _is_json(self.path / RESULT) else None
+        if not _is_json(self.path / RESULT):
+            return None
+        values = json.loads((self.path / RESULT).read_text())
+        if "status" not in values:
+            return self._old_result(values)
+        known = {f.name: values[f.name] for f in fields(TrialResult)}
+        return TrialResult.from_dict({k: math.nan if v is None else v for k, v in known.items()})
+
+    def _old_result(self, values: Mapping[str, Any]) -> TrialResult:
+        """The result that a version before 0.2 wrote."""
+        metrics = self.metrics()
+        steps = max((line["step"] for line in metrics), default=0)
+        rewards = self.rewards("reward") or self.rewards("rollout/ep_rew_mean")
+        measured = self.score_before()
+        before = values.get("held_out/before", values.get("before", measured[0] if measured else math.nan))
+        before, after = before["mean"] if isinstance(before, dict) else before, values.get("held_out/after")
+        if after is None:
+            return TrialResult.of_divergence(before, steps, values.get("seconds", 0.0), values.get("reason", ""))
+        error = values.get("held_out/standard_error", math.nan)
+        if isinstance(after, dict):  # of PPO
+            after, error = after["mean"], after["std"] / after["episodes"] ** 0.5
+        result = TrialResult.of_training(after, error, before, rewards, steps, values.get("seconds", 0.0))
+        return result.with_status(Status.WORSE if values["diverged"] else Status.OK, "")
 
 
 def open_run(

@@ -1,103 +1,173 @@
-"""One run of a sweep and what came out of it: the two halves of a row of the sweep's CSV."""
+"""A trial, one training run of a sweep or by itself, and what came of it: the two halves of a row of a sweep's CSV."""
 
 import math
-import re
 import statistics
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from typing import Any
 
-from mua_rl.adapter.adapters import Adapter, TargetModules, adapter_for
+from mua_rl.lr.spec import AdapterSpec
 
-Curve = tuple[int | None, str, str]
-"""(rank, init, alpha): what arms have in common that differ in learning rate and seed alone."""
-FFT: Curve = (None, "", "")
-"""The curve of full finetuning, which has neither rank nor initialisation nor multiplier."""
-
-PER_ARM = ("rank", "init", "alpha", "lr", "learning_rate", "lr_from", "rank_exponent", "seed", "output_dir")
-"""Settings of a trainer that each arm brings along."""
+PER_TRIAL = ("rank", "init", "alpha", "lr", "learning_rate", "lr_from", "rank_exponent", "seed", "output_dir")
+"""Settings of a trainer that each trial brings along."""
 WITHOUT_EFFECT = (
     "lr_from", "rank_exponent", "output_dir", "report_to", "tensorboard_log", "wandb", "progress_bar", "verbose",
     "save_strategy", "save_steps", "save_total_limit",
 )  # fmt: skip
-"""Settings of a trainer that what an arm reaches does not depend on."""
+"""Settings of a trainer that what a trial reaches does not depend on."""
 
 
 @dataclass(frozen=True)
-class Arm:
-    """A run of a sweep: what is trained, at which learning rate, with which seed.
+class Trial:
+    """One training run: what is trained, at which learning rate, with which seed.
 
     Attributes:
-        rank: LoRA rank; `None` for full finetuning (FFT).
-        init: "A" or "B", Init[A] or Init[B]; without meaning for FFT.
-        alpha: The multiplier's rule as text, e.g. "1" or "1/r"; without meaning for FFT.
+        spec: What is trained.
         log2_lr: log2 of the peak learning rate η.
-        seed: Of the adapter, the order of the data and the sampling.
+        seed: The seed of the adapter, of the order of the data and of the sampling.
     """
 
-    rank: int | None
-    init: str
-    alpha: str
+    spec: AdapterSpec
     log2_lr: float
     seed: int
 
     @property
     def learning_rate(self) -> float:
-        """η."""
+        """The peak learning rate η."""
         return 2.0**self.log2_lr
 
     @property
-    def curve(self) -> Curve:
-        """Which curve of the sweep's figure it is on."""
-        return FFT if self.rank is None else (self.rank, self.init, self.alpha)
-
-    @property
     def name(self) -> str:
-        """For its folder and its files."""
-        curve = f"r{self.rank}-{self.init}-{self.alpha}" if self.rank else "full"
-        return re.sub(r"[^\w.-]+", "-", f"{curve}-lr{self.log2_lr:g}-s{self.seed}")
+        """The trial's name, for its folder and its files."""
+        return f"{self.spec.file_name}-lr{self.log2_lr:g}-s{self.seed}"
 
-    def adapter(self, target_modules: TargetModules) -> Adapter:
-        """The adapter that the arm trains."""
-        return adapter_for(self.rank, self.init, self.alpha, target_modules)
+    def as_dict(self) -> dict[str, Any]:
+        """The trial as JSON and a CSV have it: rank, init, alpha, log2_lr, seed."""
+        return {**self.spec.as_dict(), "log2_lr": self.log2_lr, "seed": self.seed}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Trial":
+        """The trial that `as_dict` wrote.
+
+        Raises:
+            UserError: The values make no trial.
+        """
+        spec = AdapterSpec.parse(values["rank"], values["init"], values["alpha"])
+        return cls(spec, values["log2_lr"], values["seed"])
+
+
+class Status(StrEnum):
+    """How a trial ended."""
+
+    OK = "ok"
+    WORSE = "worse"
+    """The policy ended worse than it began, by more than two standard errors."""
+    DIVERGED = "diverged"
+    """Training left the finite numbers."""
+    STOPPED = "stopped"
+    """The trial was ended early, since it was hopeless."""
+    UNSCORED = "unscored"
+    """No reward gave a score in the whole run."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What an arm reached.
+class TrialResult:
+    """What a trial reached.
 
     Attributes:
-        metric: Held-out accuracy or return after training; NaN for an arm that diverged.
-        error: Its standard error over problems or episodes.
-        before: The same metric before training.
-        reward_mean: Mean training reward (or return) over all steps that had one, the area under the learning curve.
+        score: Held-out accuracy or return after training; NaN where it was not measured.
+        standard_error: The standard error of the score, over problems or episodes.
+        before: The same measure before training.
+        reward_mean: Mean training reward (or return) over all steps that had one: the area under the learning curve.
         reward_last: Mean training reward over the last tenth of those steps.
-        diverged: Whether it left the finite numbers, or got worse than it began.
-        stopped: Why it was ended early ("" where it was not): a hopeless arm is not a diverged one.
+        status: How the trial ended.
+        reason: Why it ended so, where it did not end well; "" otherwise.
         steps: Optimizer steps (GRPO) or environment steps (PPO) that it took.
-        seconds: Wall time; of arms that train side by side, each one's share.
+        seconds: Wall time; of trials that train together, each one's share.
     """
 
-    metric: float
-    error: float
+    score: float
+    standard_error: float
     before: float
     reward_mean: float
     reward_last: float
-    diverged: bool
-    stopped: str
+    status: Status
+    reason: str
     steps: int
     seconds: float
 
     @classmethod
-    def of_divergence(cls, before: float, steps: int, seconds: float, reason: str) -> "Outcome":
-        """Of an arm that left the finite numbers."""
-        return cls(math.nan, math.nan, before, math.nan, math.nan, True, reason, steps, seconds)
+    def of_divergence(cls, before: float, steps: int, seconds: float, reason: str) -> "TrialResult":
+        """The result of a trial that left the finite numbers."""
+        return cls(math.nan, math.nan, before, math.nan, math.nan, Status.DIVERGED, reason, steps, seconds)
+
+    @classmethod
+    def of_training(
+        cls,
+        score: float,
+        standard_error: float,
+        before: float,
+        rewards: Iterable[float],
+        steps: int,
+        seconds: float,
+        stopped: str = "",
+    ) -> "TrialResult":
+        """The result of a trial that came to its end, or was stopped.
+
+        Args:
+            score, standard_error: After training; NaN where the trial was stopped.
+            before: Before training.
+            rewards: Mean training reward of each step, as `reward_means` takes them.
+            steps: Steps that were taken.
+            seconds: Wall time.
+            stopped: Why the trial was stopped; "" where it was not.
+        """
+        worse = is_clear(before - score, standard_error)
+        status = Status.STOPPED if stopped else Status.WORSE if worse else Status.OK
+        return cls(score, standard_error, before, *reward_means(rewards), status, stopped, steps, seconds)
+
+    def with_status(self, status: Status, reason: str) -> "TrialResult":
+        """The same result with another status, and why."""
+        return replace(self, status=status, reason=reason)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the trial went to its end and the policy is no worse."""
+        return self.status is Status.OK and math.isfinite(self.score)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the learning rate has ruined the policy."""
+        return self.status in (Status.WORSE, Status.DIVERGED)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as a study and a CSV have it."""
+        return {**asdict(self), "status": self.status.value}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TrialResult":
+        """The result that `as_dict` wrote, or the `Outcome` of a version before 0.2 (metric, error, diverged, stopped).
+
+        Raises:
+            ValueError: The status is none.
+        """
+        values = dict(values)
+        if "metric" in values:
+            diverged, stopped = values.pop("diverged"), values.pop("stopped")
+            values["score"], values["standard_error"] = values.pop("metric"), values.pop("error")
+            ruined = Status.DIVERGED if math.isnan(values["score"]) else Status.WORSE
+            values["status"] = ruined if diverged else Status.STOPPED if stopped else Status.OK
+            values["reason"] = stopped
+        return cls(**{**values, "status": Status(values["status"])})
 
 
 def reward_means(rewards: Iterable[float]) -> tuple[float, float]:
-    """`reward_mean` and `reward_last` of an `Outcome`.
+    """`reward_mean` and `reward_last` of a `TrialResult`.
 
     Args:
-        rewards: Of each step, in order; NaN where none of its completions had a score, or no episode has ended yet.
+        rewards: The mean reward of each step, in order; NaN where none of its completions had a score, or no episode
+            has ended yet.
     """
     scored = [reward for reward in rewards if not math.isnan(reward)]
     if not scored:
@@ -105,6 +175,6 @@ def reward_means(rewards: Iterable[float]) -> tuple[float, float]:
     return statistics.fmean(scored), statistics.fmean(scored[-math.ceil(len(scored) / 10) :])
 
 
-def is_clear(difference: float, error: float) -> bool:
-    """Whether a difference is above 0 by more than two standard errors; never of what is no number."""
-    return difference > 2 * error
+def is_clear(difference: float, standard_error: float) -> bool:
+    """Whether a difference is above 0 by more than two standard errors; it never is where one of them is no number."""
+    return difference > 2 * standard_error

@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mua_rl.analysis.measured import curve_name
 from mua_rl.analysis.report import FILE_NAME as REPORT
 from mua_rl.errors import UserError
 from mua_rl.exits import run_command
@@ -28,7 +27,7 @@ from mua_rl.files import write_whole
 from mua_rl.lr.transfer import gives_full_finetuning
 from mua_rl.run.commands import command, full_finetuning, other_ranks
 from mua_rl.run.folder import CONFIG, RunFolder, open_run
-from mua_rl.run.trial import Arm, Outcome
+from mua_rl.run.trial import Status, Trial, TrialResult
 from mua_rl.sweep.arguments import Request, differences, parse
 from mua_rl.sweep.closing import CSV, make_record, rows_of, warnings_of, write_csv, write_tables
 from mua_rl.sweep.facts import Facts, find_facts
@@ -91,14 +90,14 @@ def choose_runners(
     """
     workers, mode = request.sweep.workers, request.sweep.side_by_side
     singly = {True: True, False: True}
-    for curve in {curve[0] is None: curve for curve in request.curves}.values():
+    for curve in {curve.rank is None: curve for curve in request.specs}.values():
         if mode == "off":
             continue
         if reason := why_not(request, curve, facts.obstacle):
             if mode == "on":
                 raise UserError(f"--side_by_side on: {reason}")
-            console.print(f"{'LoRA' if curve[0] else 'FFT'} runs go one by one: {reason}", highlight=False)
-        singly[curve[0] is None] = bool(reason)
+            console.print(f"{'LoRA' if curve.rank else 'FFT'} runs go one by one: {reason}", highlight=False)
+        singly[curve.rank is None] = bool(reason)
     runners: list[Runner] = []
     for environment in environments(workers):
         single = Single(request, folder, environment, stop)
@@ -130,17 +129,16 @@ class Display:
         if self.progress.disable and step % max(1, steps // 5) == 0:
             self.console.print(f"step {step} of {steps}", highlight=False)
 
-    def on_outcome(self, arm: Arm, outcome: Outcome) -> None:
+    def on_outcome(self, arm: Trial, outcome: TrialResult) -> None:
         """Show an arm's outcome."""
         done, planned = self.study.counts()
         self.progress.update(self.bar, completed=done, total=planned, description="runs")
-        name = f"r = {arm.rank}, Init[{arm.init}], α = {arm.alpha}" if arm.rank else "FFT"
-        if outcome.diverged:
-            end = f"diverged{f' ({outcome.stopped})' if outcome.stopped else ''}"
-        elif outcome.stopped:
-            end = f"stopped: {outcome.stopped}"
-        else:
-            end = f"{outcome.before:.4g} → {outcome.metric:.4g} ± {outcome.error:.2g}"
+        name = arm.spec.label
+        end = f"{outcome.before:.4g} → {outcome.score:.4g} ± {outcome.standard_error:.2g}"
+        if outcome.status in (Status.DIVERGED, Status.STOPPED):
+            end = f"{outcome.status}: {outcome.reason}"
+        elif outcome.status is not Status.OK:
+            end += f" ({outcome.status})"
         self.progress.console.print(
             f"{done:3d} of {planned}  {name}, 2^{arm.log2_lr:g}, seed {arm.seed}: {end}  ({outcome.seconds:.0f} s)",
             highlight=False,
@@ -166,12 +164,12 @@ def sweep(request: Request, console: Console) -> Path:
             shutil.rmtree(folder)
         raise
     keep_settings(request, folder)
-    searches = [facts.search(curve, request) for curve in request.curves]
+    searches = [facts.search(curve, request) for curve in request.specs]
     announce(request, facts, searches, folder, console)
     display, stop = Display(study, console), threading.Event()
     runners = choose_runners(request, facts, folder, stop, display.on_step, console)
 
-    def write_down(arm: Arm, outcome: Outcome) -> None:
+    def write_down(arm: Trial, outcome: TrialResult) -> None:
         write_csv(folder / CSV, rows_of(request.task, facts, study.outcomes(), study.machines()))
         display.on_outcome(arm, outcome)
 
@@ -217,11 +215,11 @@ def conclude(
         again = escape(command("sweep", {"resume": str(folder)}))
         console.print(f"Time is up: {again} goes on.", soft_wrap=True)
         return
-    first = next((search for search in searches if search.rank is not None), searches[0])
-    found = measured.curves.get(first.curve) if measured else None
+    first = next((search for search in searches if search.spec.rank is not None), searches[0])
+    found = measured.curves.get(first.spec) if measured else None
     record = make_record(facts, first, found, outcomes) if found else None
     if record is None:
-        name = escape(curve_name(first.curve))
+        name = escape(first.spec.label)
         console.print(
             f"[bold red]No learning rate was found[/] for {name}, so no LR record was written.", soft_wrap=True
         )

@@ -10,10 +10,10 @@ from typing import Any
 from mua_rl.errors import UserError, one_line
 from mua_rl.grpo.stacked.memory import TIMES_ONE_RUN
 from mua_rl.lr.rank import parse_rank
-from mua_rl.lr.rules import AlphaRule
+from mua_rl.lr.spec import AdapterSpec, AlphaRule
 from mua_rl.run.arguments import AdapterArguments, parse_arguments
 from mua_rl.run.folder import CONFIG, RunFolder, with_whole_paths
-from mua_rl.run.trial import PER_ARM, WITHOUT_EFFECT
+from mua_rl.run.trial import PER_TRIAL, WITHOUT_EFFECT
 
 
 @dataclass
@@ -91,9 +91,9 @@ class Request:
     Attributes:
         sweep: The sweep's own flags.
         trainer, adapter: The trainer's arguments.
-        given: The trainer's settings that were given, as a `--config` file of its says them; without `PER_ARM`.
+        given: The trainer's settings that were given, as a `--config` file of its says them; without `PER_TRIAL`.
         everything: All that was given, which the output folder keeps.
-        curves: (rank, init, alpha) of each curve, as in `Arm`.
+        specs: What each curve is of.
     """
 
     sweep: SweepArguments
@@ -101,7 +101,7 @@ class Request:
     adapter: AdapterArguments
     given: dict[str, Any]
     everything: dict[str, Any]
-    curves: list[tuple[int | None, str, str]]
+    specs: list[AdapterSpec]
 
     @property
     def task(self) -> str:
@@ -163,7 +163,7 @@ def parse(argv: list[str] | None = None) -> Request:
         adapter=adapter,
         given=_of_trainer(given),
         everything={**given, "algo": algorithm},
-        curves=_curves(sweep, adapter, given),
+        specs=_specs(sweep, adapter, given),
     )
 
 
@@ -203,25 +203,20 @@ def parse_scheme(text: str) -> tuple[str, str]:
         raise UserError(f"--schemes takes B, A, A/r and the like, not {text!r}: {error}") from None
 
 
-def _curves(sweep: SweepArguments, adapter: AdapterArguments, given: dict[str, Any]) -> list:
+def _specs(sweep: SweepArguments, adapter: AdapterArguments, given: dict[str, Any]) -> list[AdapterSpec]:
     """Each combination of ranks and schemes once; FFT has no scheme."""
     if sweep.ranks is not None and "rank" in given:
         raise UserError("--rank and --ranks exclude each other: give --ranks.")
     if sweep.schemes is not None and given.keys() & {"init", "alpha"}:
         raise UserError("--schemes stands for --init and --alpha: give one or the other.")
     ranks = [parse_rank(rank) for rank in sweep.ranks or [adapter.chosen_rank]]
-    try:
-        default = (adapter.init, str(AlphaRule.parse(adapter.alpha)))
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    schemes = [parse_scheme(scheme) for scheme in sweep.schemes] if sweep.schemes else [default]
-    curves = [(rank, *scheme) if rank else (None, "B", "1") for rank in ranks for scheme in schemes]
-    return list(dict.fromkeys(curves))
+    schemes = [parse_scheme(scheme) for scheme in sweep.schemes] if sweep.schemes else [(adapter.init, adapter.alpha)]
+    return list(dict.fromkeys(AdapterSpec.parse(rank, *scheme) for rank in ranks for scheme in schemes))
 
 
 def _of_trainer(given: dict[str, Any]) -> dict[str, Any]:
     own = {f.name for f in fields(SweepArguments)}
-    return {k: v for k, v in given.items() if k not in own and k not in PER_ARM and k != "resume"}
+    return {k: v for k, v in given.items() if k not in own and k not in PER_TRIAL and k != "resume"}
 
 
 def _algorithm(argv: list[str]) -> str:

@@ -8,19 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 
 from mua_rl.analysis import rows
-from mua_rl.analysis.measured import Context, Measured, Sweep, curve_name, sweeps_of
+from mua_rl.analysis.measured import Context, Measured, Sweep, sweeps_of
 from mua_rl.analysis.optimum import COVERAGE
 from mua_rl.analysis.report import ReportTable, write_report
 from mua_rl.errors import UserError
 from mua_rl.lr.record import LRRecord, package_versions
-from mua_rl.run.trial import Arm, Outcome
+from mua_rl.run.trial import Status, Trial, TrialResult
 from mua_rl.sweep.facts import Facts
-from mua_rl.sweep.search import Search, is_good
+from mua_rl.sweep.search import Search
 
 CSV = "sweep.csv"
 
 
-def rows_of(task: str, facts: Facts, outcomes: Mapping[Arm, Outcome], machines: Mapping[Arm, str]) -> list[rows.Row]:
+def rows_of(
+    task: str, facts: Facts, outcomes: Mapping[Trial, TrialResult], machines: Mapping[Trial, str]
+) -> list[rows.Row]:
     """The runs of a study as lines of a CSV."""
     template = facts.template
     return [
@@ -47,29 +49,31 @@ def write_tables(folder: Path, facts: Facts, lines: Sequence[rows.Row]) -> tuple
     return sweeps[0], write_report(sweeps, folder)
 
 
-def warnings_of(search: Search, outcomes: Mapping[Arm, Outcome]) -> list[str]:
+def warnings_of(search: Search, outcomes: Mapping[Trial, TrialResult]) -> list[str]:
     """What the user should know of a curve beside its optimum."""
-    mine = {arm: outcome for arm, outcome in outcomes.items() if arm.curve == search.curve}
+    mine = {arm: outcome for arm, outcome in outcomes.items() if arm.spec == search.spec}
     found = [search.verdict(outcomes)] if mine else ["no run has ended yet"]
-    if lost := sorted({arm.log2_lr for arm, outcome in mine.items() if outcome.diverged}):
+    if lost := sorted({arm.log2_lr for arm, outcome in mine.items() if outcome.is_lost}):
         found.append("diverged, or got worse, at " + ", ".join(f"2^{lr:g}" for lr in lost))
-    if ended := sorted({arm.log2_lr for arm, outcome in mine.items() if outcome.stopped and not outcome.diverged}):
+    if ended := sorted({arm.log2_lr for arm, outcome in mine.items() if outcome.status is Status.STOPPED}):
         found.append("stopped early at " + ", ".join(f"2^{lr:g}" for lr in ended))
-    return [f"{curve_name(search.curve)}: {warning}" for warning in found if warning]
+    return [f"{search.spec.label}: {warning}" for warning in found if warning]
 
 
-def make_record(facts: Facts, search: Search, measured: Measured, outcomes: Mapping[Arm, Outcome]) -> LRRecord | None:
+def make_record(
+    facts: Facts, search: Search, measured: Measured, outcomes: Mapping[Trial, TrialResult]
+) -> LRRecord | None:
     """The LR record of a finished search: the fitted optimum as it is; `None` where no run got better than the base.
 
     Its metric is the mean over the runs at the learning rate next to the optimum.
     """
     if not search.has_learnt(outcomes):
         return None
-    good = {arm: o for arm, o in outcomes.items() if arm.curve == search.curve and is_good(o)}
+    good = {arm: o for arm, o in outcomes.items() if arm.spec == search.spec and o.is_good}
     optimum = measured.optimum
     nearest = min((arm.log2_lr for arm in good), key=lambda lr: abs(lr - optimum.log2_lr))
     beside = [outcome for arm, outcome in good.items() if arm.log2_lr == nearest]
-    template, learning_rate = facts.record_of(search.curve), 2.0**optimum.log2_lr
+    template, learning_rate = facts.record_of(search.spec), 2.0**optimum.log2_lr
     seeds, tried = sorted({arm.seed for arm in good}), {log2_lr for log2_lr, _, _ in measured.points}
     schedule = template.schedule
     if schedule.get("steps") == -1:  # as many as the epochs made
@@ -90,7 +94,7 @@ def make_record(facts: Facts, search: Search, measured: Measured, outcomes: Mapp
         metric={
             **template.metric,
             "before": statistics.fmean(outcome.before for outcome in beside),
-            "after": statistics.fmean(outcome.metric for outcome in beside),
+            "after": statistics.fmean(outcome.score for outcome in beside),
         },
         schedule=schedule,
         seeds=seeds,

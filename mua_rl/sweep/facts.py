@@ -9,8 +9,8 @@ from mua_rl.errors import UserError
 from mua_rl.lr import transfer as policy
 from mua_rl.lr.record import LRRecord
 from mua_rl.lr.rules import best_lr_order
+from mua_rl.lr.spec import AdapterSpec
 from mua_rl.run.arguments import find_record
-from mua_rl.run.trial import Curve
 from mua_rl.sweep.arguments import Request
 from mua_rl.sweep.search import Search, scan_around, scan_range
 
@@ -42,14 +42,11 @@ class Facts:
         known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
         return cls(**{**known, "template": LRRecord(**data["template"]), "source": LRRecord(**data["source"])})
 
-    def record_of(self, curve: Curve) -> LRRecord:
+    def record_of(self, curve: AdapterSpec) -> LRRecord:
         """The template, for a curve."""
-        rank, init, alpha = curve
-        if rank is None:
-            return replace(self.template, scheme="FFT", rank=None, alpha="1")
-        return replace(self.template, scheme=f"Init[{init}]", rank=rank, alpha=alpha)
+        return replace(self.template, scheme=curve.scheme.value, rank=curve.rank, alpha=str(curve.alpha))
 
-    def search(self, curve: Curve, request: Request) -> Search:
+    def search(self, curve: AdapterSpec, request: Request) -> Search:
         """The search for a curve's optimum."""
         resolution = request.sweep.resolution
         if request.sweep.grid is not None:
@@ -57,9 +54,9 @@ class Facts:
             scan, step = scan_range(low, high, resolution)
         else:
             scan, step = scan_around(*self._centre(curve, request.adapter.rank_exponent), resolution)
-        return Search(*curve, scan, step, resolution, request.seeds)
+        return Search(curve, scan, step, resolution, request.seeds)
 
-    def _centre(self, curve: Curve, rank_exponent: float | None) -> tuple[float, bool]:
+    def _centre(self, curve: AdapterSpec, rank_exponent: float | None) -> tuple[float, bool]:
         """log2 of the learning rate to look around, and whether it is more than a guess."""
         target = self.record_of(curve).configuration()
         try:
@@ -76,7 +73,7 @@ def find_facts(request: Request) -> Facts:
     Raises:
         UserError: The trainer cannot use what was given.
     """
-    ranks = [rank for rank, _, _ in request.curves if rank is not None]
+    ranks = [spec.rank for spec in request.specs if spec.rank is not None]
     arguments = copy.copy(request.trainer)
     adapter = replace(request.adapter, rank=str(max(ranks, default="full")), lr=PLACEHOLDER, lr_from=None)
     metric = {"name": f"held-out {'accuracy' if request.sweep.algo == 'grpo' else 'return'}"}

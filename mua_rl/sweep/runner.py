@@ -8,21 +8,24 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import yaml
 
 from mua_rl.errors import UserError
+from mua_rl.exits import ExitCode
 from mua_rl.files import write_whole
+from mua_rl.lr.spec import FFT
 from mua_rl.run.folder import ADAPTER_FOLDER, MODEL_FOLDER, RunFolder
-from mua_rl.run.trial import Arm, Outcome, reward_means
+from mua_rl.run.trial import Trial, TrialResult
 from mua_rl.sweep.arguments import Request
 from mua_rl.sweep.search import why_hopeless
 
 POLL_SECONDS = 0.5
-DIVERGED = 3
-"""Exit code of a trainer whose run left the finite numbers (`mua_rl.exits.run_command`)."""
+ENDED = (ExitCode.OK, ExitCode.DIVERGED, ExitCode.WORSE)
+"""Exit codes of a trainer whose run came to its end."""
 REWARD = {"grpo": "reward", "ppo": "rollout/ep_rew_mean"}
 """What a line of a run's metrics calls its training reward."""
 WEIGHTS = ("checkpoint-*", MODEL_FOLDER, ADAPTER_FOLDER, "policy.zip")
@@ -42,10 +45,10 @@ class Runner(Protocol):
 
     at_once: int
 
-    def group(self, arm: Arm) -> Hashable:
+    def group(self, arm: Trial) -> Hashable:
         """Arms of one group can be run by one call."""
 
-    def run(self, arms: Sequence[Arm]) -> list[Outcome]:
+    def run(self, arms: Sequence[Trial]) -> list[TrialResult]:
         """What the arms reach, in order.
 
         Raises:
@@ -76,25 +79,28 @@ class Single:
         self.config = folder / "trainer.yaml"
         write_whole(self.config, yaml.safe_dump(request.given, sort_keys=True, allow_unicode=True))
 
-    def group(self, arm: Arm) -> Hashable:
+    def group(self, arm: Trial) -> Hashable:
         """See `Runner.group`: every arm is by itself."""
         return arm
 
-    def run(self, arms: Sequence[Arm]) -> list[Outcome]:
+    def run(self, arms: Sequence[Trial]) -> list[TrialResult]:
         """See `Runner.run`."""
         return [self._run(arm) for arm in arms]
 
-    def _run(self, arm: Arm) -> Outcome:
+    def _run(self, arm: Trial) -> TrialResult:
         folder = RunFolder(self.runs / arm.name)
         started, stopped = time.monotonic(), ""
         if folder.result() is None:
             stopped = self._execute(arm, folder)
-        outcome = read_outcome(folder, self.request.sweep.algo, stopped, time.monotonic() - started)
+        seconds, result = time.monotonic() - started, folder.result()
+        if result is None:
+            result = stopped_result(folder, self.request.sweep.algo, stopped, seconds)
+        outcome = replace(result, seconds=max(seconds, result.seconds))
         if not self.request.sweep.keep_weights:
             remove_weights(folder)
         return outcome
 
-    def _execute(self, arm: Arm, folder: RunFolder) -> str:
+    def _execute(self, arm: Trial, folder: RunFolder) -> str:
         """Run to the end; why it was stopped early, or "".
 
         Raises:
@@ -124,12 +130,12 @@ class Single:
                         return reason
             finally:
                 _end(process)
-        if process.returncode not in (0, DIVERGED):
+        if process.returncode not in ENDED:
             last = " | ".join(log.read_text().strip().splitlines()[-3:])
             raise UserError(f"the run {folder.path.name} failed with code {process.returncode} (see {log}): {last}")
         return ""
 
-    def _why_hopeless(self, arm: Arm, folder: RunFolder) -> str:
+    def _why_hopeless(self, arm: Trial, folder: RunFolder) -> str:
         if not self.request.sweep.early_stop or self.request.steps < 1:
             return ""
         curve = reward_curve(folder, self.request.sweep.algo)
@@ -141,10 +147,11 @@ class Single:
         return why_hopeless(curve, [peer for peer in peers if peer], self.request.steps)
 
 
-def arm_flags(arm: Arm) -> list[str]:
+def arm_flags(arm: Trial) -> list[str]:
     """What makes a trainer run an arm."""
-    flags = ["--rank", str(arm.rank or "full"), "--lr", repr(arm.learning_rate), "--seed", str(arm.seed)]
-    return [*flags, "--init", arm.init, "--alpha", arm.alpha] if arm.rank else flags
+    spec = arm.spec
+    flags = ["--rank", str(spec.rank or "full"), "--lr", repr(arm.learning_rate), "--seed", str(arm.seed)]
+    return flags if spec == FFT else [*flags, "--init", spec.init, "--alpha", str(spec.alpha)]
 
 
 def reward_curve(folder: RunFolder, algorithm: str) -> list[tuple[int, float]]:
@@ -153,36 +160,20 @@ def reward_curve(folder: RunFolder, algorithm: str) -> list[tuple[int, float]]:
     return [(line["step"], line[key]) for line in folder.metrics() if isinstance(line.get(key), (int, float))]
 
 
-def read_outcome(folder: RunFolder, algorithm: str, stopped: str, seconds: float) -> Outcome:
-    """What a run that has ended, or was stopped, says of itself.
+def stopped_result(folder: RunFolder, algorithm: str, reason: str, seconds: float) -> TrialResult:
+    """The result of a run that was stopped before its end, from its metrics.
 
     Args:
-        seconds: Wall time, where the run was not there before.
+        folder: The run's.
+        algorithm: Which trainer's.
+        reason: Why it was stopped.
+        seconds: Wall time.
     """
-    result = folder.result() or {}
-    reward_mean, reward_last = reward_means(reward for _, reward in reward_curve(folder, algorithm))
-    step = max((line["step"] for line in folder.metrics()), default=0)
-    before = _before(folder, result)
-    if "held_out/after" not in result:
-        if not stopped:
-            return Outcome.of_divergence(before, step, seconds, str(result.get("reason", "the run diverged")))
-        after, error = math.nan, math.nan
-    elif isinstance(result["held_out/after"], dict):  # of PPO
-        returns = result["held_out/after"]
-        after, error = returns["mean"], returns["std"] / returns["episodes"] ** 0.5
-    else:
-        after, error = result["held_out/after"], result["held_out/standard_error"]
-    return Outcome(
-        metric=after,
-        error=error,
-        before=before,
-        reward_mean=reward_mean,
-        reward_last=reward_last,
-        diverged=bool(result.get("diverged", False)),
-        stopped=stopped,
-        steps=step,
-        seconds=max(seconds, result.get("seconds", 0.0)),
-    )
+    before = folder.score_before()
+    steps = max((line["step"] for line in folder.metrics()), default=0)
+    rewards = folder.rewards(REWARD[algorithm])
+    known = math.nan if before is None else before[0]
+    return TrialResult.of_training(math.nan, math.nan, known, rewards, steps, seconds, reason)
 
 
 def remove_weights(folder: RunFolder) -> None:
@@ -223,13 +214,3 @@ def _end(process: subprocess.Popen) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _before(folder: RunFolder, result: dict) -> float:
-    """The held-out metric before training: of the result, or, where there is none, of the metrics."""
-    before = result.get("held_out/before")
-    if before is None:
-        keys = ("held_out/accuracy", "held_out/return")
-        first = [line[key] for line in folder.metrics() if line["step"] == 0 for key in keys if key in line]
-        before = first[0] if first else math.nan
-    return float(before["mean"] if isinstance(before, dict) else before)

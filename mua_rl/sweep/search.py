@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from mua_rl.analysis.optimum import estimate_optimum
-from mua_rl.run.trial import Arm, Curve, Outcome, is_clear
+from mua_rl.lr.spec import AdapterSpec
+from mua_rl.run.trial import Trial, TrialResult, is_clear
 
 LOWEST, HIGHEST = -24.0, -1.0
 """log2 of the learning rates between which a search stays."""
@@ -24,7 +25,7 @@ KNOWN_SPAN, UNKNOWN_SPAN = 2.0, 4.0
 NEAR = 1.0
 """Octaves from the best within which every seed is run."""
 
-Points = dict[float, list[Outcome]]
+Points = dict[float, list[TrialResult]]
 """Outcomes of one curve by log2 η."""
 
 
@@ -33,39 +34,32 @@ class Search:
     """The search for the best learning rate of one curve.
 
     Attributes:
-        rank, init, alpha: The curve, as in `Arm`.
+        spec: What the curve is of.
         scan: log2 of the learning rates to begin with, ascending.
         step: Octaves between them, and by which the scan is extended.
         resolution: Octaves between the best and its neighbours at the end.
         seeds: The first finds the best; all of them are run near it.
     """
 
-    rank: int | None
-    init: str
-    alpha: str
+    spec: AdapterSpec
     scan: tuple[float, ...]
     step: float
     resolution: float
     seeds: tuple[int, ...]
 
-    @property
-    def curve(self) -> Curve:
-        """See `Arm.curve`."""
-        return self.arm(0.0, 0).curve
-
-    def arm(self, log2_lr: float, seed: int) -> Arm:
+    def arm(self, log2_lr: float, seed: int) -> Trial:
         """One run of the curve."""
-        return Arm(self.rank, self.init, self.alpha, log2_lr, seed)
+        return Trial(self.spec, log2_lr, seed)
 
-    def points(self, outcomes: Mapping[Arm, Outcome]) -> Points:
+    def points(self, outcomes: Mapping[Trial, TrialResult]) -> Points:
         """The outcomes that are of this curve."""
         points = Points()
         for arm, outcome in outcomes.items():
-            if arm.curve == self.curve:
+            if arm.spec == self.spec:
                 points.setdefault(arm.log2_lr, []).append(outcome)
         return points
 
-    def next_arms(self, outcomes: Mapping[Arm, Outcome]) -> list[Arm]:
+    def next_arms(self, outcomes: Mapping[Trial, TrialResult]) -> list[Trial]:
         """What to run next; all of it can run at once. Nothing once the optimum is found (or cannot be: `verdict`)."""
         points = self.points(outcomes)
         new = [lr for lr in self.scan if lr not in points] or self._new_learning_rates(points)
@@ -78,7 +72,7 @@ class Search:
         seeded = [arm for seed in self.seeds for lr in near if (arm := self.arm(lr, seed)) not in outcomes]
         return seeded or [self.arm(lr, self.seeds[0]) for lr in self._beyond_the_edge(outcomes)]
 
-    def verdict(self, outcomes: Mapping[Arm, Outcome]) -> str:
+    def verdict(self, outcomes: Mapping[Trial, TrialResult]) -> str:
         """What is wrong with the best learning rate so far, in a few words; "" for nothing."""
         points = self.points(outcomes)
         best = best_of(points)
@@ -91,7 +85,7 @@ class Search:
             return f"the best learning rate is the {side} that was tried, 2^{best:g}"
         return ""
 
-    def has_learnt(self, outcomes: Mapping[Arm, Outcome]) -> bool:
+    def has_learnt(self, outcomes: Mapping[Trial, TrialResult]) -> bool:
         """Whether the best learning rate so far makes a better policy than the base."""
         points = self.points(outcomes)
         best = best_of(points)
@@ -116,14 +110,14 @@ class Search:
         position = lrs.index(best)
         return [lr for pair in pairwise(lrs[position - 1 : position + 2]) for lr in self._between(*pair)]
 
-    def _beyond_the_edge(self, outcomes: Mapping[Arm, Outcome]) -> list[float]:
+    def _beyond_the_edge(self, outcomes: Mapping[Trial, TrialResult]) -> list[float]:
         """log2 of the next learning rate past an end where the fit may have its optimum; nothing where none has."""
         points = self.points(outcomes)
         best = best_of(points)
         if best is None or len(points) < 2 or not has_learnt(points[best]):
             return []
         below, above = self._beyond(sorted(points))
-        return {"left": below, "right": above, "": []}[estimate_optimum(runs_of(outcomes, self.curve)).edge]
+        return {"left": below, "right": above, "": []}[estimate_optimum(runs_of(outcomes, self.spec)).edge]
 
     def _beyond(self, lrs: list[float]) -> tuple[list[float], list[float]]:
         """log2 of the next learning rate below and above those there are, as far as the bounds leave any."""
@@ -165,29 +159,26 @@ def _within_bounds(lrs: Sequence[float]) -> tuple[float, ...]:
     return tuple(sorted({min(max(lr, LOWEST), HIGHEST) for lr in lrs}))
 
 
-def is_good(outcome: Outcome) -> bool:
-    """Whether a run went to its end and did not diverge."""
-    return not (outcome.diverged or outcome.stopped) and math.isfinite(outcome.metric)
-
-
-def survived(outcomes: Sequence[Outcome]) -> bool:
+def survived(outcomes: Sequence[TrialResult]) -> bool:
     """Whether most runs at a learning rate are good: one unlucky seed does not speak against it, as in the fit."""
-    return sum(map(is_good, outcomes)) > len(outcomes) / 2
+    return sum(outcome.is_good for outcome in outcomes) > len(outcomes) / 2
 
 
-def has_learnt(outcomes: Sequence[Outcome]) -> bool:
+def has_learnt(outcomes: Sequence[TrialResult]) -> bool:
     """Whether the good runs at a learning rate got better than the base by more than two standard errors."""
-    good = [outcome for outcome in outcomes if is_good(outcome)]
-    error = statistics.fmean(o.error if math.isfinite(o.error) else 0.0 for o in good) / len(good) ** 0.5
-    return is_clear(statistics.fmean(o.metric - o.before for o in good), error)
+    good = [outcome for outcome in outcomes if outcome.is_good]
+    error = (
+        statistics.fmean(o.standard_error if math.isfinite(o.standard_error) else 0.0 for o in good) / len(good) ** 0.5
+    )
+    return is_clear(statistics.fmean(o.score - o.before for o in good), error)
 
 
-def runs_of(outcomes: Mapping[Arm, Outcome], curve: Curve) -> list[tuple[float, float, int]]:
+def runs_of(outcomes: Mapping[Trial, TrialResult], curve: AdapterSpec) -> list[tuple[float, float, int]]:
     """The runs of a curve as `estimate_optimum` takes them; one that was stopped counts as one that diverged."""
     return sorted(
-        (arm.log2_lr, outcome.metric if is_good(outcome) else math.nan, arm.seed)
+        (arm.log2_lr, outcome.score if outcome.is_good else math.nan, arm.seed)
         for arm, outcome in outcomes.items()
-        if arm.curve == curve
+        if arm.spec == curve
     )
 
 
@@ -196,9 +187,9 @@ def best_of(points: Points) -> float | None:
 
     Only rates that most runs survived count, and a run that did not as the worst of the curve; `None`: there is none.
     """
-    worst = min((o.metric for found in points.values() for o in found if is_good(o)), default=math.nan)
+    worst = min((o.score for found in points.values() for o in found if o.is_good), default=math.nan)
     means = {
-        lr: statistics.fmean(o.metric if is_good(o) else worst for o in found)
+        lr: statistics.fmean(o.score if o.is_good else worst for o in found)
         for lr, found in points.items()
         if survived(found)
     }

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mua_rl.errors import UserError
-from mua_rl.run.trial import Arm, Curve, Outcome
+from mua_rl.lr.spec import FFT, AdapterSpec
+from mua_rl.run.trial import Trial, TrialResult
 from mua_rl.sweep.arguments import Request
 from mua_rl.sweep.runner import Runner, Single, die_with_parent
 from mua_rl.sweep.search import RewardCurve, why_hopeless
@@ -42,23 +43,23 @@ class SideBySide:
     ) -> None:
         self.at_once = AT_ONCE[request.sweep.algo]
         self.request, self.runs, self.on_step = request, folder / "runs", on_step
-        self.peers: dict[Arm, RewardCurve] = {}
+        self.peers: dict[Trial, RewardCurve] = {}
         self.pool = None
         if environment is not None:
             self.pool = ProcessPoolExecutor(
                 1, mp_context=get_context("spawn"), initializer=_enter, initargs=(environment,)
             )
 
-    def group(self, arm: Arm) -> Hashable:
+    def group(self, arm: Trial) -> Hashable:
         """See `Runner.group`: LoRA arms go together, whatever their ranks, and FFT arms do; those that were cut off
         go on with those that were at the same step."""
         if self.request.sweep.algo == "ppo":
-            return "side by side", arm.rank is None
+            return "side by side", arm.spec == FFT
         from mua_rl.grpo.stacked.checkpoint import mark
 
-        return "side by side", arm.rank is None, mark(self.runs, arm)
+        return "side by side", arm.spec == FFT, mark(self.runs, arm)
 
-    def run(self, arms: Sequence[Arm]) -> list[Outcome]:
+    def run(self, arms: Sequence[Trial]) -> list[TrialResult]:
         """See `Runner.run`."""
         if self.pool is not None:
             return self.pool.submit(_train, self.request, self.runs, list(arms), None, None).result()
@@ -77,27 +78,27 @@ class Chosen:
         self.together, self.single, self.singly = together, single, singly
         self.at_once = together.at_once
 
-    def group(self, arm: Arm) -> Hashable:
+    def group(self, arm: Trial) -> Hashable:
         """See `Runner.group`."""
         return self._runner(arm).group(arm)
 
-    def run(self, arms: Sequence[Arm]) -> list[Outcome]:
+    def run(self, arms: Sequence[Trial]) -> list[TrialResult]:
         """See `Runner.run`."""
         return self._runner(arms[0]).run(arms)
 
-    def _runner(self, arm: Arm) -> Runner:
-        return self.single if self.singly[arm.rank is None] else self.together
+    def _runner(self, arm: Trial) -> Runner:
+        return self.single if self.singly[arm.spec == FFT] else self.together
 
 
-def why_not(request: Request, curve: Curve, obstacle: str = "") -> str:
+def why_not(request: Request, curve: AdapterSpec, obstacle: str = "") -> str:
     """Why arms of a curve cannot be trained side by side; "" where they can.
 
     Args:
         obstacle: `Facts.obstacle`.
     """
-    if obstacle and curve[0] is not None:
+    if obstacle and curve != FFT:
         return obstacle
-    arm = Arm(*curve, log2_lr=-10.0, seed=0)
+    arm = Trial(curve, log2_lr=-10.0, seed=0)
     try:
         if request.sweep.algo == "grpo":
             from mua_rl.grpo.stacked.settings import check
@@ -114,8 +115,8 @@ def why_not(request: Request, curve: Curve, obstacle: str = "") -> str:
 
 
 def _train(
-    request: Request, runs: Path, arms: list[Arm], on_step: OnStep | None, peers: dict[Arm, RewardCurve] | None
-) -> list[Outcome]:
+    request: Request, runs: Path, arms: list[Trial], on_step: OnStep | None, peers: dict[Trial, RewardCurve] | None
+) -> list[TrialResult]:
     """Train a group.
 
     Args:
@@ -131,13 +132,13 @@ def _train(
         return ppo.train_side_by_side(request.trainer, arms, *_ppo_base(request), workers=threads)
     from mua_rl.grpo.stacked import trainer as grpo
 
-    curves: dict[Arm, RewardCurve] = {} if peers is None else peers
+    curves: dict[Trial, RewardCurve] = {} if peers is None else peers
     steps = request.trainer.max_steps
 
-    def keep_going(arm: Arm, history: list[dict[str, float]]) -> str | None:
+    def keep_going(arm: Trial, history: list[dict[str, float]]) -> str | None:
         rewards = [(step, metrics["reward"]) for step, metrics in enumerate(history, 1)]
         curves[arm] = [(step, reward) for step, reward in rewards if not math.isnan(reward)]
-        others = [curve for other, curve in curves.items() if curve and other != arm and other.curve == arm.curve]
+        others = [curve for other, curve in curves.items() if curve and other != arm and other.spec == arm.spec]
         return why_hopeless(curves[arm], others, steps) or None
 
     return grpo.train_side_by_side(

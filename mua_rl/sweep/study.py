@@ -11,7 +11,7 @@ import json
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,10 +22,9 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from mua_rl.errors import UserError
-from mua_rl.lr.rules import AlphaRule
-from mua_rl.run.trial import Arm, Outcome
+from mua_rl.run.trial import Trial, TrialResult
 from mua_rl.sweep.arguments import differences
-from mua_rl.sweep.search import Search, is_good
+from mua_rl.sweep.search import Search
 from mua_rl.sweep.worker import Heartbeat, Watch, Worker
 
 ARM, OUTCOME, WORKER, SETTINGS, FACTS, SIGN = "arm", "outcome", "worker", "settings", "facts", "sign of life: "
@@ -49,7 +48,7 @@ class Claim:
         trial: Optuna's, which this worker has popped.
     """
 
-    arm: Arm
+    arm: Trial
     trial: optuna.Trial
 
 
@@ -103,11 +102,11 @@ class Study:
             self.study.set_user_attr(FACTS, find())
         return self.study.user_attrs[FACTS]
 
-    def outcomes(self) -> dict[Arm, Outcome]:
+    def outcomes(self) -> dict[Trial, TrialResult]:
         """What has been reached so far."""
         return _outcomes(self._trials())
 
-    def machines(self) -> dict[Arm, str]:
+    def machines(self) -> dict[Trial, str]:
         """What the arms that are done ran on."""
         done = self._trials(*ENDED)
         return {_arm(trial): trial.user_attrs[WORKER]["machine"] for trial in done if WORKER in trial.user_attrs}
@@ -126,14 +125,14 @@ class Study:
         with self.lock:
             trials = self._trials()
             outcomes = _outcomes(trials)
-            open_curves = {_arm(trial).curve for trial in trials if not trial.state.is_finished()}
-            closed = [search for search in searches if search.curve not in open_curves]
+            open_curves = {_arm(trial).spec for trial in trials if not trial.state.is_finished()}
+            closed = [search for search in searches if search.spec not in open_curves]
             planned = [arm for search in closed for arm in search.next_arms(outcomes)]
             for arm in planned:
-                self.study.enqueue_trial(_parameters(arm), user_attrs={ARM: asdict(arm)})
+                self.study.enqueue_trial(_parameters(arm), user_attrs={ARM: arm.as_dict()})
         return bool(open_curves or planned)
 
-    def claim(self, at_most: int, group: Callable[[Arm], Hashable]) -> list[Claim]:
+    def claim(self, at_most: int, group: Callable[[Trial], Hashable]) -> list[Claim]:
         """Take waiting arms, up to `at_most` of one group, for this worker alone."""
         claims: list[Claim] = []
         with self.lock:
@@ -146,21 +145,21 @@ class Study:
                     self.study.tell(trial, state=TrialState.FAIL)
                     break
                 trial.set_user_attr(WORKER, self.worker.as_dict())
-                claim = Claim(Arm(**trial.user_attrs[ARM]), trial)
+                claim = Claim(Trial.from_dict(trial.user_attrs[ARM]), trial)
                 if self._came_earlier(claim):
                     self.release(claim)
                 else:
                     claims.append(claim)
         return claims
 
-    def finish(self, claim: Claim, outcome: Outcome) -> bool:
+    def finish(self, claim: Claim, outcome: TrialResult) -> bool:
         """Keep what an arm has reached.
 
         Returns:
             Whether it counts: not where this worker was taken for dead, and the arm given to another.
         """
         try:
-            claim.trial.set_user_attr(OUTCOME, asdict(outcome))
+            claim.trial.set_user_attr(OUTCOME, outcome.as_dict())
         except UpdateFinishedTrialError:
             return False
         return self._end(claim.trial.number, outcome)
@@ -177,7 +176,7 @@ class Study:
             worker = Worker(**signed) if signed else Worker(f"of trial {trial.number}", "", 0, "")
             if worker.name == self.worker.name or self.watch.is_alive(worker):
                 continue
-            self._end(trial.number, Outcome(**found) if (found := trial.user_attrs.get(OUTCOME)) else None)
+            self._end(trial.number, TrialResult.from_dict(found) if (found := trial.user_attrs.get(OUTCOME)) else None)
 
     def heartbeat(self) -> Heartbeat:
         """Signs of life of this worker, for as long as the context lasts."""
@@ -197,13 +196,13 @@ class Study:
         trials = self.study.get_trials(deepcopy=False, states=states or None)
         return [trial for trial in trials if ARM in trial.user_attrs]
 
-    def _end(self, number: int, outcome: Outcome | None) -> bool:
+    def _end(self, number: int, outcome: TrialResult | None) -> bool:
         """End a trial, without an outcome as failed; whether it was under way still."""
         try:
             if outcome is None:
                 self.study.tell(number, state=TrialState.FAIL)
-            elif is_good(outcome):
-                self.study.tell(number, outcome.metric)
+            elif outcome.is_good:
+                self.study.tell(number, outcome.score)
             else:
                 self.study.tell(number, state=TrialState.PRUNED)
         except (UpdateFinishedTrialError, ValueError):  # another worker has ended it
@@ -257,22 +256,22 @@ def _file_of(location: str) -> Path | None:
     return Path(path.partition("?")[0]) if kind.startswith("sqlite") and path else None
 
 
-def _arm(trial: FrozenTrial) -> Arm:
-    return Arm(**trial.user_attrs[ARM])
+def _arm(trial: FrozenTrial) -> Trial:
+    return Trial.from_dict(trial.user_attrs[ARM])
 
 
-def _outcomes(trials: Sequence[FrozenTrial]) -> dict[Arm, Outcome]:
-    return {_arm(trial): Outcome(**trial.user_attrs[OUTCOME]) for trial in trials if trial.state in ENDED}
+def _outcomes(trials: Sequence[FrozenTrial]) -> dict[Trial, TrialResult]:
+    return {_arm(trial): TrialResult.from_dict(trial.user_attrs[OUTCOME]) for trial in trials if trial.state in ENDED}
 
 
-def _parameters(arm: Arm) -> dict[str, Any]:
+def _parameters(arm: Trial) -> dict[str, Any]:
     """The values of `PARAMETERS`."""
-    alpha = AlphaRule.parse(arm.alpha)
+    spec = arm.spec
     return {
-        "rank": arm.rank or 0,
-        "init": arm.init,
-        "alpha_constant": alpha.constant,
-        "alpha_exponent": -alpha.gamma,
+        "rank": spec.rank or 0,
+        "init": spec.init or "B",
+        "alpha_constant": spec.alpha.constant,
+        "alpha_exponent": -spec.alpha.gamma,
         "log2_lr": arm.log2_lr,
         "seed": arm.seed,
     }

@@ -5,14 +5,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
-from mua_rl.run.trial import Arm, Outcome
+from mua_rl.run.trial import Trial, TrialResult
 from mua_rl.sweep.runner import Runner, Stopped
 from mua_rl.sweep.search import Search
 from mua_rl.sweep.study import Study
 
 POLL_SECONDS = 1.0
 
-OnOutcome = Callable[[Arm, Outcome], None]
+OnOutcome = Callable[[Trial, TrialResult], None]
 
 
 def work(

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from mua_rl.errors import UserError, one_line
 from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.stacked.stack import LoRAStack
 from mua_rl.grpo.stacked.state import ArmState
-from mua_rl.run.trial import PER_ARM, WITHOUT_EFFECT, Arm, Outcome
+from mua_rl.run.trial import PER_TRIAL, WITHOUT_EFFECT, Trial, TrialResult
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Checkpoint:
     state: dict[str, Any] | None
 
     @classmethod
-    def read(cls, path: Path, arm: Arm) -> "Checkpoint":
+    def read(cls, path: Path, arm: Trial) -> "Checkpoint":
         """The checkpoint of an arm; its tensors are read when they are used.
 
         Raises:
@@ -54,7 +54,7 @@ class Checkpoint:
             raise UserError(f"{path} is not there.") from None
         except Exception as error:  # of the file system, of zip, of pickle, or a file of something else
             raise UserError(f"{path} cannot be read ({type(error).__name__}).") from None
-        if found.arm != asdict(arm):
+        if found.arm != arm.as_dict():
             raise UserError(f"{path} is of another arm.")
         return found
 
@@ -72,12 +72,12 @@ class Checkpoints:
         self,
         folder: Path,
         arguments: GRPOArguments,
-        arms: Sequence[Arm],
+        arms: Sequence[Trial],
         target_modules: TargetModules,
         fingerprint: str,
     ) -> None:
         self.arms, self.paths = list(arms), [path_of(folder, arm) for arm in arms]
-        ours = {k: v for k, v in arguments.to_dict().items() if k not in {*PER_ARM, *WITHOUT_EFFECT}}
+        ours = {k: v for k, v in arguments.to_dict().items() if k not in {*PER_TRIAL, *WITHOUT_EFFECT}}
         ours |= {"target_modules": target_modules, "base": fingerprint}
         self.settings = json.loads(json.dumps(ours))
         self.steps, every = arguments.max_steps, arguments.save_steps
@@ -97,7 +97,7 @@ class Checkpoints:
         return found
 
     def save(
-        self, step: int, before: float, states: Iterable[ArmState], ended: Mapping[int, Outcome], stack: LoRAStack
+        self, step: int, before: float, states: Iterable[ArmState], ended: Mapping[int, TrialResult], stack: LoRAStack
     ) -> None:
         """Write all files anew where it is time, each whole or not at all; where one cannot be written, say so.
 
@@ -112,7 +112,7 @@ class Checkpoints:
             return
         try:
             for number, outcome in ended.items():
-                self._write(number, step, before, asdict(outcome), None)
+                self._write(number, step, before, outcome.as_dict(), None)
             for state in states:
                 self._write(state.number, step, before, None, state.state_dict(stack))
             for path in self.paths:  # all of them at once, so that hardly ever a kill leaves some a step behind
@@ -141,7 +141,7 @@ class Checkpoints:
         self, number: int, step: int, before: float, outcome: dict[str, Any] | None, state: dict[str, Any] | None
     ) -> None:
         """An arm's file, under another name yet."""
-        checkpoint = Checkpoint(asdict(self.arms[number]), self.settings, step, before, outcome, state)
+        checkpoint = Checkpoint(self.arms[number].as_dict(), self.settings, step, before, outcome, state)
         path = self.paths[number]
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(_scratch(path), "wb") as stream:
@@ -156,12 +156,12 @@ class Checkpoints:
                 scratch.unlink(missing_ok=True)
 
 
-def path_of(folder: Path, arm: Arm) -> Path:
+def path_of(folder: Path, arm: Trial) -> Path:
     """The file of an arm."""
     return folder / f"{arm.name}.pt"
 
 
-def mark(folder: Path, arm: Arm) -> Hashable:
+def mark(folder: Path, arm: Trial) -> Hashable:
     """What arms have in common that can go on together; `None` of an arm that begins: it has no checkpoint of use."""
     try:
         found = Checkpoint.read(path_of(folder, arm), arm)

@@ -12,7 +12,7 @@ from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.stacked.objective import LOSS_TYPES
 from mua_rl.grpo.stacked.stack import check_linear
 from mua_rl.rollouts.lora_engine import engine_rank
-from mua_rl.run.trial import Arm
+from mua_rl.run.trial import Trial
 
 TAKEN: dict[str, tuple] = {
     "beta": (0.0,),
@@ -52,7 +52,7 @@ TAKEN_BY_THE_ENGINE: dict[str, tuple] = {
 """The same with `--use_vllm`."""
 
 
-def check(arguments: GRPOArguments, arms: Sequence[Arm]) -> None:
+def check(arguments: GRPOArguments, arms: Sequence[Trial]) -> None:
     """Refuse what arms side by side do not know.
 
     Raises:
@@ -62,10 +62,10 @@ def check(arguments: GRPOArguments, arms: Sequence[Arm]) -> None:
     if not arms:
         raise UserError("there is no arm to train: give at least one.")
     for arm in arms:
-        if arm.rank is None:
+        if arm.spec.rank is None:
             raise UserError("full finetuning (--rank full) shares no frozen base: run it singly.")
         if arguments.use_vllm:
-            engine_rank(arm.rank)
+            engine_rank(arm.spec.rank)
     for name, taken in {**TAKEN, **(TAKEN_BY_THE_ENGINE if arguments.use_vllm else {})}.items():
         value = getattr(arguments, name)
         if getattr(value, "value", value) not in taken:

@@ -10,7 +10,7 @@ from torch import nn
 from mua_rl.grpo.stacked.scoring import Metrics
 from mua_rl.grpo.stacked.stack import LoRAStack
 from mua_rl.lm.heldout import HeldOutResult
-from mua_rl.run.trial import Arm, Outcome, is_clear, reward_means
+from mua_rl.run.trial import Trial, TrialResult
 
 
 @dataclass
@@ -29,7 +29,7 @@ class ArmState:
     """
 
     number: int
-    arm: Arm
+    arm: Trial
     order: list[list[int]]
     generator: torch.Generator
     optimizer: torch.optim.Optimizer
@@ -43,7 +43,7 @@ class ArmState:
         """All of the arm's A and B as one vector."""
         return self.optimizer.param_groups[0]["params"][0]
 
-    def outcome(self, before: float, after: HeldOutResult | None, stopped: str = "") -> Outcome:
+    def outcome(self, before: float, after: HeldOutResult | None, stopped: str = "") -> TrialResult:
         """Of an arm that is at its end, or was stopped.
 
         Args:
@@ -51,18 +51,9 @@ class ArmState:
             after: What it has reached; `None` where it was stopped.
             stopped: Why.
         """
-        reward_mean, reward_last = reward_means(metrics["reward"] for metrics in self.history)
-        return Outcome(
-            metric=after.accuracy if after else math.nan,
-            error=after.standard_error if after else math.nan,
-            before=before,
-            reward_mean=reward_mean,
-            reward_last=reward_last,
-            diverged=after is not None and is_clear(before - after.accuracy, after.standard_error),
-            stopped=stopped,
-            steps=len(self.history),
-            seconds=self.seconds,
-        )
+        rewards = [metrics["reward"] for metrics in self.history]
+        score, error = (after.accuracy, after.standard_error) if after else (math.nan, math.nan)
+        return TrialResult.of_training(score, error, before, rewards, len(self.history), self.seconds, stopped)
 
     def state_dict(self, stack: LoRAStack) -> dict[str, Any]:
         """All that training has made of the arm, on the CPU, in a form that does not depend on the others' ranks."""

@@ -1,7 +1,7 @@
 """GRPO with K LoRA arms side by side on one frozen base: what K runs of `python -m mua_rl.grpo` do, in one process.
 
 The arms share the base, the task and the settings, and differ in learning rate, seed, rank, initialisation and
-multiplier (`mua_rl.run.trial.Arm`). Every arm has its own prompts, draws, rewards, gradient norm, optimizer and
+multiplier (`mua_rl.run.trial.Trial`). Every arm has its own prompts, draws, rewards, gradient norm, optimizer and
 schedule, so that it does what it would do alone. Each batch of completions makes one optimizer step.
 """
 
@@ -22,7 +22,7 @@ from torch import nn
 from transformers import get_scheduler
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
-from mua_rl.adapter.adapters import LoRA, TargetModules
+from mua_rl.adapter.adapters import LoRA, TargetModules, adapter_for
 from mua_rl.adapter.groups import learning_rates
 from mua_rl.envs.tasks import get_task, is_scored, unscored
 from mua_rl.errors import UserError
@@ -52,9 +52,9 @@ from mua_rl.grpo.trainer import RunCallback
 from mua_rl.lm.heldout import HeldOutResult, end_ids, is_conversational, prompt_ids, score
 from mua_rl.rollouts.memory import PolicySize
 from mua_rl.rollouts.sync import leave_uncompiled
-from mua_rl.run.trial import Arm, Outcome
+from mua_rl.run.trial import Trial, TrialResult
 
-KeepGoing = Callable[[Arm, list[Metrics]], str | None]
+KeepGoing = Callable[[Trial, list[Metrics]], str | None]
 """Why an arm shall end early, given its metrics so far; `None` lets it go on."""
 
 ROLE = "lora"
@@ -83,7 +83,7 @@ class SideBySide:
     def __init__(
         self,
         arguments: GRPOArguments,
-        arms: Sequence[Arm],
+        arms: Sequence[Trial],
         target_modules: TargetModules = "mlp",
         start_from: str | None = None,
         memory: float = TIMES_ONE_RUN,
@@ -108,7 +108,7 @@ class SideBySide:
         self.train_rows, self.held_out_rows = splits(self.task, self.conversational, arguments.held_out_problems)
         check_vocabulary(model, self.tokenizer, [self.train_rows, self.held_out_rows])
         self.new_tokens = arguments.max_completion_length or self.task.max_completion_length
-        adapters = [arm.adapter(target_modules) for arm in arms]
+        adapters = [adapter_for(arm.spec, target_modules) for arm in arms]
         self.stack = LoRAStack(self.model, [a for a in adapters if isinstance(a, LoRA)], [arm.seed for arm in arms])
         if arguments.bf16:
             self._precast()
@@ -139,7 +139,7 @@ class SideBySide:
         folder = written.name if written else str(model.name_or_path)
         self.engine = self._start_engine(folder) if arguments.use_vllm else None
         self.gradient = Gradient(self.model, arguments, parts.tokens, self.tokenizer.pad_token_id, self.autocast)
-        self.ended: dict[int, Outcome] = {}
+        self.ended: dict[int, TrialResult] = {}
         self.phases = {"generation": 0.0, "rewards": 0.0, "update": 0.0}
 
     @property
@@ -165,7 +165,7 @@ class SideBySide:
         on_step: Callable[[int, dict[int, Metrics]], None] | None = None,
         keep_going: KeepGoing | None = None,
         checkpoints: Checkpoints | None = None,
-    ) -> list[Outcome]:
+    ) -> list[TrialResult]:
         """Train to the end.
 
         Args:
@@ -280,7 +280,7 @@ class SideBySide:
         leave_uncompiled(self.model)
         return started
 
-    def _new_state(self, number: int, arm: Arm) -> ArmState:
+    def _new_state(self, number: int, arm: Trial) -> ArmState:
         arguments = self.arguments
         parameter = nn.Parameter(self.stack.values[number])
         optimizer = torch.optim.AdamW(
@@ -367,7 +367,7 @@ class SideBySide:
             return 0, self.measure(shared=True)[0].accuracy
         for state, checkpoint in zip(self.states, found, strict=True):
             if checkpoint.outcome:
-                self.ended[state.number] = Outcome(**checkpoint.outcome)
+                self.ended[state.number] = TrialResult.from_dict(checkpoint.outcome)
             elif checkpoint.state:
                 state.load_state_dict(self.stack, checkpoint.state)
         self._let_go()
@@ -379,7 +379,7 @@ class SideBySide:
             steps = len(state.history)
             if state.bad_steps == RunCallback.PATIENCE:
                 reason = f"the gradient was not finite in {RunCallback.PATIENCE} steps in a row, up to step {steps}"
-                self.ended[state.number] = Outcome.of_divergence(before, steps, state.seconds, reason)
+                self.ended[state.number] = TrialResult.of_divergence(before, steps, state.seconds, reason)
             elif keep_going and steps < self.arguments.max_steps and (why := keep_going(state.arm, state.history)):
                 self.ended[state.number] = state.outcome(before, None, why)
         self._let_go()
@@ -398,7 +398,7 @@ class SideBySide:
 
 def train_side_by_side(
     arguments: GRPOArguments,
-    arms: Sequence[Arm],
+    arms: Sequence[Trial],
     target_modules: TargetModules = "mlp",
     on_step: Callable[[int, dict[int, Metrics]], None] | None = None,
     keep_going: KeepGoing | None = None,
@@ -406,7 +406,7 @@ def train_side_by_side(
     adapters: Path | None = None,
     memory: float = TIMES_ONE_RUN,
     checkpoints: Path | None = None,
-) -> list[Outcome]:
+) -> list[TrialResult]:
     """Train arms side by side and say what each reached, in order.
 
     Args:

@@ -17,12 +17,11 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal
 
-from mua_rl.adapter.adapters import TargetModules, lora_layers, lora_matrices
+from mua_rl.adapter.adapters import TargetModules, adapter_for, lora_layers, lora_matrices
 from mua_rl.errors import UserError
-from mua_rl.lr.rules import AlphaRule
 from mua_rl.ppo.base import BasePolicy
 from mua_rl.ppo.trainer import HEAD, exactly, head_role_of, resolve_layers
-from mua_rl.run.trial import Arm
+from mua_rl.run.trial import Trial
 
 Weights = dict[str, Tensor]
 """Trained tensors by name, each `[K, …]`."""
@@ -82,11 +81,11 @@ class StackedPolicy:
     def __init__(
         self,
         policy: ActorCriticPolicy,
-        arms: Sequence[Arm],
+        arms: Sequence[Trial],
         target_modules: TargetModules = "hidden",
         device: torch.device | str = "cpu",
     ):
-        if len({arm.rank is None for arm in arms}) != 1:
+        if len({arm.spec.rank is None for arm in arms}) != 1:
             raise UserError("arms of LoRA and of full finetuning cannot train side by side: make two groups of them.")
         self.policy = policy
         stacked = _initial_weights(policy, arms, target_modules)
@@ -95,7 +94,7 @@ class StackedPolicy:
         self.sizes = [shape.numel() for shape in self.shapes.values()]
         self.body = sum(shape.numel() for name, shape in self.shapes.items() if head_role_of(name) != HEAD)
         self.trained = torch.cat([stacked[name].flatten(1) for name in names], 1).to(device)
-        alphas = [1.0 if arm.rank is None else AlphaRule.parse(arm.alpha)(arm.rank) for arm in arms]
+        alphas = [1.0 if arm.spec.rank is None else arm.spec.alpha(arm.spec.rank) for arm in arms]
         self.multipliers = torch.tensor(alphas, dtype=torch.float32, device=device)
         self.frozen = {name: p.detach().to(device) for name, p in policy.named_parameters() if name not in stacked}
         on_cpu = self.trained.device.type == "cpu"
@@ -156,10 +155,10 @@ class StackedPolicy:
         return {name: value.cpu().clone() for name, value in state.items()}
 
 
-def _initial_weights(policy: ActorCriticPolicy, arms: Sequence[Arm], target_modules: TargetModules) -> Weights:
+def _initial_weights(policy: ActorCriticPolicy, arms: Sequence[Trial], target_modules: TargetModules) -> Weights:
     """What the arms train, at its start: every weight (FFT), or A and B as `LoRA.attach` draws them, and the heads."""
     parameters = {name: parameter.detach() for name, parameter in policy.named_parameters()}
-    if arms[0].rank is None:
+    if arms[0].spec.rank is None:
         return {name: value.expand(len(arms), *value.shape) for name, value in parameters.items()}
     layers = resolve_layers(policy, target_modules)
     carried = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
@@ -168,14 +167,14 @@ def _initial_weights(policy: ActorCriticPolicy, arms: Sequence[Arm], target_modu
         for name, value in parameters.items()
         if head_role_of(name) == HEAD and name not in carried
     }
-    largest = max(arm.rank or 0 for arm in arms)
+    largest = max(arm.spec.rank or 0 for arm in arms)
     for layer in layers:
         outputs, inputs = parameters[f"{layer}.weight"].shape
         weights[f"{layer}.lora_A"] = torch.zeros(len(arms), largest, inputs)
         weights[f"{layer}.lora_B"] = torch.zeros(len(arms), outputs, largest)
     drawn: dict[Any, list[tuple[str, Tensor, Tensor]]] = {}  # arms that differ in their LR alone start alike
     for k, arm in enumerate(arms):
-        key = (arm.rank, arm.init, arm.seed)
+        key = (arm.spec.rank, arm.spec.scheme, arm.seed)
         if key not in drawn:
             drawn[key] = _draw(policy, arm, exactly(layers))
         for layer, a, b in drawn[key]:
@@ -184,9 +183,9 @@ def _initial_weights(policy: ActorCriticPolicy, arms: Sequence[Arm], target_modu
     return weights
 
 
-def _draw(policy: ActorCriticPolicy, arm: Arm, target_modules: TargetModules) -> list[tuple[str, Tensor, Tensor]]:
+def _draw(policy: ActorCriticPolicy, arm: Trial, target_modules: TargetModules) -> list[tuple[str, Tensor, Tensor]]:
     """Layer, A and B of each layer, as a LoRA arm's adapter draws them for a policy that trains alone."""
-    attached = arm.adapter(target_modules).attach(copy.deepcopy(policy), arm.seed)
+    attached = adapter_for(arm.spec, target_modules).attach(copy.deepcopy(policy), arm.seed)
     found = []
     for name, layer in lora_layers(attached):
         a, b = lora_matrices(layer)

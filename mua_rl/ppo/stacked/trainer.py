@@ -27,6 +27,7 @@ from mua_rl.adapter.adapters import TargetModules
 from mua_rl.envs.control.tensor import Task, TensorEnvs, tensor_task
 from mua_rl.errors import UserError, one_line
 from mua_rl.lr.record import check_learning_rate
+from mua_rl.lr.spec import FFT
 from mua_rl.ppo.arguments import PPOArguments
 from mua_rl.ppo.base import BasePolicy
 from mua_rl.ppo.envs import check_env_id, evaluation_envs
@@ -36,17 +37,17 @@ from mua_rl.ppo.stacked.policy import SINGLY, StackedPolicy, build_policy
 from mua_rl.ppo.stacked.rollouts import Collector, GymnasiumEnvs, held_out_returns
 from mua_rl.ppo.stacked.update import Options, StackedAdam, update
 from mua_rl.ppo.trainer import PPO
-from mua_rl.run.trial import Arm, Outcome, is_clear, reward_means
+from mua_rl.run.trial import Trial, TrialResult
 
 
 def train_side_by_side(
     arguments: PPOArguments,
-    arms: Sequence[Arm],
+    arms: Sequence[Trial],
     base: BasePolicy,
     target_modules: TargetModules = "hidden",
     device: torch.device | str = "cpu",
     workers: int = 1,
-) -> list[Outcome]:
+) -> list[TrialResult]:
     """Train all arms from `base` and evaluate them.
 
     Args:
@@ -93,7 +94,7 @@ class SideBySide:
     def __init__(
         self,
         arguments: PPOArguments,
-        arms: Sequence[Arm],
+        arms: Sequence[Trial],
         base: BasePolicy,
         target_modules: TargetModules = "hidden",
         device: torch.device | str = "cpu",
@@ -132,7 +133,7 @@ class SideBySide:
         self.steps = 0
         self.returns: list[Tensor] = []
 
-    def learn(self) -> list[Outcome]:
+    def learn(self) -> list[TrialResult]:
         """Train and evaluate; what each arm reached, in order."""
         start = time.perf_counter()
         before = Returns(self._base_returns())
@@ -167,7 +168,7 @@ class SideBySide:
         """Held-out returns of the base policy."""
         if self.task is None:
             return self._evaluate_alone(self.sb3_policy, self.vec_envs[0])
-        untrained = StackedPolicy(self.sb3_policy, [Arm(None, "", "", 0.0, 0)], device=self.device)
+        untrained = StackedPolicy(self.sb3_policy, [Trial(FFT, 0.0, 0)], device=self.device)
         return held_out_returns(untrained, self.task, self.arguments.eval_episodes)[0].tolist()
 
     def _arm_returns(self) -> list[list[float]]:
@@ -186,22 +187,13 @@ class SideBySide:
         held_out = evaluation_envs(bare_envs(self.arguments, min(8, episodes), 0), training)
         return evaluate(policy, held_out, episodes).values
 
-    def _outcome(self, arm: int, before: Returns, after: Returns, curve: Tensor, seconds: float) -> Outcome:
+    def _outcome(self, arm: int, before: Returns, after: Returns, curve: Tensor, seconds: float) -> TrialResult:
         if arm in self.lost_at:
             at = self.lost_at[arm]
             reason = f"a weight is no longer finite in the update after environment step {at}"
-            return Outcome.of_divergence(before.mean, at, seconds, reason)
-        reward_mean, reward_last = reward_means(curve.tolist())
-        return Outcome(
-            metric=after.mean,
-            error=after.standard_error,
-            before=before.mean,
-            reward_mean=reward_mean,
-            reward_last=reward_last,
-            diverged=is_clear(before.mean - after.mean, after.standard_error),
-            stopped="",
-            steps=self.steps,
-            seconds=seconds,
+            return TrialResult.of_divergence(before.mean, at, seconds, reason)
+        return TrialResult.of_training(
+            after.mean, after.standard_error, before.mean, curve.tolist(), self.steps, seconds
         )
 
     def save(self, arm: int, path: Path | str) -> None:

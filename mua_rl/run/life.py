@@ -1,0 +1,242 @@
+"""The life of a run, the same for every algorithm: before → train → after → result, record, plot, closing table."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from mua_rl.errors import Diverged, PolicyWorse, UserError
+from mua_rl.lr.record import LRRecord
+from mua_rl.lr.transfer import LearningRate, gives_full_finetuning
+from mua_rl.run import plots, processes
+from mua_rl.run.commands import from_policy, full_finetuning, other_ranks
+from mua_rl.run.folder import CURVE, RunFolder
+from mua_rl.run.trial import Status, TrialResult
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What the policy reaches on what it was not trained on.
+
+    Attributes:
+        score: Held-out accuracy, or mean return.
+        standard_error: The standard error of the score, over problems or episodes.
+        text: Both, as the closing table shows them.
+        metrics: Further numbers for the run's metrics, by their keys.
+    """
+
+    score: float
+    standard_error: float
+    text: str
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Names:
+    """What an algorithm calls its measures.
+
+    Attributes:
+        algorithm: The algorithm, as in an LR record and as a command.
+        score, score_key: The held-out measure, for the reader and in the metrics.
+        reward, reward_key: The training reward, for the reader and in the metrics.
+        step: What is counted as a step.
+    """
+
+    algorithm: str
+    score: str
+    score_key: str
+    reward: str
+    reward_key: str
+    step: str
+
+
+class Learner(Protocol):
+    """A policy and its training, as the life of a run needs them."""
+
+    names: Names
+    rate: LearningRate
+
+    @property
+    def title(self) -> str:
+        """What is trained, on what: the title of the learning curve."""
+
+    @property
+    def steps(self) -> int:
+        """Steps that were taken so far."""
+
+    def train(self, checkpoint: Path | None, on_begin: Callable[[], None]) -> None:
+        """Train to the end, from a checkpoint where one is given; `on_begin` is called before the first step.
+
+        Raises:
+            Diverged: Training left the finite numbers.
+        """
+
+    def measure(self) -> Measurement:
+        """Measure the policy as it is now; all processes of a run call this together."""
+
+    def save(self, run: RunFolder) -> None:
+        """Write what was trained; all processes of a run call this together."""
+
+    def record(self, metric: dict[str, Any]) -> LRRecord:
+        """The LR record of the run, which has ended well."""
+
+    def unscored(self) -> UserError | None:
+        """What to say where no step had a training reward; `None`: that is no fault."""
+
+    def remarks(self) -> list[str]:
+        """Further lines for a run that ended well: where the policy is, say."""
+
+    def doubt(self) -> str:
+        """What else than the learning rate may have made a policy worse; "" for nothing."""
+
+
+def live(run: RunFolder, learner: Learner, checkpoint: Path | None = None) -> TrialResult:
+    """Live a run: measure, train, measure again, and write down what came of it; a record only where it went well.
+
+    Args:
+        run: The run's folder, which has begun.
+        learner: What is trained.
+        checkpoint: Where the run goes on from; `None`: it begins.
+
+    Returns:
+        The result, on every process.
+
+    Raises:
+        Diverged: Training left the finite numbers; the folder says so.
+        UserError: No step had a training reward; the folder says so.
+    """
+    start = _Start(run, learner)
+    try:
+        learner.train(checkpoint, start)
+    except Diverged as error:
+        if processes.is_main():
+            seconds = time.perf_counter() - start.time
+            _finish(run, learner, TrialResult.of_divergence(start.before, learner.steps, seconds, str(error)))
+        raise
+    seconds = time.perf_counter() - start.time
+    after = learner.measure()
+    learner.save(run)
+    result = processes.on_main(lambda: _close(run, learner, start, after, seconds))
+    unscored = learner.unscored() if result.status is Status.UNSCORED else None
+    if unscored:
+        raise unscored
+    return result
+
+
+def raise_if_worse(run: RunFolder) -> None:
+    """Give a command whose policy got worse its exit code.
+
+    Raises:
+        PolicyWorse: The run's policy ended worse than it began.
+    """
+    result = run.result()
+    if result is not None and result.status is Status.WORSE:
+        raise PolicyWorse(f"the policy got worse, {result.before:.4g} → {result.score:.4g}: see {run.path}.")
+
+
+class _Start:
+    """Measures the policy before its first step; once in a run's life, also where it is resumed.
+
+    Attributes:
+        before: The score before the first step.
+        text: The measurement as the closing table shows it.
+        time: When training began, by `time.perf_counter`.
+        step: The step that training began after: 0, or that of the checkpoint.
+    """
+
+    def __init__(self, run: RunFolder, learner: Learner) -> None:
+        self.run, self.learner = run, learner
+        self.before, self.text, self.time, self.step = math.nan, "", time.perf_counter(), 0
+
+    def __call__(self) -> None:
+        known = processes.on_main(lambda: self.run.score_before())
+        if known is None:
+            measurement = self.learner.measure()
+            known = measurement.score, measurement.text
+            if processes.is_main():
+                key = self.learner.names.score_key
+                values = {key: measurement.score, **measurement.metrics, "before": measurement.text}
+                self.run.log(0, values)
+        self.before, self.text = known
+        self.time, self.step = time.perf_counter(), self.learner.steps
+
+
+def _close(run: RunFolder, learner: Learner, start: _Start, after: Measurement, seconds: float) -> TrialResult:
+    """Write and show what a run that has ended came to."""
+    names = learner.names
+    run.log(learner.steps, {names.score_key: after.score, **after.metrics})
+    rewards = run.rewards(names.reward_key)
+    result = TrialResult.of_training(after.score, after.standard_error, start.before, rewards, learner.steps, seconds)
+    if learner.unscored() and rewards and all(map(math.isnan, rewards)):
+        result = result.with_status(Status.UNSCORED, str(learner.unscored()))
+    if result.status is not Status.UNSCORED:
+        curves = {names.reward_key: names.reward, names.score_key: names.score}
+        plots.learning_curve(run.metrics(), run.path / CURVE, learner.title, curves, names.step)
+    if result.status is Status.OK:
+        learner.record({"name": names.score, "before": start.before, "after": after.score}).save(run.path)
+    _finish(run, learner, result, seconds_per_step=seconds / max(1, learner.steps - start.step))
+    if result.status is not Status.UNSCORED:
+        report(run, learner, result, (start.text, after.text), rewards)
+    return result
+
+
+def _finish(run: RunFolder, learner: Learner, result: TrialResult, **facts: float) -> None:
+    """Write the result, with what it was reached by."""
+    rate = {"learning_rate": learner.rate.value, "learning_rate_reason": learner.rate.reason}
+    run.finish(result, {"metric": learner.names.score, **rate, **facts})
+
+
+def announce(run: RunFolder, what: str, rate: LearningRate) -> None:
+    """Say what a run is about to do, before its first step."""
+    say(what)
+    say(f"learning rate [bold]{rate.value:.4g}[/]: {escape(rate.reason)}")
+    if rate.warning:
+        say(f"[yellow]{escape(rate.warning)}[/]")
+    say(f"run folder {escape(str(run.path))}")
+
+
+def report(run: RunFolder, learner: Learner, result: TrialResult, texts: tuple[str, str], rewards: list[float]) -> None:
+    """Print the closing table of a run, and the commands that go on from here.
+
+    Args:
+        run, learner, result: Which run.
+        texts: The measurements before and after.
+        rewards: The mean training reward of each step.
+    """
+    names, tenth = learner.names, max(1, len(rewards) // 10)
+    rows = Table("", Column("", overflow="fold"), show_header=False, title="result", title_justify="left")
+    rows.add_row(f"{names.score} before", texts[0])
+    rows.add_row(f"{names.score} after", texts[1], style="bold")
+    first, last = (sum(part) / len(part) if part else math.nan for part in (rewards[:tenth], rewards[-tenth:]))
+    rows.add_row(f"{names.reward}, first tenth → last", f"{first:.3f} → {last:.3f}")
+    rows.add_row("learning rate", f"{learner.rate.value:.4g}")
+    each = result.seconds / max(1, result.steps)
+    rows.add_row("training time", f"{result.seconds:.0f} s, {result.steps:,} {names.step}s, {each:.3g} s each")
+    Console().print(rows)
+    say(f"run folder {escape(str(run.path))}")
+    if result.status is Status.WORSE:
+        doubt = f", or {learner.doubt()}" if learner.doubt() else ""
+        say(
+            f"[bold red]The policy got worse[/]: this learning rate is too large{doubt}, and no LR record was written. "
+            "Try a quarter of it with --lr."
+        )
+        return
+    for line in [f"learning curve: {run.path / CURVE}", *learner.remarks()]:
+        say(escape(line))
+    say(f"the learning rate at other ranks: {escape(other_ranks(run.path))}")
+    record = LRRecord.load(run.path)
+    if gives_full_finetuning(record) and record.rank is not None:
+        settings = run.settings()
+        say(f"full finetuning at this rate: {escape(full_finetuning(names.algorithm, settings, run.path))}")
+        say(f"… from this policy: {escape(from_policy(names.algorithm, settings, run.path))}")
+
+
+def say(text: str) -> None:
+    """Print a line with markup; a terminal may break it, a file does not."""
+    Console().print(text, highlight=False, soft_wrap=True)
