@@ -1,6 +1,6 @@
-"""An LR sweep by GRPO: K arms side by side in one process against K runs of `python -m mua_rl.grpo` in sequence.
+"""An LR sweep by GRPO: K trials side by side in one process against K runs of `python -m mua_rl.grpo` in sequence.
 
-Both do the same steps of the same arms, start-up included, in one invocation. On a GPU:
+Both do the same steps of the same trials, start-up included, in one invocation. On a GPU:
 
     python scripts/bench_sweep.py --model smollm2 --steps 60 --k 8 --singles 2 --out folder
 
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mua_rl.exits import run_command
-from mua_rl.grpo.stacked.memory import TIMES_ONE_RUN, ArmsMemory, Parts
+from mua_rl.grpo.stacked.memory import TIMES_ONE_RUN, Parts, StackedMemory
 from mua_rl.lm.models import model_path
 from mua_rl.lr.record import machine, package_versions
 from mua_rl.lr.spec import AdapterSpec
@@ -48,13 +48,13 @@ def main() -> None:
     parser.add_argument("--top", type=float, help="log2 of the largest learning rate")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--singles", type=int, help="time only so many single runs and multiply; default: all")
-    parser.add_argument("--memory", type=float, default=TIMES_ONE_RUN, help="of all arms side by side, in runs")
+    parser.add_argument("--memory", type=float, default=TIMES_ONE_RUN, help="of all trials side by side, in runs")
     parser.add_argument(
         "--parts",
         type=int,
         nargs=2,
         metavar=("COMPLETIONS", "TOKENS"),
-        help="instead of planned from the memory: completions of each arm at once, tokens of all arms in a pass",
+        help="instead of planned from the memory: completions of each trial at once, tokens of all trials in a pass",
     )
     parser.add_argument("--use_vllm", action="store_true", help="rollouts from a vLLM engine, on both sides")
     parser.add_argument("--out", type=Path, required=True)
@@ -75,8 +75,8 @@ def main() -> None:
     print(table(report))
 
 
-def arms(options: argparse.Namespace) -> list[Trial]:
-    """The arms of the sweep, the largest learning rate first."""
+def trials(options: argparse.Namespace) -> list[Trial]:
+    """The trials of the sweep, the largest learning rate first."""
     top = TOP.get(options.model, TOP["smollm2"]) if options.top is None else options.top
     return [Trial(AdapterSpec(options.rank), top - k / 2, options.seed) for k in range(options.k)]
 
@@ -103,7 +103,7 @@ def run_child(name: str, out: Path) -> dict[str, Any]:
 
 
 def together(options: argparse.Namespace, passed: list[str]) -> dict[str, Any]:
-    """All arms side by side."""
+    """All trials side by side."""
     import dataclasses
 
     from mua_rl.grpo.arguments import parse
@@ -111,7 +111,7 @@ def together(options: argparse.Namespace, passed: list[str]) -> dict[str, Any]:
 
     arguments, _, _ = parse(flags(options, passed))
     parts = Parts(*options.parts) if options.parts else None
-    trainer = SideBySide(arguments, arms(options), memory=options.memory, parts=parts)
+    trainer = SideBySide(arguments, trials(options), memory=options.memory, parts=parts)
     print(f"{trainer.parts}, MiB as planned: {mebibytes(trainer.expected_memory)}", flush=True)
     ends: list[float] = []
     histories: dict[int, list[dict[str, float]]] = {k: [] for k in range(options.k)}
@@ -124,7 +124,7 @@ def together(options: argparse.Namespace, passed: list[str]) -> dict[str, Any]:
 
     outcomes = trainer.train(on_step)
     return {
-        "arms": [arm.as_dict() for arm in trainer.arms],
+        "arms": [trial.as_dict() for trial in trainer.trials],
         "outcomes": [outcome.as_dict() for outcome in outcomes],
         "histories": list(histories.values()),
         "step ms": 1000 * (ends[-1] - ends[0]) / max(1, len(ends) - 1),
@@ -135,19 +135,19 @@ def together(options: argparse.Namespace, passed: list[str]) -> dict[str, Any]:
     }
 
 
-def mebibytes(memory: ArmsMemory | TrainerMemory) -> dict[str, int]:
+def mebibytes(memory: StackedMemory | TrainerMemory) -> dict[str, int]:
     """Sizes by part, and their sum."""
     return {name: round(size / 2**20) for name, size in {**memory.parts(), "total": memory.total}.items()}
 
 
 def single(number: int, options: argparse.Namespace, passed: list[str]) -> dict[str, Any]:
-    """One arm as its own run."""
+    """One trial as its own run."""
     from mua_rl.grpo import run as grpo
     from mua_rl.grpo.arguments import parse
     from mua_rl.run.folder import RunFolder
 
-    arm, folder = arms(options)[number], options.out / f"run-{number}"
-    given = ["--rank", str(arm.spec.rank), "--lr", repr(arm.learning_rate), "--seed", str(arm.seed)]
+    trial, folder = trials(options)[number], options.out / f"run-{number}"
+    given = ["--rank", str(trial.spec.rank), "--lr", repr(trial.learning_rate), "--seed", str(trial.seed)]
     given += ["--held_out_steps", "0", "--save_strategy", "no", "--output_dir", str(folder)]
     grpo.train(*parse([*given, *flags(options, passed)]))
     lines = [line for line in RunFolder(folder).metrics() if "loss" in line]
@@ -203,11 +203,11 @@ def table(report: dict[str, Any]) -> str:
         memory = result["peak GPU GiB"] or result["peak RSS GiB"]
         return f"{name:<28}{wall:9.1f} s{result['step ms']:9.0f} ms a step{memory:8.2f} GiB"
 
-    lines.append(row(f"{report['k']} arms side by side", ours, ours["wall"]))
+    lines.append(row(f"{report['k']} trials side by side", ours, ours["wall"]))
     lines.append("  of a step: " + ", ".join(f"{name} {value:.0f} ms" for name, value in ours["phases ms"].items()))
     lines.append("  planned: " + ", ".join(f"{name} {size}" for name, size in ours["planned MiB"].items()) + " MiB")
     for name, result in report["single"].items():
-        lines.append(row(f"single run of arm {name}", result, result["wall"]))
+        lines.append(row(f"single run of trial {name}", result, result["wall"]))
     if report["single"]:
         timed, count = report["single runs timed"], report["k"]
         how = "" if timed == count else f", {timed} of them timed and multiplied"
@@ -216,26 +216,26 @@ def table(report: dict[str, Any]) -> str:
             f"side by side: {report['times faster']:.2f} times faster, {report['in times of one run']:.2f} times one "
             f"run's time, {report['memory in runs']:.2f} times its memory"
         )
-    for number, (arm, outcome) in enumerate(zip(ours["arms"], ours["outcomes"], strict=True)):
+    for number, (trial, outcome) in enumerate(zip(ours["arms"], ours["outcomes"], strict=True)):
         alone = report["single"].get(str(number))
         beside = f"; alone {alone['result']['score']:.3f}" if alone else ""
         lines.append(
-            f"lr 2^{arm['log2_lr']:g}: accuracy {outcome['score']:.3f} ± {outcome['standard_error']:.3f}{beside}"
+            f"lr 2^{trial['log2_lr']:g}: accuracy {outcome['score']:.3f} ± {outcome['standard_error']:.3f}{beside}"
         )
     return "\n".join(lines)
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Reward curves: arms side by side as lines, the single runs as dots of the same colour."""
+    """Reward curves: trials side by side as lines, the single runs as dots of the same colour."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     ours = report["side by side"]
-    for number, (arm, history) in enumerate(zip(ours["arms"], ours["histories"], strict=True)):
+    for number, (trial, history) in enumerate(zip(ours["arms"], ours["histories"], strict=True)):
         colour = colormaps["viridis"](number / max(1, report["k"] - 1))
-        label = f"2^{arm['log2_lr']:g}"
+        label = f"2^{trial['log2_lr']:g}"
         axes.plot(range(1, len(history) + 1), [line["reward"] for line in history], color=colour, label=label)
         if alone := report["single"].get(str(number)):
             points = [(line["step"], line["reward"]) for line in alone["history"]]

@@ -1,7 +1,7 @@
-"""PPO arms side by side against the same number of plain stable-baselines3 runs one after another (issue 7).
+"""PPO trials side by side against the same number of plain stable-baselines3 runs one after another (issue 7).
 
-    python scripts/bench_sweep_ppo.py                                        # CartPole, 32 arms, two threads
-    python scripts/bench_sweep_ppo.py --env mua_rl/HalfCheetah-HighGravity-v0 --arms 8 --steps 8192 --kinds full 8
+    python scripts/bench_sweep_ppo.py                                        # CartPole, 32 trials, two threads
+    python scripts/bench_sweep_ppo.py --env mua_rl/HalfCheetah-HighGravity-v0 --trials 8 --steps 8192 --kinds full 8
 
 Both start from the shipped base policy and take the same environment steps with the same options; building models and
 environments counts, importing packages and evaluating do not. Only `--singles` of the SB3 runs are timed, at learning
@@ -36,9 +36,9 @@ LOW, HIGH = -11.0, -7.0
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_TOP_PAD_": "268435456"}
 
 
-def sweep(rank: int | None, arms: int) -> list[Trial]:
+def sweep(rank: int | None, trials: int) -> list[Trial]:
     """Eight learning rates in half-octaves, with as many seeds as it takes."""
-    return [Trial(AdapterSpec.parse(rank), LOW + k % 8 * (HIGH - LOW) / 8, k // 8) for k in range(arms)]
+    return [Trial(AdapterSpec.parse(rank), LOW + k % 8 * (HIGH - LOW) / 8, k // 8) for k in range(trials)]
 
 
 def timed(work: Callable[[], object]) -> dict[str, float]:
@@ -48,17 +48,17 @@ def timed(work: Callable[[], object]) -> dict[str, float]:
     return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
-def run_side_by_side(arguments: PPOArguments, arms: Sequence[Trial], base: BasePolicy, workers: int) -> None:
-    """All arms at once, on `workers` threads."""
-    groups = [SideBySide(arguments, arms[first::workers], base) for first in range(workers)]
+def run_side_by_side(arguments: PPOArguments, trials: Sequence[Trial], base: BasePolicy, workers: int) -> None:
+    """All trials at once, on `workers` threads."""
+    groups = [SideBySide(arguments, trials[first::workers], base) for first in range(workers)]
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         list(pool.map(SideBySide.train, groups))
 
 
-def run_singly(arguments: PPOArguments, arm: Trial, base: BasePolicy) -> None:
-    """One run of plain SB3, fully finetuned, at the arm's learning rate."""
+def run_singly(arguments: PPOArguments, trial: Trial, base: BasePolicy) -> None:
+    """One run of plain SB3, fully finetuned, at the trial's learning rate."""
     envs = training_envs(arguments, base)
-    schedule = arguments.schedule(arm.learning_rate)
+    schedule = arguments.schedule(trial.learning_rate)
     options = {**base.options, **arguments.sb3_options()}
     model = stable_baselines3.PPO(
         base.policy_class, envs, learning_rate=schedule, policy_kwargs=base.policy_kwargs, device="cpu", **options
@@ -71,9 +71,9 @@ def run_singly(arguments: PPOArguments, arm: Trial, base: BasePolicy) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="mua_rl/CartPole-LongPole-v0")
-    parser.add_argument("--arms", type=int, default=32)
+    parser.add_argument("--trials", type=int, default=32)
     parser.add_argument("--singles", type=int, default=3, help="SB3 runs that are timed")
-    parser.add_argument("--steps", type=int, default=10_240, help="environment steps of each arm")
+    parser.add_argument("--steps", type=int, default=10_240, help="environment steps of each trial")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--kinds", nargs="+", default=["full", "8"], help="full, or ranks")
     parser.add_argument("--target-kl", type=float, default=0.0)
@@ -86,16 +86,16 @@ def main() -> None:
     arguments = PPOArguments(env_id=options.env, total_timesteps=options.steps, target_kl=options.target_kl)
 
     singles = [Trial(FFT, LOW + (k + 0.5) * (HIGH - LOW) / options.singles, 0) for k in range(options.singles)]
-    single_times = [timed(lambda arm=arm: run_singly(arguments, arm, base)) for arm in singles]  # type: ignore[misc]
+    single_times = [timed(lambda trial=trial: run_singly(arguments, trial, base)) for trial in singles]  # type: ignore[misc]
     single = {clock: sum(times[clock] for times in single_times) / len(singles) for clock in ("wall", "cpu")}
     figures = {}
     for kind in options.kinds:
-        arms = sweep(None if kind == "full" else int(kind), options.arms)
-        together = timed(lambda arms=arms: run_side_by_side(arguments, arms, base, options.workers))  # type: ignore[misc]
+        trials = sweep(None if kind == "full" else int(kind), options.trials)
+        together = timed(lambda trials=trials: run_side_by_side(arguments, trials, base, options.workers))  # type: ignore[misc]
         figures["FFT" if kind == "full" else f"LoRA r={kind}"] = {
             "seconds": together,
-            "times_faster_wall": options.arms * single["wall"] / together["wall"],
-            "times_less_cpu": options.arms * single["cpu"] / together["cpu"],
+            "times_faster_wall": options.trials * single["wall"] / together["wall"],
+            "times_less_cpu": options.trials * single["cpu"] / together["cpu"],
         }
     report = {
         "machine": f"{machine('cpu')}, load {os.getloadavg()[0]:.1f}",

@@ -316,9 +316,9 @@ def measure_curves(problem: Field, adapter_arguments: AdapterArguments, curves: 
     outcomes_of(csv, problem)  # refuses what is no CSV of these curves before there is work
     before, _ = problem.measure(problem.load())
     with tqdm(unit="run") as bar:
-        while waiting := [arm for one in wanted for arm in one.next_arms(outcomes_of(csv, problem))]:
+        while waiting := [trial for one in wanted for trial in one.next_trials(outcomes_of(csv, problem))]:
             bar.total = bar.n + len(waiting)
-            outcome = run_arm(problem, waiting[0], before, curves.head_lr)
+            outcome = run_trial(problem, waiting[0], before, curves.head_lr)
             append(csv, [Row(problem.algorithm, problem.task, problem.base, waiting[0], outcome, machine())])
             bar.set_postfix_str(f"{waiting[0].spec.label} 2^{waiting[0].log2_lr:g}: {outcome.score:.4g}")
             bar.update()
@@ -343,11 +343,11 @@ def rows_of(csv: Path, problem: Field) -> list[Row]:
     return rows
 
 
-def run_arm(problem: Field, arm: Trial, before: float, head_lr: float) -> TrialResult:
+def run_trial(problem: Field, trial: Trial, before: float, head_lr: float) -> TrialResult:
     """One run of a curve."""
     start = time.monotonic()
     _, metric, error = finetune(
-        problem, adapter_for(arm.spec, problem.target_modules), arm.learning_rate, arm.seed, head_lr
+        problem, adapter_for(trial.spec, problem.target_modules), trial.learning_rate, trial.seed, head_lr
     )
     seconds = time.monotonic() - start
     if not math.isfinite(metric):
@@ -366,7 +366,7 @@ def close(problem: Field, searches: list[Search], out: Path, head_lr: float) -> 
     for warning in [warning for one in searches for warning in warnings_of(one, outcomes)]:
         print(f"note: {warning}")
     for search in searches:
-        if search.spec in sweep.curves and not search.next_arms(outcomes):
+        if search.spec in sweep.curves and not search.next_trials(outcomes):
             record = make_record(Facts(template, template, "", True), search, sweep.curves[search.spec], outcomes)
             if record is not None:
                 print(f"record: {record.save(out)} ({record.learning_rate:.3g} for r={record.rank or 'full'})")

@@ -44,18 +44,18 @@ def main() -> None:
             if not wanted(search, options.only):
                 continue
             centre = search.scan[len(search.scan) // 2]
-            for arm in (search.arm(centre + k, seed) for k in options.octaves for seed in options.seeds):
+            for trial in (search.trial(centre + k, seed) for k in options.octaves for seed in options.seeds):
                 try:
-                    adapter = adapter_for(arm.spec, "mlp")
-                    kl = movement(model, adapter, arm.learning_rate, batch, max(options.steps), arm.seed)
+                    adapter = adapter_for(trial.spec, "mlp")
+                    kl = movement(model, adapter, trial.learning_rate, batch, max(options.steps), trial.seed)
                 except Diverged as error:
-                    print(f"{arm}: {error}")
+                    print(f"{trial}: {error}")
                     continue
                 for steps in options.steps:
-                    cells = [options.task, options.model, *("" if v is None else v for v in arm.as_dict().values())]
+                    cells = [options.task, options.model, *("" if v is None else v for v in trial.as_dict().values())]
                     writer.writerow([*cells, steps, f"{kl[steps - 1]:.6g}", machine(device)])
                 stream.flush()
-                print(f"{arm}: {kl}", flush=True)
+                print(f"{trial}: {kl}", flush=True)
 
 
 if __name__ == "__main__":

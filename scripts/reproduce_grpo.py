@@ -1,6 +1,6 @@
 """GRPO's learning-rate curves on SmolLM2: FFT, Init[B] and Init[A] over ranks, each with its optimum found (issue 6).
 
-    python scripts/reproduce_grpo.py --only rank=4,16 --time-limit 500      # LoRA: many arms in one process
+    python scripts/reproduce_grpo.py --only rank=4,16 --time-limit 500      # LoRA: many trials in one process
     python scripts/reproduce_grpo.py --only rank=full --parallel 5          # FFT: runs of their own, five at once
     python scripts/reproduce_grpo.py --model embedded --steps 120 --per-group 12 --parallel 1  # a small model, on a CPU
     python -m mua_rl.analysis.report docs/results/reproduce_grpo.csv --out docs/results/reproduce_grpo
@@ -32,7 +32,7 @@ from mua_rl.lr.record import machine
 from mua_rl.lr.spec import FFT, AdapterSpec
 from mua_rl.run.folder import RunFolder
 from mua_rl.run.trial import Trial, TrialResult
-from mua_rl.sweep.runner import ENDED, arm_flags
+from mua_rl.sweep.runner import ENDED, trial_flags
 from mua_rl.sweep.search import Search
 
 SCHEMES = (("B", "1"), ("A", "1"), ("A", "1/r"))
@@ -72,20 +72,28 @@ def flags(options: argparse.Namespace) -> list[str]:
     return [str(flag) for flag in [*common, "--held_out_steps", 0, "--save_strategy", "no", *options.flags]]
 
 
-def train_lora(arms: Sequence[Trial], options: argparse.Namespace) -> list[TrialResult]:
+def train_lora(trials: Sequence[Trial], options: argparse.Namespace) -> list[TrialResult]:
     """Side by side."""
     arguments, _, _ = parse(flags(options))
-    return train_side_by_side(arguments, arms)
+    return train_side_by_side(arguments, trials)
 
 
-def train_full(arms: Sequence[Trial], options: argparse.Namespace) -> list[TrialResult]:
-    """Each as a run of its own, all at once; of the time each has its share, as arms side by side have."""
+def train_full(trials: Sequence[Trial], options: argparse.Namespace) -> list[TrialResult]:
+    """Each as a run of its own, all at once; of the time each has its share, as trials side by side have."""
 
-    def train(arm: Trial) -> TrialResult:
-        run = RunFolder(options.work / arm.name)
+    def train(trial: Trial) -> TrialResult:
+        run = RunFolder(options.work / trial.name)
         shutil.rmtree(run.path, ignore_errors=True)
-        command = [sys.executable, "-m", "mua_rl.grpo", *flags(options), *arm_flags(arm), "--output_dir", str(run.path)]
-        output = options.work / f"{arm.name}.log"
+        command = [
+            sys.executable,
+            "-m",
+            "mua_rl.grpo",
+            *flags(options),
+            *trial_flags(trial),
+            "--output_dir",
+            str(run.path),
+        ]
+        output = options.work / f"{trial.name}.log"
         start = time.monotonic()
         with open(output, "w") as log:
             code = subprocess.run(command, stdout=log, stderr=log).returncode
@@ -94,10 +102,10 @@ def train_full(arms: Sequence[Trial], options: argparse.Namespace) -> list[Trial
             raise UserError(f"{run.path.name} failed with code {code}: {last[0]} ({output})")
         result = run.result()
         assert result is not None
-        return replace(result, seconds=(time.monotonic() - start) / len(arms))
+        return replace(result, seconds=(time.monotonic() - start) / len(trials))
 
     with ThreadPoolExecutor(options.parallel) as pool:
-        return list(pool.map(train, arms))
+        return list(pool.map(train, trials))
 
 
 def run_all(
@@ -106,10 +114,10 @@ def run_all(
     """Run what is pending, group by group, until nothing is; each group's runs go to the CSV as it ends.
 
     Args:
-        pending: The arms to run next, given what all arms have reached so far.
+        pending: The trials to run next, given what all trials have reached so far.
 
     Returns:
-        What all arms reached; `None` where time ran out before.
+        What all trials reached; `None` where time ran out before.
 
     Raises:
         UserError: An option cannot be used, or a run of FFT failed.
@@ -122,15 +130,15 @@ def run_all(
     while True:
         rows = read(options.output) if options.output.exists() else []
         done = {row.trial: row.result for row in rows if (row.task, row.base) == (options.task, options.model)}
-        arms = sorted(pending(done), key=lambda arm: arm.spec.rank or 0)  # a group is padded to its largest rank
-        if not arms:
+        trials = sorted(pending(done), key=lambda trial: trial.spec.rank or 0)  # a group is padded to its largest rank
+        if not trials:
             return done
-        full = arms[0].rank is None
+        full = trials[0].rank is None
         size = options.parallel if full else options.per_group
-        group = [arm for arm in arms if (arm.spec == FFT) == full][:size]
+        group = [trial for trial in trials if (trial.spec == FFT) == full][:size]
         began = time.monotonic()
         if began - start + slowest > options.time_limit:
-            print(f"out of time with {len(arms)} runs waiting: run the same command again", flush=True)
+            print(f"out of time with {len(trials)} runs waiting: run the same command again", flush=True)
             return None
         outcomes = (train_full if full else train_lora)(group, options)
         append(
@@ -139,8 +147,8 @@ def run_all(
         )
         took = time.monotonic() - began
         slowest = max(slowest, took)
-        for arm, outcome in zip(group, outcomes, strict=True):
-            print(f"{arm.name}: {outcome.score:.3f} (reward {outcome.reward_mean:.3f})", flush=True)
+        for trial, outcome in zip(group, outcomes, strict=True):
+            print(f"{trial.name}: {outcome.score:.3f} (reward {outcome.reward_mean:.3f})", flush=True)
         print(f"{len(group)} runs in {took:.0f} s", flush=True)
 
 
@@ -148,7 +156,7 @@ def add_run_options(parser: argparse.ArgumentParser, name: str) -> None:
     """What `run_all` and `flags` read, but for the task; files are called `name`."""
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--per-group", type=int, default=15, help="LoRA arms side by side")
+    parser.add_argument("--per-group", type=int, default=15, help="LoRA trials side by side")
     parser.add_argument("--parallel", type=int, default=5, help="FFT runs at once")
     parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds to start groups for")
     parser.add_argument("--work", type=Path, default=Path(f"runs/{name}"), help="folder of the FFT runs")
@@ -172,7 +180,7 @@ def main() -> None:
         raise UserError(f"--only {' '.join(options.only)} leaves no curve: see the script's CENTRES.")
     if not 0 < options.resolution <= 1:
         raise UserError(f"--resolution takes octaves above 0 and up to 1, not {options.resolution}.")
-    done = run_all(lambda done: [arm for search in curves for arm in search.next_arms(done)], options)
+    done = run_all(lambda done: [trial for search in curves for trial in search.next_trials(done)], options)
     if done is None:
         return
     for search in curves:

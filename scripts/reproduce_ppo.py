@@ -1,12 +1,12 @@
 """PPO's learning-rate curves at width 256: FFT, Init[B] and Init[A] over ranks, tasks and base checkpoints (issue 6).
 
     python scripts/reproduce_ppo.py --prepare                     # make the base checkpoints only (minutes, CPU)
-    python scripts/reproduce_ppo.py                               # all arms, on the CPU (hours; run it again to go on)
+    python scripts/reproduce_ppo.py                               # all trials, CPU (hours; run it again to go on)
     python scripts/reproduce_ppo.py --device cuda --per-group 400 # … hundreds of them at once
     python scripts/reproduce_ppo.py --only task=pendulum rank=full,8 --output runs/half.csv
 
-Each base checkpoint is plain SB3 on the nominal task; each arm adapts it to the shifted one. One line of the CSV is one
-arm; lines that are there are not repeated. Two processes share the work by `--only` and write a CSV each.
+Each base checkpoint is plain SB3 on the nominal task; each trial adapts it to the shifted one. One line of the CSV is
+one trial; lines that are there are not repeated. Two processes share the work by `--only` and write a CSV each.
 """
 
 import argparse
@@ -43,25 +43,25 @@ DEFAULT_TASKS = ("cartpole", "pendulum")
 
 @dataclass(frozen=True)
 class Work:
-    """An arm with the task and the base checkpoint that it adapts."""
+    """A trial with the task and the base checkpoint that it adapts."""
 
     task: str
     base: str
-    arm: Trial
+    trial: Trial
 
     def columns(self) -> dict[str, str]:
         """What identifies it in the CSV."""
-        return columns(TASKS[self.task].env_id, self.base, self.arm)
+        return columns(TASKS[self.task].env_id, self.base, self.trial)
 
 
-def columns(env_id: str, base: str, arm: Trial) -> dict[str, str]:
-    """What identifies an arm among all of them."""
-    values = {"task": env_id, "base": base, **arm.as_dict()}
+def columns(env_id: str, base: str, trial: Trial) -> dict[str, str]:
+    """What identifies a trial among all of them."""
+    values = {"task": env_id, "base": base, **trial.as_dict()}
     return {name: "" if value is None else str(value) for name, value in values.items()}
 
 
 def all_work(seeds: int) -> list[Work]:
-    """Every arm, one base checkpoint after the other and LoRA in order of rank."""
+    """Every trial, one base checkpoint after the other and LoRA in order of rank."""
     curves = [(FFT, FFT_GRID)]
     curves += [(AdapterSpec.parse(rank, *scheme), grid) for rank in RANKS for scheme, grid in GRIDS.items()]
     return [
@@ -80,15 +80,15 @@ def all_work(seeds: int) -> list[Work]:
 
 def wanted(work: Work, only: Sequence[str]) -> bool:
     """Whether it passes every filter `name=value[,value…]` (task: its short name; rank: full for FFT)."""
-    return passes({**work.columns(), "task": work.task, "rank": str(work.arm.spec.rank or "full")}, only)
+    return passes({**work.columns(), "task": work.task, "rank": str(work.trial.spec.rank or "full")}, only)
 
 
 def groups(work: Sequence[Work], per_group: int) -> Iterator[list[Work]]:
-    """What trains side by side: one task, one base, LoRA or FFT, at most `per_group` arms."""
-    for _, run in groupby(work, key=lambda one: (one.task, one.base, one.arm.spec.rank is None)):
-        arms = list(run)
-        size = math.ceil(len(arms) / math.ceil(len(arms) / per_group))
-        yield from (arms[begin : begin + size] for begin in range(0, len(arms), size))
+    """What trains side by side: one task, one base, LoRA or FFT, at most `per_group` trials."""
+    for _, run in groupby(work, key=lambda one: (one.task, one.base, one.trial.spec.rank is None)):
+        trials = list(run)
+        size = math.ceil(len(trials) / math.ceil(len(trials) / per_group))
+        yield from (trials[begin : begin + size] for begin in range(0, len(trials), size))
 
 
 def base_path(folder: Path, base: str) -> Path:
@@ -118,7 +118,7 @@ def prepare(folder: Path, base: str) -> None:
 
 
 def finished(path: Path) -> set[tuple[str, ...]]:
-    """The arms of a CSV, by the values of `Work.columns`."""
+    """The trials of a CSV, by the values of `Work.columns`."""
     if not path.exists():
         return set()
     return {tuple(columns(row.task, row.base, row.trial).values()) for row in rows.read(path)}
@@ -127,17 +127,17 @@ def finished(path: Path) -> set[tuple[str, ...]]:
 def append(path: Path, work: Sequence[Work], outcomes: Sequence[TrialResult], where: str) -> None:
     """Add a group's lines."""
     done = zip(work, outcomes, strict=True)
-    rows.append(path, [rows.Row("ppo", TASKS[one.task].env_id, one.base, one.arm, o, where) for one, o in done])
+    rows.append(path, [rows.Row("ppo", TASKS[one.task].env_id, one.base, one.trial, o, where) for one, o in done])
 
 
 def train_group(work: Sequence[Work], base: BasePolicy, device: str) -> list[TrialResult]:
-    """Train the arms of a group."""
+    """Train the trials of a group."""
     from mua_rl.ppo.arguments import PPOArguments
     from mua_rl.ppo.stacked.trainer import train_side_by_side
 
     task = TASKS[work[0].task]
     arguments = PPOArguments(env_id=task.env_id, total_timesteps=task.steps)
-    return train_side_by_side(arguments, [one.arm for one in work], base, device=device)
+    return train_side_by_side(arguments, [one.trial for one in work], base, device=device)
 
 
 def main() -> None:
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME=VALUE", help="of task, base, rank, init, …")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--per-group", type=int, default=32, help="arms side by side")
+    parser.add_argument("--per-group", type=int, default=32, help="trials side by side")
     parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds to start groups for")
     arguments = parser.parse_args()
 
@@ -162,7 +162,7 @@ def main() -> None:
         return
     done = finished(arguments.output)
     remaining = [one for one in work if tuple(one.columns().values()) not in done]
-    print(f"{len(remaining)} of {len(work)} arms to train", flush=True)
+    print(f"{len(remaining)} of {len(work)} trials to train", flush=True)
     took = 0.0
     for group in groups(remaining, arguments.per_group):
         began = time.monotonic()
@@ -174,7 +174,7 @@ def main() -> None:
         append(arguments.output, group, outcomes, machine(arguments.device))
         took = time.monotonic() - began
         best = max((outcome.score for outcome in outcomes if not math.isnan(outcome.score)), default=math.nan)
-        print(f"{group[0].task} {group[0].base}: {len(group)} arms in {took:.0f} s, best {best:.1f}", flush=True)
+        print(f"{group[0].task} {group[0].base}: {len(group)} trials in {took:.0f} s, best {best:.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def transferred(options: argparse.Namespace) -> dict[AdapterSpec, float]:
     return found
 
 
-def arms(rates: Mapping[AdapterSpec, float], options: argparse.Namespace) -> list[Trial]:
+def trials(rates: Mapping[AdapterSpec, float], options: argparse.Namespace) -> list[Trial]:
     """At the transferred learning rates, then FFT's grid, each seed after the other."""
     at_once = [Trial(curve, rate, seed) for seed in options.seeds for curve, rate in rates.items()]
     grid = [Trial(FFT, float(lr), seed) for seed in options.grid_seeds for lr in options.grid]
@@ -100,7 +100,7 @@ def table(
     rates: Mapping[AdapterSpec, float], done: Mapping[Trial, TrialResult], options: argparse.Namespace, value: str
 ) -> ReportTable:
     """Means over seeds, and what is lost of the gain of FFT's best learning rate of the grid."""
-    wanted = arms(rates, options)
+    wanted = trials(rates, options)
     on_grid = {lr: [done[a] for a in wanted if a.spec == FFT and a.log2_lr == lr] for lr in map(float, options.grid)}
     best = best_of(on_grid)
     if best is None:
@@ -145,7 +145,7 @@ def main() -> None:
     options = parser.parse_args()
 
     rates = transferred(options)
-    done = run_all(lambda done: [arm for arm in arms(rates, options) if arm not in done], options)
+    done = run_all(lambda done: [trial for trial in trials(rates, options) if trial not in done], options)
     if done is not None:
         for value in VALUES:
             print(table(rates, done, options, value).markdown(), end="\n\n")

@@ -19,8 +19,8 @@ def outcome(metric=0.5, *, before=0.1, stopped="", steps=60, seconds=10.0):
     return TrialResult(metric, 0.01, before, metric, metric, status, stopped, steps, seconds)
 
 
-def row(arm, result, *, task="arithmetic", base="base", algorithm="grpo"):
-    return Row(algorithm, task, base, arm, result, "a machine")
+def row(trial, result, *, task="arithmetic", base="base", algorithm="grpo"):
+    return Row(algorithm, task, base, trial, result, "a machine")
 
 
 def optimum_of(curve, exponent):

@@ -247,11 +247,11 @@ def test_what_cannot_be_used_is_refused_with_the_fault(launch, name, flags, says
 
 
 def test_the_record_of_curves_has_the_heads_learning_rate_that_was_given(launch, monkeypatch):
-    def run_arm(problem, arm, before, head_lr):
-        metric = before + 2 - abs(arm.log2_lr + 8)
+    def run_trial(problem, trial, before, head_lr):
+        metric = before + 2 - abs(trial.log2_lr + 8)
         return TrialResult(metric, 0.1, before, metric, metric, Status.OK, "", problem.steps, 1.0)
 
-    monkeypatch.setattr("curves.run_arm", run_arm)
+    monkeypatch.setattr("curves.run_trial", run_trial)
     grid = ["--ranks", "full", "--grid", "-9", "-7", "--resolution", "1", "--seeds", "1"]
     launch("text", *grid, "--head_lr", "0.001", "--output_dir", "head")  # as in the template, by chance
     record = LRRecord.load("head")

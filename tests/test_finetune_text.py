@@ -9,7 +9,7 @@ import curves
 import finetune_text as script
 import pytest
 import torch
-from helpers import trial
+from helpers import make_trial
 from torch.nn.functional import log_softmax
 
 from mua_rl.adapter.adapters import LoRA, fingerprint
@@ -225,9 +225,9 @@ def test_curves_are_not_measured_into_a_file(tmp_path, monkeypatch):
         run(monkeypatch, *GRID, "--output_dir", tmp_path / "file")
 
 
-def instant_run(problem_, arm, before, head_lr):
+def instant_run(problem_, trial, before, head_lr):
     """A run of no time, best at 2^-8."""
-    metric = before + 2 - abs(arm.log2_lr + 8)
+    metric = before + 2 - abs(trial.log2_lr + 8)
     return TrialResult(metric, 0.1, before, metric, metric, Status.OK, "", problem_.steps, 1.0)
 
 
@@ -236,37 +236,37 @@ def test_the_same_command_after_a_stop_repeats_no_run_and_a_run_of_two_processes
 ):
     ran = []
 
-    def run_arm(problem_, arm, before, head_lr):
+    def run_trial(problem_, trial, before, head_lr):
         if len(ran) == 2:
             ran.append(None)
             raise KeyboardInterrupt
-        ran.append(arm)
-        return instant_run(problem_, arm, before, head_lr)
+        ran.append(trial)
+        return instant_run(problem_, trial, before, head_lr)
 
-    monkeypatch.setattr(curves, "run_arm", run_arm)
+    monkeypatch.setattr(curves, "run_trial", run_trial)
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, *GRID, "--output_dir", tmp_path)
     run(monkeypatch, *GRID, "--output_dir", tmp_path)
-    finished = [arm for arm in ran if arm]
+    finished = [trial for trial in ran if trial]
     assert len(finished) == len({*finished}) == 6
-    assert {arm.rank for arm in finished} == {4, None}
+    assert {trial.rank for trial in finished} == {4, None}
     csv = tmp_path / "sweep.csv"
     csv.write_text(csv.read_text() + csv.read_text().splitlines()[1] + "\n")
     assert len(curves.rows_of(csv, problem())) == 6
 
 
 def test_the_record_is_of_a_search_that_has_ended(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(curves, "run_arm", instant_run)
-    arms = [trial(4, "B", "1", log2_lr, 0) for log2_lr in (-9.0, -8.0)]
-    outcomes = [instant_run(problem(), arm, -5.0, 0) for arm in arms]
-    rows = [Row("sft", "differences", "embedded", *pair, "elsewhere") for pair in zip(arms, outcomes, strict=True)]
+    monkeypatch.setattr(curves, "run_trial", instant_run)
+    trials = [make_trial(4, "B", "1", log2_lr, 0) for log2_lr in (-9.0, -8.0)]
+    outcomes = [instant_run(problem(), trial, -5.0, 0) for trial in trials]
+    rows = [Row("sft", "differences", "embedded", *pair, "elsewhere") for pair in zip(trials, outcomes, strict=True)]
     append(tmp_path / "sweep.csv", rows)
     run(monkeypatch, *GRID, "--only", "rank=full", "--output_dir", tmp_path)
     assert LRRecord.load(tmp_path).rank is None
 
 
 def test_runs_of_another_length_are_not_taken_for_these(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(curves, "run_arm", instant_run)
+    monkeypatch.setattr(curves, "run_trial", instant_run)
     run(monkeypatch, *GRID, "--only", "rank=4", "--output_dir", tmp_path)
     with pytest.raises(UserError, match="has runs of 4 steps, not 5: choose another --output_dir"):
         run(monkeypatch, *GRID, "--only", "rank=4", "--output_dir", tmp_path, "--max_steps", "5")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import trial
+from helpers import make_trial
 
 from mua_rl.coordinate_check import sample_group
 from mua_rl.envs.tasks import Task, get_task
@@ -132,5 +132,5 @@ def test_a_single_run_asks_its_held_out_problems_as_a_sweep_does(tmp_path, monke
     asked = []
     monkeypatch.setattr("mua_rl.lm.heldout.complete", lambda m, t, ids, *_: asked.extend(ids) or torch.tensor(ids))
     grpo.make_trainer(setup, arguments, RunFolder(tmp_path))[1]()
-    assert asked == list(SideBySide(arguments, [trial(4, "B", "1", -8, 0)]).problems.values())
+    assert asked == list(SideBySide(arguments, [make_trial(4, "B", "1", -8, 0)]).problems.values())
     assert tokenizer.decode(asked[0]).replace(" ", "") == "1+2*3="

@@ -1,4 +1,4 @@
-"""`python -m mua_rl.sweep`: what it is asked, how it runs arms, what it leaves; with made-up runs but for the last."""
+"""`python -m mua_rl.sweep`: what it is asked, how it runs trials, what it leaves; most runs are made up."""
 
 import importlib
 import io
@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from helpers import make_record, spec, trial
+from helpers import make_record, make_trial, spec
 from rich.console import Console
 
 from mua_rl.analysis import rows
@@ -30,11 +30,11 @@ from mua_rl.run.trial import Status, TrialResult
 from mua_rl.sweep import runner
 from mua_rl.sweep.arguments import parse, parse_scheme
 from mua_rl.sweep.facts import Facts, find_facts
-from mua_rl.sweep.runner import Single, arm_flags, environments
+from mua_rl.sweep.runner import Single, environments, trial_flags
 from mua_rl.sweep.side_by_side import SideBySide
 
 command = importlib.import_module("mua_rl.sweep.__main__")
-ARM = trial(8, "A", "1/r", -10.5, 43)
+ARM = make_trial(8, "A", "1/r", -10.5, 43)
 
 
 def facts(known=True, **changes):
@@ -43,23 +43,23 @@ def facts(known=True, **changes):
 
 
 class FakeRunner:
-    """Runs arms of a hill whose top is at 2^-10.4 for LoRA and 2^-11.4 for FFT."""
+    """Runs trials of a hill whose top is at 2^-10.4 for LoRA and 2^-11.4 for FFT."""
 
     at_once = 1
 
     def __init__(self):
-        self.arms = []
+        self.trials = []
 
-    def group(self, arm):
-        return arm
+    def group(self, trial):
+        return trial
 
-    def run(self, arms):
-        self.arms += arms
-        return [self.respond(arm) for arm in arms]
+    def run(self, trials):
+        self.trials += trials
+        return [self.respond(trial) for trial in trials]
 
-    def respond(self, arm):
-        top = -10.4 if arm.spec.rank else -11.4
-        metric = 0.4 + 0.5 * math.exp(-(((arm.log2_lr - top) / 2.5) ** 2)) + 0.001 * arm.seed / 43
+    def respond(self, trial):
+        top = -10.4 if trial.spec.rank else -11.4
+        metric = 0.4 + 0.5 * math.exp(-(((trial.log2_lr - top) / 2.5) ** 2)) + 0.001 * trial.seed / 43
         return TrialResult(metric, 0.01, 0.4, 0.6, 0.7, Status.OK, "", 300, 2.0)
 
 
@@ -176,7 +176,7 @@ def test_a_sweep_ends_with_csv_report_figure_and_a_record_of_the_first_lora_curv
     assert record.metric["before"] == 0.4
     assert record.metric["after"] == pytest.approx(0.9, abs=0.03)
     assert "interval" in record.note
-    assert {row.trial for row in rows.read(folder / "sweep.csv")} == set(runner.arms)
+    assert {row.trial for row in rows.read(folder / "sweep.csv")} == set(runner.trials)
     assert (folder / "report.md").exists()
     assert list(folder.glob("*-curves.png"))
     assert f"--rank full --lr-from {folder}" in text
@@ -205,16 +205,16 @@ def test_a_record_that_a_sweep_wrote_gives_other_runs_their_rate(sweep):
 def test_the_same_command_goes_on_and_repeats_nothing_and_more_ranks_can_be_added(sweep):
     _, _, first = sweep("--ranks", "8")
     _, _, second = sweep("--ranks", "8")
-    assert first.arms
-    assert second.arms == []
+    assert first.trials
+    assert second.trials == []
     _, folder, third = sweep("--ranks", "8", "full")
-    assert {arm.spec.rank for arm in third.arms} == {None}
-    assert len(rows.read(folder / "sweep.csv")) == len(first.arms) + len(third.arms)
+    assert {trial.spec.rank for trial in third.trials} == {None}
+    assert len(rows.read(folder / "sweep.csv")) == len(first.trials) + len(third.trials)
 
 
 def test_resume_takes_the_sweeps_own_settings(sweep, tmp_path):
     _, folder, first = sweep("--ranks", "8", "--max_steps", "9", "--time_limit", "1e-9")
-    assert first.arms == []
+    assert first.trials == []
     request = parse(["--resume", str(folder)])
     assert request.specs == [spec(8, "B", "1")]
     assert request.given == {"max_steps": 9}
@@ -268,11 +268,11 @@ def test_a_sweep_that_cannot_begin_leaves_nothing_behind(sweep, monkeypatch, tmp
 
 def test_diverged_and_stopped_runs_are_named_and_never_the_record(sweep):
     class Breaking(FakeRunner):
-        def respond(self, arm):
-            if arm.log2_lr > -11:
+        def respond(self, trial):
+            if trial.log2_lr > -11:
                 return TrialResult.of_divergence(0.4, 10, 1.0, "the gradient was not finite")
-            good = super().respond(arm)
-            return good if arm.log2_lr > -13 else good.with_status(Status.STOPPED, "far behind its peers")
+            good = super().respond(trial)
+            return good if trial.log2_lr > -13 else good.with_status(Status.STOPPED, "far behind its peers")
 
     text, folder, _ = sweep("--ranks", "8", runner=Breaking())
     assert "diverged, or got worse, at 2^-10, 2^-9" in text
@@ -282,10 +282,10 @@ def test_diverged_and_stopped_runs_are_named_and_never_the_record(sweep):
 
 def test_a_sweep_in_which_nothing_learns_writes_no_record(sweep):
     class Useless(FakeRunner):
-        def respond(self, arm):
-            if arm.log2_lr < -5:
-                return replace(super().respond(arm), score=0.4)
-            return replace(super().respond(arm), score=0.1, status=Status.WORSE)
+        def respond(self, trial):
+            if trial.log2_lr < -5:
+                return replace(super().respond(trial), score=0.4)
+            return replace(super().respond(trial), score=0.1, status=Status.WORSE)
 
     text, folder, _ = sweep(runner=Useless())
     assert "No learning rate was found" in text
@@ -446,9 +446,9 @@ def test_a_result_of_ppo_is_read_too(tmp_path):
 
 def test_arms_have_names_and_flags_of_their_own():
     specs = [spec(8, "A", "1"), spec(8, "B", "1/r"), FFT]
-    arms = [ARM, *(replace(ARM, spec=other) for other in specs), replace(ARM, log2_lr=-10.0)]
-    assert len({arm.name for arm in arms}) == len(arms)
-    assert arm_flags(replace(ARM, spec=FFT)) == ["--rank", "full", "--lr", repr(2**-10.5), "--seed", "43"]
+    trials = [ARM, *(replace(ARM, spec=other) for other in specs), replace(ARM, log2_lr=-10.0)]
+    assert len({trial.name for trial in trials}) == len(trials)
+    assert trial_flags(replace(ARM, spec=FFT)) == ["--rank", "full", "--lr", repr(2**-10.5), "--seed", "43"]
 
 
 def test_workers_share_out_cores_and_gpus(monkeypatch):
@@ -469,13 +469,18 @@ def test_grpo_arms_get_their_memory_and_go_on_with_those_of_their_step(tmp_path,
     if own_process:
         side_by_side.pool.shutdown()
         side_by_side.pool = ThreadPoolExecutor(1)
-    arms = [replace(ARM, log2_lr=-k) for k in range(4)]
-    for arm, step in zip(arms, (10, 10, 5), strict=False):
-        path = path_of(tmp_path / "runs", arm)
+    trials = [replace(ARM, log2_lr=-k) for k in range(4)]
+    for trial, step in zip(trials, (10, 10, 5), strict=False):
+        path = path_of(tmp_path / "runs", trial)
         path.parent.mkdir(exist_ok=True)
-        torch.save(vars(Checkpoint(arm.as_dict(), {}, step, 0.4, None, {})), path)
-    assert [side_by_side.group(arm) == side_by_side.group(arms[0]) for arm in arms] == [True, True, False, False]
-    side_by_side.run(arms[:2])
+        torch.save(vars(Checkpoint(trial.as_dict(), {}, step, 0.4, None, {})), path)
+    assert [side_by_side.group(trial) == side_by_side.group(trials[0]) for trial in trials] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    side_by_side.run(trials[:2])
     assert (asked[0]["memory"], asked[0]["checkpoints"]) == (2.5, tmp_path / "runs")
 
 
@@ -523,7 +528,7 @@ def test_a_grpo_sweep_that_is_killed_goes_on_within_its_arms(tmp_path):
     process.wait()
     run = run_command("--resume", out)
     assert run.returncode == 0, run.stderr
-    assert "3 arms go on from step" in run.stdout
+    assert "3 trials go on from step" in run.stdout
     assert {row.trial.log2_lr for row in rows.read(out / "sweep.csv")} >= {-6, -5, -4}
     assert not list((out / "runs").glob("*.pt"))
 

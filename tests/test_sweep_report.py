@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import trial
+from helpers import make_trial
 from known_sweeps import SCHEMES, outcome, row, sweep_rows, sweeps
 
 from mua_rl.analysis import report
@@ -146,11 +146,14 @@ def test_sweeps_whose_names_are_long_or_make_one_file_name_have_figures_of_their
     ("rows", "message"),
     [
         (
-            [row(trial(8, "B", "1", -9.0, seed), outcome()) for seed in (0, 1)],
+            [row(make_trial(8, "B", "1", -9.0, seed), outcome()) for seed in (0, 1)],
             "Init\\[B\\] α=1 r=8.*two learning rates",
         ),
         (
-            [row(trial(8, "B", "1", -9.0, 0), outcome(math.nan)), row(trial(8, "B", "1", -8.0, 0), outcome(math.nan))],
+            [
+                row(make_trial(8, "B", "1", -9.0, 0), outcome(math.nan)),
+                row(make_trial(8, "B", "1", -8.0, 0), outcome(math.nan)),
+            ],
             "diverged",
         ),
     ],

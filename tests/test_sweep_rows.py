@@ -4,7 +4,7 @@ import math
 import multiprocessing
 
 import pytest
-from helpers import trial
+from helpers import make_trial
 from known_sweeps import outcome, row
 
 from mua_rl.analysis.rows import COLUMNS, append, read, read_all
@@ -14,8 +14,8 @@ from mua_rl.run.trial import Status, TrialResult
 
 def test_rows_come_back_as_they_were_written(tmp_path):
     rows = [
-        row(trial(8, "B", "1/sqrt(r)", -11.5, 3), outcome(1 / 3), task='odd, "task"', base="hub/base"),
-        row(trial(None, "", "", -14.0, 0), outcome(0.1, stopped="hopeless:\nit fell")),
+        row(make_trial(8, "B", "1/sqrt(r)", -11.5, 3), outcome(1 / 3), task='odd, "task"', base="hub/base"),
+        row(make_trial(None, "", "", -14.0, 0), outcome(0.1, stopped="hopeless:\nit fell")),
     ]
     append(tmp_path / "deep" / "sweep.csv", rows)
     append(tmp_path / "deep" / "sweep.csv", [])
@@ -24,7 +24,8 @@ def test_rows_come_back_as_they_were_written(tmp_path):
 
 def test_a_diverged_run_comes_back_with_its_nan(tmp_path):
     append(
-        tmp_path / "sweep.csv", [row(trial(8, "B", "1", -3.0, 0), TrialResult.of_divergence(0.1, 7, 1.5, "not finite"))]
+        tmp_path / "sweep.csv",
+        [row(make_trial(8, "B", "1", -3.0, 0), TrialResult.of_divergence(0.1, 7, 1.5, "not finite"))],
     )
     (found,) = read(tmp_path / "sweep.csv")
     assert math.isnan(found.result.score)
@@ -34,7 +35,7 @@ def test_a_diverged_run_comes_back_with_its_nan(tmp_path):
 
 def _append_many(path, rank):
     for seed in range(50):
-        append(path, [row(trial(rank, "B", "1", -10.0, seed), outcome(0.5))] * 3)
+        append(path, [row(make_trial(rank, "B", "1", -10.0, seed), outcome(0.5))] * 3)
 
 
 def test_processes_that_append_at_once_lose_no_line_and_write_one_header(tmp_path):
@@ -52,8 +53,8 @@ def test_processes_that_append_at_once_lose_no_line_and_write_one_header(tmp_pat
 def test_a_line_that_a_crash_cut_off_is_named_and_does_not_spoil_the_next(tmp_path):
     path, first, last = (
         tmp_path / "sweep.csv",
-        row(trial(8, "B", "1", -9.0, 0), outcome()),
-        row(trial(8, "B", "1", -8.0, 0), outcome()),
+        row(make_trial(8, "B", "1", -9.0, 0), outcome()),
+        row(make_trial(8, "B", "1", -8.0, 0), outcome()),
     )
     append(path, [first])
     whole = path.read_text()
@@ -80,7 +81,7 @@ def test_a_line_that_a_crash_cut_off_is_named_and_does_not_spoil_the_next(tmp_pa
 )
 def test_a_value_that_cannot_be_is_named_with_its_line(tmp_path, column, value, fault):
     path = tmp_path / "sweep.csv"
-    append(path, [row(trial(8, "B", "1", -9.0, seed), outcome()) for seed in (0, 1)])
+    append(path, [row(make_trial(8, "B", "1", -9.0, seed), outcome()) for seed in (0, 1)])
     lines = path.read_text().splitlines()
     cells = lines[2].split(",")
     cells[COLUMNS.index(column)] = value
@@ -96,7 +97,7 @@ def test_a_file_that_is_no_sweeps_csv_is_refused_for_reading_and_appending(tmp_p
     with pytest.raises(UserError, match="lacks the columns algorithm, base"):
         read(path)
     with pytest.raises(UserError, match="lacks the columns"):
-        append(path, [row(trial(8, "B", "1", -9.0, 0), outcome())])
+        append(path, [row(make_trial(8, "B", "1", -9.0, 0), outcome())])
     assert path.read_text() == "task,rank\narithmetic,8\n"
     path.write_text("")
     with pytest.raises(UserError, match="is empty"):
@@ -106,8 +107,8 @@ def test_a_file_that_is_no_sweeps_csv_is_refused_for_reading_and_appending(tmp_p
 
 
 def test_a_run_in_two_files_counts_once_as_the_last_has_it(tmp_path):
-    old, new = row(trial(8, "B", "1", -9.0, 0), outcome(0.2)), row(trial(8, "B", "1", -9.0, 0), outcome(0.3))
-    other = row(trial(8, "B", "1", -9.0, 0), outcome(0.4), base="another base")
+    old, new = row(make_trial(8, "B", "1", -9.0, 0), outcome(0.2)), row(make_trial(8, "B", "1", -9.0, 0), outcome(0.3))
+    other = row(make_trial(8, "B", "1", -9.0, 0), outcome(0.4), base="another base")
     append(tmp_path / "a.csv", [old])
     append(tmp_path / "b.csv", [new, other])
     assert read_all([tmp_path / "a.csv", tmp_path / "b.csv"]) == [new, other]

@@ -1,10 +1,10 @@
-"""Which arms a sweep runs, on response curves made up for it."""
+"""Which trials a sweep runs, on response curves made up for it."""
 
 import math
 import random
 
 import pytest
-from helpers import spec, trial
+from helpers import make_trial, spec
 
 from mua_rl.run.trial import Status, TrialResult
 from mua_rl.sweep.search import (
@@ -26,11 +26,11 @@ def outcome(metric, *, before=0.4, error=0.01, diverged=False, stopped=""):
 def curve_with_optimum_at(optimum, breaks_at=math.inf, width=3.0, noise=0.0):
     """Metric against log2 η: a hill over a base of 0.4; training diverges at `breaks_at` and above."""
 
-    def respond(arm):
-        if arm.log2_lr >= breaks_at:
+    def respond(trial):
+        if trial.log2_lr >= breaks_at:
             return TrialResult.of_divergence(0.4, 10, 1.0, "not finite")
-        draw = random.Random(repr((arm.log2_lr, arm.seed))).gauss(0, noise)
-        return outcome(0.4 + 0.5 * math.exp(-(((arm.log2_lr - optimum) / width) ** 2)) + draw)
+        draw = random.Random(repr((trial.log2_lr, trial.seed))).gauss(0, noise)
+        return outcome(0.4 + 0.5 * math.exp(-(((trial.log2_lr - optimum) / width) ** 2)) + draw)
 
     return respond
 
@@ -42,16 +42,16 @@ def search(scan, step=1.0, resolution=1.0, seeds=(1, 2), rank=8):
 def run(search, respond, limit=100):
     """All outcomes of a search, and the rounds in which they came."""
     outcomes, rounds = {}, []
-    while arms := search.next_arms(outcomes):
-        assert not set(arms) & outcomes.keys(), "an arm is never repeated"
-        rounds.append(arms)
-        outcomes |= {arm: respond(arm) for arm in arms}
+    while trials := search.next_trials(outcomes):
+        assert not set(trials) & outcomes.keys(), "a trial is never repeated"
+        rounds.append(trials)
+        outcomes |= {trial: respond(trial) for trial in trials}
         assert len(outcomes) < limit
     return outcomes, rounds
 
 
 def rates(outcomes, seed):
-    return sorted(arm.log2_lr for arm in outcomes if arm.seed == seed)
+    return sorted(trial.log2_lr for trial in outcomes if trial.seed == seed)
 
 
 def test_a_search_around_a_good_guess_scans_once_and_then_adds_seeds_next_to_the_best():
@@ -107,23 +107,23 @@ def test_a_gap_between_nothing_learnt_and_divergence_is_searched_to_the_resoluti
 
 def test_a_task_that_no_rate_learns_ends_and_says_so():
     found = search(range(-13, -8))
-    outcomes, _ = run(found, lambda arm: outcome(0.4) if arm.log2_lr < -6 else outcome(0.1, diverged=True))
+    outcomes, _ = run(found, lambda trial: outcome(0.4) if trial.log2_lr < -6 else outcome(0.1, diverged=True))
     assert "no run got better" in found.verdict(outcomes)
 
 
 def test_a_search_stays_within_bounds_and_reports_an_optimum_at_them():
     rising, falling = search(range(-5, 0)), search(range(-23, -19))
-    outcomes, _ = run(rising, lambda arm: outcome(0.6 + 0.01 * arm.log2_lr))
+    outcomes, _ = run(rising, lambda trial: outcome(0.6 + 0.01 * trial.log2_lr))
     assert rising.verdict(outcomes) == f"the best learning rate is the largest that was tried, 2^{HIGHEST:g}"
-    outcomes, _ = run(falling, lambda arm: outcome(0.6 - 0.01 * arm.log2_lr))
+    outcomes, _ = run(falling, lambda trial: outcome(0.6 - 0.01 * trial.log2_lr))
     assert falling.verdict(outcomes) == f"the best learning rate is the smallest that was tried, 2^{LOWEST:g}"
 
 
 def test_a_lucky_first_seed_at_a_wrong_rate_is_found_out_by_the_other_seeds():
     respond = curve_with_optimum_at(-11)
 
-    def lucky(arm):
-        return outcome(0.95) if (arm.log2_lr, arm.seed) == (-13, 1) else respond(arm)
+    def lucky(trial):
+        return outcome(0.95) if (trial.log2_lr, trial.seed) == (-13, 1) else respond(trial)
 
     found = search(range(-14, -8), seeds=(1, 2, 3))
     outcomes, _ = run(found, lucky)
@@ -135,17 +135,17 @@ def test_the_plan_depends_on_outcomes_alone_not_on_the_order_in_which_they_came(
     found, respond = search(range(-19, -2, 4), step=4.0, resolution=0.5), curve_with_optimum_at(-8.5, noise=0.05)
     everything, _ = run(found, respond)
     for seed in range(5):
-        arms = list(everything)
-        random.Random(seed).shuffle(arms)
-        some = {arm: everything[arm] for arm in arms}
-        assert found.next_arms(some) == []
+        trials = list(everything)
+        random.Random(seed).shuffle(trials)
+        some = {trial: everything[trial] for trial in trials}
+        assert found.next_trials(some) == []
         assert best_of(found.points(some)) == best_of(found.points(everything))
 
 
 def test_arms_of_other_curves_do_not_count():
     found = search(range(-13, -8))
-    others = {trial(16, "B", "1", lr, 1): outcome(0.9) for lr in range(-13, -8)}
-    assert [arm.log2_lr for arm in found.next_arms(others)] == [-13, -12, -11, -10, -9]
+    others = {make_trial(16, "B", "1", lr, 1): outcome(0.9) for lr in range(-13, -8)}
+    assert [trial.log2_lr for trial in found.next_trials(others)] == [-13, -12, -11, -10, -9]
 
 
 def test_of_equal_rates_the_smaller_is_the_best():
@@ -160,7 +160,7 @@ def test_a_rate_with_one_run_that_was_stopped_or_diverged_is_not_the_best(stoppe
 def test_one_seed_that_always_diverges_does_not_hide_an_optimum_that_the_others_have():
     found, respond = search(range(-13, -8), seeds=(1, 2, 3)), curve_with_optimum_at(-11)
     healthy, _ = run(found, respond)
-    outcomes, _ = run(found, lambda arm: outcome(0.1, diverged=True) if arm.seed == 2 else respond(arm))
+    outcomes, _ = run(found, lambda trial: outcome(0.1, diverged=True) if trial.seed == 2 else respond(trial))
     assert best_of(found.points(outcomes)) == best_of(found.points(healthy))
     assert found.verdict(outcomes) == ""
     assert len(outcomes) <= 2 * len(healthy)

@@ -1,10 +1,10 @@
-"""Which arms of a sweep go side by side, and which singly, where that depends on the model."""
+"""Which trials of a sweep go side by side, and which singly, where that depends on the model."""
 
 import math
 from dataclasses import asdict
 
 import pytest
-from helpers import trial
+from helpers import make_trial
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from mua_rl.grpo.stacked import trainer as grpo
@@ -53,15 +53,17 @@ def test_arms_of_a_model_with_sliding_attention_or_dropout_go_singly_without_bei
 
 
 def test_a_hopeless_arm_is_seen_through_steps_without_a_score(tmp_path, monkeypatch):
-    arms, asked = [trial(2, "B", "1", -8.0, 1), trial(2, "B", "1", -9.0, 1)], {}
+    trials, asked = [make_trial(2, "B", "1", -8.0, 1), make_trial(2, "B", "1", -9.0, 1)], {}
 
-    def train(arguments, arms, targets, keep_going, **options):
+    def train(arguments, trials, targets, keep_going, **options):
         never, falling = [{"reward": math.nan}] * 12, [{"reward": 0.5 - 0.02 * step} for step in range(12)]
         falling[0] = {"reward": math.nan}
-        asked.update({arm: keep_going(arm, history) for arm, history in zip(arms, (never, falling), strict=True)})
+        asked.update(
+            {trial: keep_going(trial, history) for trial, history in zip(trials, (never, falling), strict=True)}
+        )
         return []
 
     monkeypatch.setattr(grpo, "train_side_by_side", train)
-    SideBySide(parse(["--ranks", "2", "--max_steps", "20"]), tmp_path).run(arms)
-    assert asked[arms[0]] is None
-    assert asked[arms[1]].startswith("the reward fell")
+    SideBySide(parse(["--ranks", "2", "--max_steps", "20"]), tmp_path).run(trials)
+    assert asked[trials[0]] is None
+    assert asked[trials[1]].startswith("the reward fell")

@@ -1,4 +1,4 @@
-"""A study shared by workers: every arm is run once, whoever dies."""
+"""A study shared by workers: every trial is run once, whoever dies."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from collections import Counter
 
 import optuna
 import pytest
-from helpers import spec, trial
+from helpers import make_trial, spec
 
 from mua_rl.errors import UserError
 from mua_rl.run.trial import Status, TrialResult
@@ -25,23 +25,23 @@ SEARCHES = [Search(spec(rank), (-13.0, -12.0, -11.0, -10.0, -9.0), 1.0, 1.0, (1,
 SETTINGS = {"algo": "grpo", "task": "arithmetic"}
 
 
-def respond(arm):
-    return TrialResult(0.9 - 0.03 * (arm.log2_lr + 10.6) ** 2, 0.01, 0.4, 0.5, 0.6, Status.OK, "", 100, 1.0)
+def respond(trial):
+    return TrialResult(0.9 - 0.03 * (trial.log2_lr + 10.6) ** 2, 0.01, 0.4, 0.5, 0.6, Status.OK, "", 100, 1.0)
 
 
 class FakeRunner:
     """Answers at once, and writes down what it was asked to run."""
 
-    def __init__(self, log, at_once=1, seconds=0.0, group=lambda arm: arm.spec.rank):
+    def __init__(self, log, at_once=1, seconds=0.0, group=lambda trial: trial.spec.rank):
         self.log, self.at_once, self.seconds, self.group = log, at_once, seconds, group
 
-    def run(self, arms):
+    def run(self, trials):
         with open(self.log, "a") as stream:
-            stream.writelines(f"{os.getpid()} begins {arm.spec} {arm.log2_lr} {arm.seed}\n" for arm in arms)
+            stream.writelines(f"{os.getpid()} begins {trial.spec} {trial.log2_lr} {trial.seed}\n" for trial in trials)
         time.sleep(self.seconds)
         with open(self.log, "a") as stream:
-            stream.writelines(f"{os.getpid()} ends {arm.spec} {arm.log2_lr} {arm.seed}\n" for arm in arms)
-        return [respond(arm) for arm in arms]
+            stream.writelines(f"{os.getpid()} ends {trial.spec} {trial.log2_lr} {trial.seed}\n" for trial in trials)
+        return [respond(trial) for trial in trials]
 
 
 class WithoutLock(Study):
@@ -60,7 +60,7 @@ def run(study, runner, searches=SEARCHES, deadline=math.inf):
 
 
 def runs(log, word="ends"):
-    """How often each arm was begun, or ended."""
+    """How often each trial was begun, or ended."""
     return Counter(line.partition(f" {word} ")[2] for line in log.read_text().splitlines() if f" {word} " in line)
 
 
@@ -72,7 +72,7 @@ def test_a_study_goes_through_its_searches_and_a_second_start_repeats_nothing(tm
     outcomes = open_study(location).outcomes()
     assert len(outcomes) == 2 * (5 + 3)
     assert set(runs(log).values()) == {1}
-    assert all(outcome == respond(arm) for arm, outcome in outcomes.items())
+    assert all(outcome == respond(trial) for trial, outcome in outcomes.items())
     before = log.read_text()
     assert run(open_study(location), FakeRunner(log))
     assert log.read_text() == before
@@ -83,10 +83,10 @@ def test_a_study_that_was_left_in_the_middle_goes_on_with_the_same_plan(tmp_path
     run(open_study(tmp_path / "a"), FakeRunner(whole))
 
     class Tired(FakeRunner):
-        def run(self, arms):
+        def run(self, trials):
             if self.log.exists() and len(runs(self.log)) == 3:
                 raise KeyboardInterrupt
-            return super().run(arms)
+            return super().run(trials)
 
     with pytest.raises(KeyboardInterrupt):
         run(open_study(tmp_path / "b"), Tired(log))
@@ -98,9 +98,9 @@ def test_arms_of_one_group_are_taken_together_up_to_the_limit(tmp_path):
     calls = []
 
     class Watching(FakeRunner):
-        def run(self, arms):
-            calls.append([(arm.spec.rank, arm.log2_lr) for arm in arms])
-            return super().run(arms)
+        def run(self, trials):
+            calls.append([(trial.spec.rank, trial.log2_lr) for trial in trials])
+            return super().run(trials)
 
     run(open_study(tmp_path / "study"), Watching(tmp_path / "log", at_once=4))
     assert [len(call) for call in calls] == [4, 1, 4, 1, 3, 3]
@@ -119,7 +119,7 @@ def test_the_first_failure_ends_all_workers_and_leaves_its_arm_to_be_tried_again
     log, study, stop = tmp_path / "log", open_study(tmp_path / "study"), threading.Event()
 
     class Failing(FakeRunner):
-        def run(self, arms):
+        def run(self, trials):
             raise UserError("out of memory")
 
     with pytest.raises(UserError, match="out of memory"):
@@ -178,15 +178,15 @@ def test_a_journal_whose_last_line_was_torn_by_a_crash_is_mended(tmp_path):
 
 def test_outcomes_that_are_not_numbers_survive_storage(tmp_path):
     class Diverging(FakeRunner):
-        def run(self, arms):
-            super().run(arms)
+        def run(self, trials):
+            super().run(trials)
             return [
-                TrialResult.of_divergence(0.4, 7, 1.0, "not finite") if a.log2_lr > -12 else respond(a) for a in arms
+                TrialResult.of_divergence(0.4, 7, 1.0, "not finite") if a.log2_lr > -12 else respond(a) for a in trials
             ]
 
     run(open_study(tmp_path / "study"), Diverging(tmp_path / "log"), SEARCHES[:1])
     outcomes = open_study(tmp_path / "study").outcomes()
-    lost = outcomes[trial(4, "B", "1", -9.0, 1)]
+    lost = outcomes[make_trial(4, "B", "1", -9.0, 1)]
     assert lost.status is Status.DIVERGED
     assert math.isnan(lost.score)
     assert lost.reason == "not finite"
@@ -204,7 +204,7 @@ def claim_and_die(path, sign):
     study = open_study(path)
     study.plan(SEARCHES)
     if sign:
-        study.claim(1, lambda arm: arm)
+        study.claim(1, lambda trial: trial)
     else:
         study.study.ask()
     os.kill(os.getpid(), signal.SIGKILL)
@@ -226,9 +226,11 @@ def test_a_dead_workers_trial_that_had_its_outcome_is_not_repeated(tmp_path):
     path, log = tmp_path / "study", tmp_path / "log"
     study = open_study(path)
     study.plan(SEARCHES)
-    [claim] = study.claim(1, lambda arm: arm)
-    claim.trial.set_user_attr("outcome", respond(claim.arm).as_dict())  # and killed before it could end the trial
-    claim.trial.set_user_attr(WORKER, {**study.worker.as_dict(), "name": "dead", "pid": 2**22 + 1})
+    [claim] = study.claim(1, lambda trial: trial)
+    claim.optuna_trial.set_user_attr(
+        "outcome", respond(claim.trial).as_dict()
+    )  # and killed before it could end the trial
+    claim.optuna_trial.set_user_attr(WORKER, {**study.worker.as_dict(), "name": "dead", "pid": 2**22 + 1})
     run(open_study(path), FakeRunner(log))
     assert len(runs(log)) == 15
     assert len(open_study(path).outcomes()) == 16
@@ -238,10 +240,10 @@ def test_a_living_workers_trial_is_left_alone_and_a_silent_one_elsewhere_is_not(
     path = tmp_path / "study"
     far, near = open_study(path), open_study(path)
     far.plan(SEARCHES)
-    [claim] = far.claim(1, lambda arm: arm)
+    [claim] = far.claim(1, lambda trial: trial)
     near.reap()
     assert claim.trial.number in [t.number for t in near._trials(optuna.trial.TrialState.RUNNING)]
-    claim.trial.set_user_attr(WORKER, {**far.worker.as_dict(), "place": "another machine"})
+    claim.optuna_trial.set_user_attr(WORKER, {**far.worker.as_dict(), "place": "another machine"})
     monkeypatch.setattr(worker, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(worker, "SILENCE_SECONDS", 0.4)
     with far.heartbeat():
@@ -253,7 +255,7 @@ def test_a_living_workers_trial_is_left_alone_and_a_silent_one_elsewhere_is_not(
         near.reap()
         time.sleep(0.1)
     assert not near._trials(optuna.trial.TrialState.RUNNING)
-    assert not far.finish(claim, respond(claim.arm))  # it comes back, too late: its outcome does not count
+    assert not far.finish(claim, respond(claim.trial))  # it comes back, too late: its outcome does not count
 
 
 def work_on(path, log, seconds):
@@ -278,7 +280,7 @@ def test_of_four_workers_one_is_killed_and_every_arm_is_done_once_and_none_lost(
         assert process.exitcode == 0
     assert len(open_study(location).outcomes()) == 16
     assert len(runs(log)) == 16
-    assert set(runs(log).values()) == {1}, "every arm ended once"
+    assert set(runs(log).values()) == {1}, "every trial ended once"
     begun = runs(log, "begins")
     assert sorted(begun.values()) == [1] * 15 + [2], "and only the killed worker's was begun twice"
     assert {line.split()[0] for line in log.read_text().splitlines()} == {str(p.pid) for p in workers}

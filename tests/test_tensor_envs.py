@@ -23,11 +23,11 @@ def envs_of(env_id, seeds=(0, 1), **keywords):
     return TensorEnvs(tensor_task(env_id, keywords), generators(*seeds), ENVS)
 
 
-def random_actions(space, generator, arms=ARMS):
+def random_actions(space, generator, trials=ARMS):
     if isinstance(space, gymnasium.spaces.Discrete):
-        return torch.randint(int(space.n), (arms, ENVS), generator=generator)
+        return torch.randint(int(space.n), (trials, ENVS), generator=generator)
     low, high = torch.as_tensor(space.low), torch.as_tensor(space.high)
-    return low + (high - low) * torch.rand(arms, ENVS, *space.shape, generator=generator)
+    return low + (high - low) * torch.rand(trials, ENVS, *space.shape, generator=generator)
 
 
 @pytest.mark.parametrize(

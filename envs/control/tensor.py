@@ -1,10 +1,10 @@
-"""The classic control tasks as tensors: many environments of many arms stepped at once, on any device.
+"""The classic control tasks as tensors: many environments of many trials stepped at once, on any device.
 
 Dynamics, rewards and constants are those of the Gymnasium environment that `gymnasium.make` builds for the same id and
 keywords; its object is asked for every constant, so each shift of `mua_rl.envs.control` works and is defined once.
 States are float64 and observations and rewards float32, as with Gymnasium under stable-baselines3.
 
-Shapes: K arms, E environments of each, S numbers of state, O of observation.
+Shapes: K trials, E environments of each, S numbers of state, O of observation.
 """
 
 import math
@@ -22,7 +22,7 @@ from torch import Tensor
 from mua_rl.envs.control import classic
 
 STARTS = 64
-"""Steps for which each arm's random starts are drawn at once."""
+"""Steps for which each trial's random starts are drawn at once."""
 
 
 class Dynamics(Protocol):
@@ -206,7 +206,7 @@ def tensor_task(env_id: str, env_kwargs: dict[str, Any] | None = None) -> Task |
 
 
 class Step(NamedTuple):
-    """What one step of all environments gave; K arms with E environments each.
+    """What one step of all environments gave; K trials with E environments each.
 
     Attributes:
         observation: Of the state that the next action acts on: after an end the next episode's first, `[K, E, O]`.
@@ -226,19 +226,19 @@ class Step(NamedTuple):
 
 
 class TensorEnvs:
-    """K arms with E environments each, which start over by themselves.
+    """K trials with E environments each, which start over by themselves.
 
     Args:
         task: What is stepped.
-        generators: One for each arm, on the CPU; it alone decides the arm's starts, whatever the other arms do.
-        envs_per_arm: E.
+        generators: One for each trial, on the CPU; it alone decides the trial's starts, whatever the other trials do.
+        envs_per_trial: E.
         device: Where states live.
     """
 
     def __init__(
-        self, task: Task, generators: Sequence[torch.Generator], envs_per_arm: int, device: torch.device | str = "cpu"
+        self, task: Task, generators: Sequence[torch.Generator], envs_per_trial: int, device: torch.device | str = "cpu"
     ):
-        self.task, self.generators, self.envs_per_arm, self.device = task, generators, envs_per_arm, device
+        self.task, self.generators, self.envs_per_trial, self.device = task, generators, envs_per_trial, device
         self.reset()
 
     def reset(self) -> Tensor:
@@ -271,7 +271,7 @@ class TensorEnvs:
     def _starts(self) -> Tensor:
         """A start for every environment, `[K, E, S]`; drawn for `STARTS` steps at a time, on the CPU."""
         if self.drawn % STARTS == 0:
-            drawn = [self.task.random_numbers(STARTS, self.envs_per_arm, generator=one) for one in self.generators]
+            drawn = [self.task.random_numbers(STARTS, self.envs_per_trial, generator=one) for one in self.generators]
             self.starts = self.task.starts(torch.stack(drawn, 1).to(self.device))
         self.drawn += 1
         return self.starts[(self.drawn - 1) % STARTS]

@@ -1,1 +1,1 @@
-"""Learning-rate sweeps: which arms to run, how they are run, and what they say about the best learning rate."""
+"""Learning-rate sweeps: which trials to run, how they are run, and what they say about the best learning rate."""

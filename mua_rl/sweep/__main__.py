@@ -86,7 +86,7 @@ def choose_runners(
     """One runner for each worker.
 
     Raises:
-        UserError: `--side_by_side on`, and the arms cannot be trained so.
+        UserError: `--side_by_side on`, and the trials cannot be trained so.
     """
     workers, mode = request.sweep.workers, request.sweep.side_by_side
     singly = {True: True, False: True}
@@ -110,10 +110,10 @@ def choose_runners(
 
 
 class Display:
-    """A bar over the arms, and one line for each that has ended.
+    """A bar over the trials, and one line for each that has ended.
 
     Args:
-        study: Whose arms are counted.
+        study: Whose trials are counted.
         console: Where to.
     """
 
@@ -124,23 +124,23 @@ class Display:
         self.bar = self.progress.add_task("runs", total=None)
 
     def on_step(self, step: int, steps: int) -> None:
-        """Show how far a group of arms is; in a log file, where there is no bar, now and then."""
+        """Show how far a group of trials is; in a log file, where there is no bar, now and then."""
         self.progress.update(self.bar, description=f"runs (step {step} of {steps})")
         if self.progress.disable and step % max(1, steps // 5) == 0:
             self.console.print(f"step {step} of {steps}", highlight=False)
 
-    def on_outcome(self, arm: Trial, outcome: TrialResult) -> None:
-        """Show an arm's outcome."""
+    def on_outcome(self, trial: Trial, outcome: TrialResult) -> None:
+        """Show a trial's outcome."""
         done, planned = self.study.counts()
         self.progress.update(self.bar, completed=done, total=planned, description="runs")
-        name = arm.spec.label
+        name = trial.spec.label
         end = f"{outcome.before:.4g} → {outcome.score:.4g} ± {outcome.standard_error:.2g}"
         if outcome.status in (Status.DIVERGED, Status.STOPPED):
             end = f"{outcome.status}: {outcome.reason}"
         elif outcome.status is not Status.OK:
             end += f" ({outcome.status})"
         self.progress.console.print(
-            f"{done:3d} of {planned}  {name}, 2^{arm.log2_lr:g}, seed {arm.seed}: {end}  ({outcome.seconds:.0f} s)",
+            f"{done:3d} of {planned}  {name}, 2^{trial.log2_lr:g}, seed {trial.seed}: {end}  ({outcome.seconds:.0f} s)",
             highlight=False,
             soft_wrap=True,
         )
@@ -169,9 +169,9 @@ def sweep(request: Request, console: Console) -> Path:
     display, stop = Display(study, console), threading.Event()
     runners = choose_runners(request, facts, folder, stop, display.on_step, console)
 
-    def write_down(arm: Trial, outcome: TrialResult) -> None:
+    def write_down(trial: Trial, outcome: TrialResult) -> None:
         write_csv(folder / CSV, rows_of(request.task, facts, study.outcomes(), study.machines()))
-        display.on_outcome(arm, outcome)
+        display.on_outcome(trial, outcome)
 
     with display.progress:
         complete = work_together(study, searches, runners, write_down, deadline, stop)

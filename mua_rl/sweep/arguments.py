@@ -42,16 +42,16 @@ class SweepArguments:
     resolution: float = field(default=1.0, metadata={"help": "Octaves between LRs at the optimum: 1, or 0.5."})
     side_by_side: str = field(
         default="auto",
-        metadata={"help": "Train arms in one process where they can be.", "choices": ["auto", "on", "off"]},
+        metadata={"help": "Train trials in one process where they can be.", "choices": ["auto", "on", "off"]},
     )
     arms_memory: float = field(
         default=TIMES_ONE_RUN,
         metadata={
-            "help": "GPU memory that GRPO arms in one process may take, as a multiple of what one run takes; more "
+            "help": "GPU memory that GRPO trials in one process may take, as a multiple of what one run takes; more "
             "where their own weights, gradients and moments would leave less for work than one run has."
         },
     )
-    workers: int = field(default=1, metadata={"help": "Runs (or groups of arms side by side) at once."})
+    workers: int = field(default=1, metadata={"help": "Runs (or groups of trials side by side) at once."})
     study: str | None = field(
         default=None,
         metadata={
@@ -115,7 +115,7 @@ class Request:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Seeds of the arms."""
+        """Seeds of the trials."""
         return tuple(range(self.trainer.seed, self.trainer.seed + self.sweep.seeds))
 
     def comparable(self, everything: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -26,8 +26,8 @@ def rows_of(
     """The runs of a study as lines of a CSV."""
     template = facts.template
     return [
-        rows.Row(template.algorithm, task, template.base_model, arm, outcome, machines.get(arm, ""))
-        for arm, outcome in outcomes.items()
+        rows.Row(template.algorithm, task, template.base_model, trial, outcome, machines.get(trial, ""))
+        for trial, outcome in outcomes.items()
     ]
 
 
@@ -51,11 +51,11 @@ def write_tables(folder: Path, facts: Facts, lines: Sequence[rows.Row]) -> tuple
 
 def warnings_of(search: Search, outcomes: Mapping[Trial, TrialResult]) -> list[str]:
     """What the user should know of a curve beside its optimum."""
-    mine = {arm: outcome for arm, outcome in outcomes.items() if arm.spec == search.spec}
+    mine = {trial: outcome for trial, outcome in outcomes.items() if trial.spec == search.spec}
     found = [search.verdict(outcomes)] if mine else ["no run has ended yet"]
-    if lost := sorted({arm.log2_lr for arm, outcome in mine.items() if outcome.is_lost}):
+    if lost := sorted({trial.log2_lr for trial, outcome in mine.items() if outcome.is_lost}):
         found.append("diverged, or got worse, at " + ", ".join(f"2^{lr:g}" for lr in lost))
-    if ended := sorted({arm.log2_lr for arm, outcome in mine.items() if outcome.status is Status.STOPPED}):
+    if ended := sorted({trial.log2_lr for trial, outcome in mine.items() if outcome.status is Status.STOPPED}):
         found.append("stopped early at " + ", ".join(f"2^{lr:g}" for lr in ended))
     return [f"{search.spec.label}: {warning}" for warning in found if warning]
 
@@ -69,12 +69,12 @@ def make_record(
     """
     if not search.has_learnt(outcomes):
         return None
-    good = {arm: o for arm, o in outcomes.items() if arm.spec == search.spec and o.is_good}
+    good = {trial: o for trial, o in outcomes.items() if trial.spec == search.spec and o.is_good}
     optimum = measured.optimum
-    nearest = min((arm.log2_lr for arm in good), key=lambda lr: abs(lr - optimum.log2_lr))
-    beside = [outcome for arm, outcome in good.items() if arm.log2_lr == nearest]
+    nearest = min((trial.log2_lr for trial in good), key=lambda lr: abs(lr - optimum.log2_lr))
+    beside = [outcome for trial, outcome in good.items() if trial.log2_lr == nearest]
     template, learning_rate = facts.record_of(search.spec), 2.0**optimum.log2_lr
-    seeds, tried = sorted({arm.seed for arm in good}), {log2_lr for log2_lr, _, _ in measured.points}
+    seeds, tried = sorted({trial.seed for trial in good}), {log2_lr for log2_lr, _, _ in measured.points}
     schedule = template.schedule
     if schedule.get("steps") == -1:  # as many as the epochs made
         schedule = {**schedule, "steps": beside[0].steps}

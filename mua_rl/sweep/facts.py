@@ -1,4 +1,4 @@
-"""What a sweep has to know of its base policy before the first arm: where to look, and what its LR record will say."""
+"""What a sweep knows of its base policy before the first trial: where to look, and what its LR record will say."""
 
 import copy
 import math
@@ -27,7 +27,7 @@ class Facts:
         source: The record that the search begins with.
         source_name: For the reader.
         known: Whether `source` is of this very base.
-        obstacle: Why LoRA arms of this base cannot be trained side by side (GRPO); "" where they can.
+        obstacle: Why LoRA trials of this base cannot be trained side by side (GRPO); "" where they can.
     """
 
     template: LRRecord

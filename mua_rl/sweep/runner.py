@@ -1,4 +1,4 @@
-"""How arms are run: each as a run of its own in a process of its own, or several side by side in one process."""
+"""How trials are run: each as a run of its own in a process of its own, or several side by side in one process."""
 
 import math
 import os
@@ -37,19 +37,19 @@ class Stopped(Exception):
 
 
 class Runner(Protocol):
-    """Runs arms.
+    """Runs trials.
 
     Attributes:
-        at_once: The most arms that `run` takes.
+        at_once: The most trials that `run` takes.
     """
 
     at_once: int
 
-    def group(self, arm: Trial) -> Hashable:
-        """Arms of one group can be run by one call."""
+    def group(self, trial: Trial) -> Hashable:
+        """Trials of one group can be run by one call."""
 
-    def run(self, arms: Sequence[Trial]) -> list[TrialResult]:
-        """What the arms reach, in order.
+    def run(self, trials: Sequence[Trial]) -> list[TrialResult]:
+        """What the trials reach, in order.
 
         Raises:
             UserError: A run failed, other than by diverging; the message says how.
@@ -58,7 +58,7 @@ class Runner(Protocol):
 
 
 class Single:
-    """Runs an arm as `python -m mua_rl.grpo` or `mua_rl.ppo`, in a run folder under `runs/`, with a log beside it.
+    """Runs a trial as `python -m mua_rl.grpo` or `mua_rl.ppo`, in a run folder under `runs/`, with a log beside it.
 
     A run that had ended before is read, not repeated; one that was cut off goes on from its checkpoint.
 
@@ -79,19 +79,19 @@ class Single:
         self.config = folder / "trainer.yaml"
         write_whole(self.config, yaml.safe_dump(request.given, sort_keys=True, allow_unicode=True))
 
-    def group(self, arm: Trial) -> Hashable:
-        """See `Runner.group`: every arm is by itself."""
-        return arm
+    def group(self, trial: Trial) -> Hashable:
+        """See `Runner.group`: every trial is by itself."""
+        return trial
 
-    def run(self, arms: Sequence[Trial]) -> list[TrialResult]:
+    def run(self, trials: Sequence[Trial]) -> list[TrialResult]:
         """See `Runner.run`."""
-        return [self._run(arm) for arm in arms]
+        return [self._run(trial) for trial in trials]
 
-    def _run(self, arm: Trial) -> TrialResult:
-        folder = RunFolder(self.runs / arm.name)
+    def _run(self, trial: Trial) -> TrialResult:
+        folder = RunFolder(self.runs / trial.name)
         started, stopped = time.monotonic(), ""
         if folder.result() is None:
-            stopped = self._execute(arm, folder)
+            stopped = self._execute(trial, folder)
         seconds, result = time.monotonic() - started, folder.result()
         if result is None:
             result = stopped_result(folder, self.request.sweep.algo, stopped, seconds)
@@ -100,7 +100,7 @@ class Single:
             remove_weights(folder)
         return outcome
 
-    def _execute(self, arm: Trial, folder: RunFolder) -> str:
+    def _execute(self, trial: Trial, folder: RunFolder) -> str:
         """Run to the end; why it was stopped early, or "".
 
         Raises:
@@ -111,7 +111,7 @@ class Single:
             flags = ["--resume", str(folder.path)]
         else:
             shutil.rmtree(folder.path, ignore_errors=True)  # cut off before there was anything to go on from
-            flags = ["--config", str(self.config), *arm_flags(arm), "--output_dir", str(folder.path)]
+            flags = ["--config", str(self.config), *trial_flags(trial), "--output_dir", str(folder.path)]
         log = folder.path.with_name(f"{folder.path.name}.log")
         with open(log, "a") as output:
             process = subprocess.Popen(
@@ -126,7 +126,7 @@ class Single:
                 while process.poll() is None:
                     if self.stop.wait(POLL_SECONDS):
                         raise Stopped
-                    if reason := self._why_hopeless(arm, folder):
+                    if reason := self._why_hopeless(trial, folder):
                         return reason
             finally:
                 _end(process)
@@ -135,22 +135,22 @@ class Single:
             raise UserError(f"the run {folder.path.name} failed with code {process.returncode} (see {log}): {last}")
         return ""
 
-    def _why_hopeless(self, arm: Trial, folder: RunFolder) -> str:
+    def _why_hopeless(self, trial: Trial, folder: RunFolder) -> str:
         if not self.request.sweep.early_stop or self.request.steps < 1:
             return ""
         curve = reward_curve(folder, self.request.sweep.algo)
         if not curve or curve[-1][0] >= self.request.steps:
             return ""
-        same_curve = arm.name.partition("-lr")[0]
+        same_curve = trial.name.partition("-lr")[0]
         others = [RunFolder(path) for path in self.runs.glob(f"{same_curve}-lr*") if path.is_dir()]
         peers = [reward_curve(other, self.request.sweep.algo) for other in others if other.path != folder.path]
         return why_hopeless(curve, [peer for peer in peers if peer], self.request.steps)
 
 
-def arm_flags(arm: Trial) -> list[str]:
-    """What makes a trainer run an arm."""
-    spec = arm.spec
-    flags = ["--rank", str(spec.rank or "full"), "--lr", repr(arm.learning_rate), "--seed", str(arm.seed)]
+def trial_flags(trial: Trial) -> list[str]:
+    """What makes a trainer run a trial."""
+    spec = trial.spec
+    flags = ["--rank", str(spec.rank or "full"), "--lr", repr(trial.learning_rate), "--seed", str(trial.seed)]
     return flags if spec == FFT else [*flags, "--init", spec.init, "--alpha", str(spec.alpha)]
 
 

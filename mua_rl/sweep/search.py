@@ -1,4 +1,4 @@
-"""Which arms a sweep runs next: a pure function of what its arms have reached so far.
+"""Which trials a sweep runs next: a pure function of what its trials have reached so far.
 
 So a sweep that was cut off goes on as planned, whoever goes on with it. For each curve (a rank and its scheme, or FFT):
 
@@ -47,30 +47,30 @@ class Search:
     resolution: float
     seeds: tuple[int, ...]
 
-    def arm(self, log2_lr: float, seed: int) -> Trial:
+    def trial(self, log2_lr: float, seed: int) -> Trial:
         """One run of the curve."""
         return Trial(self.spec, log2_lr, seed)
 
     def points(self, outcomes: Mapping[Trial, TrialResult]) -> Points:
         """The outcomes that are of this curve."""
         points = Points()
-        for arm, outcome in outcomes.items():
-            if arm.spec == self.spec:
-                points.setdefault(arm.log2_lr, []).append(outcome)
+        for trial, outcome in outcomes.items():
+            if trial.spec == self.spec:
+                points.setdefault(trial.log2_lr, []).append(outcome)
         return points
 
-    def next_arms(self, outcomes: Mapping[Trial, TrialResult]) -> list[Trial]:
+    def next_trials(self, outcomes: Mapping[Trial, TrialResult]) -> list[Trial]:
         """What to run next; all of it can run at once. Nothing once the optimum is found (or cannot be: `verdict`)."""
         points = self.points(outcomes)
         new = [lr for lr in self.scan if lr not in points] or self._new_learning_rates(points)
         if new:
-            return [self.arm(lr, self.seeds[0]) for lr in new]
+            return [self.trial(lr, self.seeds[0]) for lr in new]
         best = best_of(points)
         if best is None:
             return []
         near = [lr for lr in sorted(points) if abs(lr - best) <= max(NEAR, self.resolution) and survived(points[lr])]
-        seeded = [arm for seed in self.seeds for lr in near if (arm := self.arm(lr, seed)) not in outcomes]
-        return seeded or [self.arm(lr, self.seeds[0]) for lr in self._beyond_the_edge(outcomes)]
+        seeded = [trial for seed in self.seeds for lr in near if (trial := self.trial(lr, seed)) not in outcomes]
+        return seeded or [self.trial(lr, self.seeds[0]) for lr in self._beyond_the_edge(outcomes)]
 
     def verdict(self, outcomes: Mapping[Trial, TrialResult]) -> str:
         """What is wrong with the best learning rate so far, in a few words; "" for nothing."""
@@ -140,8 +140,8 @@ def scan_around(centre: float, known: bool, resolution: float) -> tuple[tuple[fl
     """
     step, span = _step(1.0 if known else 2.0, resolution), KNOWN_SPAN if known else UNKNOWN_SPAN
     middle = resolution * round(centre / resolution)
-    arms = max(1, round(span / step))
-    return _within_bounds([middle + k * step for k in range(-arms, arms + 1)]), step
+    trials = max(1, round(span / step))
+    return _within_bounds([middle + k * step for k in range(-trials, trials + 1)]), step
 
 
 def scan_range(low: float, high: float, resolution: float) -> tuple[tuple[float, ...], float]:
@@ -176,9 +176,9 @@ def has_learnt(outcomes: Sequence[TrialResult]) -> bool:
 def runs_of(outcomes: Mapping[Trial, TrialResult], curve: AdapterSpec) -> list[tuple[float, float, int]]:
     """The runs of a curve as `estimate_optimum` takes them; one that was stopped counts as one that diverged."""
     return sorted(
-        (arm.log2_lr, outcome.score if outcome.is_good else math.nan, arm.seed)
-        for arm, outcome in outcomes.items()
-        if arm.spec == curve
+        (trial.log2_lr, outcome.score if outcome.is_good else math.nan, trial.seed)
+        for trial, outcome in outcomes.items()
+        if trial.spec == curve
     )
 
 

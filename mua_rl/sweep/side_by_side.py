@@ -1,4 +1,4 @@
-"""Arms side by side in one process, by `mua_rl.arms`; and which arms go side by side, which singly."""
+"""Trials side by side in one process, by `mua_rl.trials`; and which trials go side by side, which singly."""
 
 import copy
 import math
@@ -18,18 +18,18 @@ from mua_rl.sweep.runner import Runner, Single, die_with_parent
 from mua_rl.sweep.search import RewardCurve, why_hopeless
 
 AT_ONCE = {"grpo": 8, "ppo": 32}
-"""The most arms in one process: more of them gain little by then, and take memory."""
+"""The most trials in one process: more of them gain little by then, and take memory."""
 
 OnStep = Callable[[int, int], None]
-"""Told of a step that arms have taken together, and of how many there will be."""
+"""Told of a step that trials have taken together, and of how many there will be."""
 
 
 class SideBySide:
-    """Trains arms side by side, in this process or, so that several groups can train at once, in one of its own.
+    """Trains trials side by side, in this process or, so that several groups can train at once, in one of its own.
 
     Args:
         request: What was asked.
-        folder: The sweep's; GRPO arms have their checkpoints under `runs/`, and go on from there after a crash.
+        folder: The sweep's; GRPO trials have their checkpoints under `runs/`, and go on from there after a crash.
         on_step: Told of progress; by GRPO in this process alone.
         environment: Variables of a process of its own; `None`: this process.
     """
@@ -50,20 +50,20 @@ class SideBySide:
                 1, mp_context=get_context("spawn"), initializer=_enter, initargs=(environment,)
             )
 
-    def group(self, arm: Trial) -> Hashable:
-        """See `Runner.group`: LoRA arms go together, whatever their ranks, and FFT arms do; those that were cut off
+    def group(self, trial: Trial) -> Hashable:
+        """See `Runner.group`: LoRA trials go together, whatever their ranks, and FFT trials do; those that were cut off
         go on with those that were at the same step."""
         if self.request.sweep.algo == "ppo":
-            return "side by side", arm.spec == FFT
+            return "side by side", trial.spec == FFT
         from mua_rl.grpo.stacked.checkpoint import mark
 
-        return "side by side", arm.spec == FFT, mark(self.runs, arm)
+        return "side by side", trial.spec == FFT, mark(self.runs, trial)
 
-    def run(self, arms: Sequence[Trial]) -> list[TrialResult]:
+    def run(self, trials: Sequence[Trial]) -> list[TrialResult]:
         """See `Runner.run`."""
         if self.pool is not None:
-            return self.pool.submit(_train, self.request, self.runs, list(arms), None, None).result()
-        return _train(self.request, self.runs, list(arms), self.on_step, self.peers)
+            return self.pool.submit(_train, self.request, self.runs, list(trials), None, None).result()
+        return _train(self.request, self.runs, list(trials), self.on_step, self.peers)
 
 
 class Chosen:
@@ -71,43 +71,43 @@ class Chosen:
 
     Args:
         together, single: The two ways.
-        singly: Whether arms of full finetuning (True) and of LoRA (False) must be run singly.
+        singly: Whether trials of full finetuning (True) and of LoRA (False) must be run singly.
     """
 
     def __init__(self, together: SideBySide, single: Single, singly: dict[bool, bool]) -> None:
         self.together, self.single, self.singly = together, single, singly
         self.at_once = together.at_once
 
-    def group(self, arm: Trial) -> Hashable:
+    def group(self, trial: Trial) -> Hashable:
         """See `Runner.group`."""
-        return self._runner(arm).group(arm)
+        return self._runner(trial).group(trial)
 
-    def run(self, arms: Sequence[Trial]) -> list[TrialResult]:
+    def run(self, trials: Sequence[Trial]) -> list[TrialResult]:
         """See `Runner.run`."""
-        return self._runner(arms[0]).run(arms)
+        return self._runner(trials[0]).run(trials)
 
-    def _runner(self, arm: Trial) -> Runner:
-        return self.single if self.singly[arm.spec == FFT] else self.together
+    def _runner(self, trial: Trial) -> Runner:
+        return self.single if self.singly[trial.spec == FFT] else self.together
 
 
 def why_not(request: Request, curve: AdapterSpec, obstacle: str = "") -> str:
-    """Why arms of a curve cannot be trained side by side; "" where they can.
+    """Why trials of a curve cannot be trained side by side; "" where they can.
 
     Args:
         obstacle: `Facts.obstacle`.
     """
     if obstacle and curve != FFT:
         return obstacle
-    arm = Trial(curve, log2_lr=-10.0, seed=0)
+    trial = Trial(curve, log2_lr=-10.0, seed=0)
     try:
         if request.sweep.algo == "grpo":
             from mua_rl.grpo.stacked.settings import check
 
-            check(request.trainer, [arm])
+            check(request.trainer, [trial])
         else:
             from mua_rl.ppo.stacked import trainer as ppo
 
-            for envs in ppo.SideBySide(request.trainer, [arm], *_ppo_base(request)).vec_envs:
+            for envs in ppo.SideBySide(request.trainer, [trial], *_ppo_base(request)).vec_envs:
                 envs.close()
     except UserError as error:
         return str(error)
@@ -115,13 +115,13 @@ def why_not(request: Request, curve: AdapterSpec, obstacle: str = "") -> str:
 
 
 def _train(
-    request: Request, runs: Path, arms: list[Trial], on_step: OnStep | None, peers: dict[Trial, RewardCurve] | None
+    request: Request, runs: Path, trials: list[Trial], on_step: OnStep | None, peers: dict[Trial, RewardCurve] | None
 ) -> list[TrialResult]:
     """Train a group.
 
     Args:
         runs: Folder of the checkpoints.
-        peers: Reward curves of arms that were trained before, to which these are added.
+        peers: Reward curves of trials that were trained before, to which these are added.
     """
     if request.sweep.algo == "ppo":
         from mua_rl.ppo.arguments import limit_threads
@@ -129,21 +129,21 @@ def _train(
 
         limit_threads()
         threads = max(1, (os.cpu_count() or 1) // request.sweep.workers)
-        return ppo.train_side_by_side(request.trainer, arms, *_ppo_base(request), workers=threads)
+        return ppo.train_side_by_side(request.trainer, trials, *_ppo_base(request), workers=threads)
     from mua_rl.grpo.stacked import trainer as grpo
 
     curves: dict[Trial, RewardCurve] = {} if peers is None else peers
     steps = request.trainer.max_steps
 
-    def keep_going(arm: Trial, history: list[dict[str, float]]) -> str | None:
+    def keep_going(trial: Trial, history: list[dict[str, float]]) -> str | None:
         rewards = [(step, metrics["reward"]) for step, metrics in enumerate(history, 1)]
-        curves[arm] = [(step, reward) for step, reward in rewards if not math.isnan(reward)]
-        others = [curve for other, curve in curves.items() if curve and other != arm and other.spec == arm.spec]
-        return why_hopeless(curves[arm], others, steps) or None
+        curves[trial] = [(step, reward) for step, reward in rewards if not math.isnan(reward)]
+        others = [curve for other, curve in curves.items() if curve and other != trial and other.spec == trial.spec]
+        return why_hopeless(curves[trial], others, steps) or None
 
     return grpo.train_side_by_side(
         copy.copy(request.trainer),
-        arms,
+        trials,
         request.adapter.adapter("mlp").target_modules,
         on_step=(lambda step, _: on_step(step, steps)) if on_step else None,
         keep_going=keep_going if request.sweep.early_stop else None,

@@ -45,11 +45,12 @@ class Claim:
     """An arm that this worker has to run.
 
     Attributes:
-        trial: Optuna's, which this worker has popped.
+        trial: What is to be run.
+        optuna_trial: Optuna's, which this worker has popped.
     """
 
-    arm: Trial
-    trial: optuna.Trial
+    trial: Trial
+    optuna_trial: optuna.Trial
 
 
 class Study:
@@ -127,7 +128,7 @@ class Study:
             outcomes = _outcomes(trials)
             open_curves = {_arm(trial).spec for trial in trials if not trial.state.is_finished()}
             closed = [search for search in searches if search.spec not in open_curves]
-            planned = [arm for search in closed for arm in search.next_arms(outcomes)]
+            planned = [arm for search in closed for arm in search.next_trials(outcomes)]
             for arm in planned:
                 self.study.enqueue_trial(_parameters(arm), user_attrs={ARM: arm.as_dict()})
         return bool(open_curves or planned)
@@ -138,7 +139,7 @@ class Study:
         with self.lock:
             while len(claims) < at_most:
                 waiting = self._trials(TrialState.WAITING)
-                if not waiting or (claims and group(_arm(waiting[0])) != group(claims[0].arm)):
+                if not waiting or (claims and group(_arm(waiting[0])) != group(claims[0].trial)):
                     break
                 trial = self.study.ask(PARAMETERS)
                 if ARM not in trial.user_attrs:  # others took what was waiting, and Optuna made one up
@@ -159,14 +160,14 @@ class Study:
             Whether it counts: not where this worker was taken for dead, and the arm given to another.
         """
         try:
-            claim.trial.set_user_attr(OUTCOME, outcome.as_dict())
+            claim.optuna_trial.set_user_attr(OUTCOME, outcome.as_dict())
         except UpdateFinishedTrialError:
             return False
-        return self._end(claim.trial.number, outcome)
+        return self._end(claim.optuna_trial.number, outcome)
 
     def release(self, claim: Claim) -> None:
         """Give an arm back that did not end, to be planned again."""
-        self._end(claim.trial.number, None)
+        self._end(claim.optuna_trial.number, None)
 
     def reap(self) -> None:
         """Give up the trials of dead workers; one that had its outcome written down already is ended with it."""
@@ -185,8 +186,8 @@ class Study:
 
     def _came_earlier(self, claim: Claim) -> bool:
         """Whether another trial has the arm of a claim, enqueued before it and not given up."""
-        others = [t for t in self._trials() if t.number < claim.trial.number and t.state is not TrialState.FAIL]
-        return any(_arm(other) == claim.arm for other in others)
+        others = [t for t in self._trials() if t.number < claim.optuna_trial.number and t.state is not TrialState.FAIL]
+        return any(_arm(other) == claim.trial for other in others)
 
     def _signs(self) -> dict[str, Any]:
         return {k.removeprefix(SIGN): v for k, v in self.study.user_attrs.items() if k.startswith(SIGN)}

@@ -23,10 +23,10 @@ def work(
     deadline: float,
     stop: threading.Event,
 ) -> bool:
-    """Run arms until the searches want no more, by whichever workers.
+    """Run trials until the searches want no more, by whichever workers.
 
     Args:
-        on_outcome: Called with each arm that this worker has run.
+        on_outcome: Called with each trial that this worker has run.
         deadline: `time.monotonic()` after which nothing new is started.
         stop: Ends the work when it is set.
 
@@ -42,14 +42,14 @@ def work(
             stop.wait(POLL_SECONDS)
             continue
         try:
-            outcomes = runner.run([claim.arm for claim in claims])
-        except BaseException:  # an interruption too: the arms can go to others at once
+            outcomes = runner.run([claim.trial for claim in claims])
+        except BaseException:  # an interruption too: the trials can go to others at once
             for claim in claims:
                 study.release(claim)
             raise
         for claim, outcome in zip(claims, outcomes, strict=True):
             if study.finish(claim, outcome):
-                on_outcome(claim.arm, outcome)
+                on_outcome(claim.trial, outcome)
     return False
 
 

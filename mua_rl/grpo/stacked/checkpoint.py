@@ -1,6 +1,6 @@
-"""Checkpoints of arms side by side: one file an arm, so that an arm goes on in whatever group it comes next.
+"""Checkpoints of trials side by side: one file a trial, so that a trial goes on in whatever group it comes next.
 
-Arms of a group take each step together, so those go on together that are at one step with the same settings (`mark`).
+Trials of a group take each step together, so those go on together that are at one step with the same settings (`mark`).
 """
 
 import json
@@ -17,24 +17,24 @@ from mua_rl.adapter.adapters import TargetModules
 from mua_rl.errors import UserError, one_line
 from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.stacked.stack import LoRAStack
-from mua_rl.grpo.stacked.state import ArmState
+from mua_rl.grpo.stacked.state import StackedTrial
 from mua_rl.run.trial import PER_TRIAL, WITHOUT_EFFECT, Trial, TrialResult
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the file of an arm holds, which `torch.load` reads without running code.
+    """What the file of a trial holds, which `torch.load` reads without running code.
 
     Attributes:
-        arm: Whose it is, as a dictionary.
-        settings: What its result depends on beside the arm.
+        trial: Whose it is, as a dictionary.
+        settings: What its result depends on beside the trial.
         step: Steps that its group had taken.
         before: Held-out accuracy before the first.
-        outcome: Of an arm that had ended early by then, as a dictionary.
-        state: Of any other (`ArmState.state_dict`).
+        outcome: Of a trial that had ended early by then, as a dictionary.
+        state: Of any other (`StackedTrial.state_dict`).
     """
 
-    arm: dict[str, Any]
+    trial: dict[str, Any]
     settings: dict[str, Any]
     step: int
     before: float
@@ -42,11 +42,11 @@ class Checkpoint:
     state: dict[str, Any] | None
 
     @classmethod
-    def read(cls, path: Path, arm: Trial) -> "Checkpoint":
-        """The checkpoint of an arm; its tensors are read when they are used.
+    def read(cls, path: Path, trial: Trial) -> "Checkpoint":
+        """The checkpoint of a trial; its tensors are read when they are used.
 
         Raises:
-            UserError: There is none, it cannot be read, or it is of another arm.
+            UserError: There is none, it cannot be read, or it is of another trial.
         """
         try:
             found = cls(**torch.load(path, map_location="cpu", weights_only=True, mmap=True))
@@ -54,8 +54,8 @@ class Checkpoint:
             raise UserError(f"{path} is not there.") from None
         except Exception as error:  # of the file system, of zip, of pickle, or a file of something else
             raise UserError(f"{path} cannot be read ({type(error).__name__}).") from None
-        if found.arm != arm.as_dict():
-            raise UserError(f"{path} is of another arm.")
+        if found.trial != trial.as_dict():
+            raise UserError(f"{path} is of another trial.")
         return found
 
 
@@ -64,7 +64,7 @@ class Checkpoints:
 
     Args:
         folder: Where the files lie; other groups' may lie there too.
-        arguments, arms, target_modules: As `mua_rl.grpo.stacked.trainer.SideBySide` takes them.
+        arguments, trials, target_modules: As `mua_rl.grpo.stacked.trainer.SideBySide` takes them.
         fingerprint: `mua_rl.adapter.fingerprint` of the base.
     """
 
@@ -72,11 +72,11 @@ class Checkpoints:
         self,
         folder: Path,
         arguments: GRPOArguments,
-        arms: Sequence[Trial],
+        trials: Sequence[Trial],
         target_modules: TargetModules,
         fingerprint: str,
     ) -> None:
-        self.arms, self.paths = list(arms), [path_of(folder, arm) for arm in arms]
+        self.trials, self.paths = list(trials), [path_of(folder, trial) for trial in trials]
         ours = {k: v for k, v in arguments.to_dict().items() if k not in {*PER_TRIAL, *WITHOUT_EFFECT}}
         ours |= {"target_modules": target_modules, "base": fingerprint}
         self.settings = json.loads(json.dumps(ours))
@@ -84,27 +84,32 @@ class Checkpoints:
         self.every = 0 if arguments.save_strategy == "no" else math.ceil(every if every >= 1 else every * self.steps)
 
     def load(self) -> list[Checkpoint] | None:
-        """One of each arm, all at one step, or `None`: the group begins anew, and says why where there are some."""
+        """One of each trial, all at one step, or `None`: the group begins anew, and says why where there are some."""
         if not any(path.exists() for path in self.paths):
             return None
         try:
-            found = [Checkpoint.read(path, arm) for path, arm in zip(self.paths, self.arms, strict=True)]
+            found = [Checkpoint.read(path, trial) for path, trial in zip(self.paths, self.trials, strict=True)]
             self._check(found)
         except UserError as error:
-            print(f"mua_rl: the arms begin anew, for a checkpoint of theirs is of no use: {error}", flush=True)
+            print(f"mua_rl: the trials begin anew, for a checkpoint of theirs is of no use: {error}", flush=True)
             return None
-        print(f"mua_rl: {len(found)} arms go on from step {found[0].step}", flush=True)
+        print(f"mua_rl: {len(found)} trials go on from step {found[0].step}", flush=True)
         return found
 
     def save(
-        self, step: int, before: float, states: Iterable[ArmState], ended: Mapping[int, TrialResult], stack: LoRAStack
+        self,
+        step: int,
+        before: float,
+        states: Iterable[StackedTrial],
+        ended: Mapping[int, TrialResult],
+        stack: LoRAStack,
     ) -> None:
         """Write all files anew where it is time, each whole or not at all; where one cannot be written, say so.
 
         Args:
             step: That the group has taken.
             before: Held-out accuracy before the first.
-            states: The arms that still train.
+            states: The trials that still train.
             ended: Outcomes of the others, by their numbers.
             stack: The values of `states`.
         """
@@ -128,7 +133,7 @@ class Checkpoints:
             path.unlink(missing_ok=True)
 
     def _check(self, found: Sequence[Checkpoint]) -> None:
-        """Refuse other settings, and arms that are at different steps."""
+        """Refuse other settings, and trials that are at different steps."""
         for path, checkpoint in zip(self.paths, found, strict=True):
             known = checkpoint.settings
             if differing := sorted(k for k in known.keys() | self.settings if known.get(k) != self.settings.get(k)):
@@ -140,8 +145,8 @@ class Checkpoints:
     def _write(
         self, number: int, step: int, before: float, outcome: dict[str, Any] | None, state: dict[str, Any] | None
     ) -> None:
-        """An arm's file, under another name yet."""
-        checkpoint = Checkpoint(self.arms[number].as_dict(), self.settings, step, before, outcome, state)
+        """A trial's file, under another name yet."""
+        checkpoint = Checkpoint(self.trials[number].as_dict(), self.settings, step, before, outcome, state)
         path = self.paths[number]
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(_scratch(path), "wb") as stream:
@@ -156,15 +161,15 @@ class Checkpoints:
                 scratch.unlink(missing_ok=True)
 
 
-def path_of(folder: Path, arm: Trial) -> Path:
-    """The file of an arm."""
-    return folder / f"{arm.name}.pt"
+def path_of(folder: Path, trial: Trial) -> Path:
+    """The file of a trial."""
+    return folder / f"{trial.name}.pt"
 
 
-def mark(folder: Path, arm: Trial) -> Hashable:
-    """What arms have in common that can go on together; `None` of an arm that begins: it has no checkpoint of use."""
+def mark(folder: Path, trial: Trial) -> Hashable:
+    """What trials have in common that can go on together; `None` of a trial that begins."""
     try:
-        found = Checkpoint.read(path_of(folder, arm), arm)
+        found = Checkpoint.read(path_of(folder, trial), trial)
     except UserError:
         return None
     return found.step, json.dumps(found.settings, sort_keys=True)

@@ -1,7 +1,7 @@
-"""Answers of all arms from one vLLM engine in this process, each prompt with its arm's LoRA.
+"""Answers of all trials from one vLLM engine in this process, each prompt with its trial's LoRA.
 
-The engine loads the base once and is handed A and B of all arms whenever it shall answer. An engine takes up to a
-minute to start, so it is kept for the next arms with the same base.
+The engine loads the base once and is handed A and B of all trials whenever it shall answer. An engine takes up to a
+minute to start, so it is kept for the next trials with the same base.
 """
 
 import gc
@@ -22,7 +22,7 @@ from mua_rl.rollouts.lora_engine import adapter_llm, engine_rank
 from mua_rl.rollouts.memory import PolicySize, plan
 from mua_rl.rollouts.sync import engine_failures, engine_start
 
-_LORAS = 8  # an engine has room for a multiple of it, so that it serves fewer arms that come later too
+_LORAS = 8  # an engine has room for a multiple of it, so that it serves fewer trials that come later too
 _SEQUENCES = 512  # the most at once: vLLM captures CUDA graphs for no more
 _BATCH_TOKENS = 4096  # as TRL sets it: vLLM takes more memory for more
 _CPU_SHARE = 0.3  # vLLM asks for one on a CPU too
@@ -52,12 +52,12 @@ class EngineSettings:
 
     @classmethod
     def of(cls, stack: LoRAStack, work: Work, base: str, dtype: torch.dtype) -> "EngineSettings":
-        """Those that arms need.
+        """Those that trials need.
 
         Raises:
             UserError: vLLM takes no LoRA of such a rank.
         """
-        loras = -(-work.arms // _LORAS) * _LORAS
+        loras = -(-work.trials // _LORAS) * _LORAS
         layers = tuple(sorted({name.rpartition(".")[2] for name in stack.layers}))
         sequences = min(_SEQUENCES, loras * work.prompts * work.group)
         return cls(
@@ -66,11 +66,11 @@ class EngineSettings:
 
 
 def gpu_share(size: PolicySize, work: Work, settings: EngineSettings) -> float:
-    """The engine's share of the GPU beside arms in training.
+    """The engine's share of the GPU beside trials in training.
 
     Args:
-        size: Of the base and of A and B of all arms.
-        work: Of the arms.
+        size: Of the base and of A and B of all trials.
+        work: Of the trials.
         settings: Of the engine.
 
     Raises:
@@ -78,13 +78,13 @@ def gpu_share(size: PolicySize, work: Work, settings: EngineSettings) -> float:
     """
     if not torch.cuda.is_available():
         return _CPU_SHARE
-    gc.collect()  # of arms that have been trained before
+    gc.collect()  # of trials that have been trained before
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     made = plan(
         size,
         total=total,
-        free=free + torch.cuda.memory_allocated(),  # the base and the arms have their place already
+        free=free + torch.cuda.memory_allocated(),  # the base and the trials have their place already
         micro_batch=work.micro_batch,
         sequences=settings.sequences,
         length=work.length,
@@ -95,8 +95,8 @@ def gpu_share(size: PolicySize, work: Work, settings: EngineSettings) -> float:
     return made.utilization
 
 
-class ArmsEngine:
-    """An engine with the LoRAs of K arms.
+class StackedEngine:
+    """An engine with the LoRAs of K trials.
 
     Args:
         settings: What it is made for.
@@ -133,24 +133,24 @@ class ArmsEngine:
         self._versions = count(1)
 
     def sync(self, stack: LoRAStack) -> torch.Tensor:
-        """Take the arms as they are now in place of all that were there before.
+        """Take the trials as they are now in place of all that were there before.
 
-        An arm with values that are not finite is taken without its B: none of its numbers shall be in the engine's
+        A trial with values that are not finite is taken without its B: none of its numbers shall be in the engine's
         cache.
 
         Returns:
-            `(K,)`, whether the arm's values are finite.
+            `(K,)`, whether the trial's values are finite.
         """
         finite = stack.values.isfinite().all(-1)
         for adapter in self.adapters:
             self.llm.drop(adapter)
         self.adapters = []
-        for row, arm in enumerate(stack.active):
+        for row, trial in enumerate(stack.active):
             number = next(self._versions)
-            tensors = export_arm(stack, arm, self.lora_dtype)
+            tensors = export_arm(stack, trial, self.lora_dtype)
             if not finite[row]:
                 tensors = {name: torch.zeros_like(matrix) for name, matrix in tensors.items()}
-            self.adapters.append(self.llm.take(f"mua_rl-{os.getpid()}-arm-{arm}-{number}", number, tensors))
+            self.adapters.append(self.llm.take(f"mua_rl-{os.getpid()}-{trial}-{number}", number, tensors))
         self.llm.reset_prefix_cache()
         return finite
 
@@ -165,11 +165,11 @@ class ArmsEngine:
         pad_id: int,
         new_tokens: int,
     ) -> Answers:
-        """Complete prompts with the arms as they are now.
+        """Complete prompts with the trials as they are now.
 
         Args:
-            stack: The arms.
-            prompts: Token ids of p prompts of each arm.
+            stack: The trials.
+            prompts: Token ids of p prompts of each trial.
             copies: Completions of each prompt; b = p · copies.
             seeds: `(K, p)`, of the draws; `None` is greedy.
             temperature: What logits are divided by before sampling.
@@ -183,11 +183,11 @@ class ArmsEngine:
         """
         from vllm import SamplingParams
 
-        with engine_failures("while the arms were brought to it"):
+        with engine_failures("while the trials were brought to it"):
             finite = self.sync(stack)
         asked, params, adapters = [], [], []
-        for k, arm in enumerate(prompts):
-            for i, ids in enumerate(arm):
+        for k, trial in enumerate(prompts):
+            for i, ids in enumerate(trial):
                 asked.append({"prompt_token_ids": ids})
                 params.append(
                     SamplingParams(
@@ -226,14 +226,14 @@ class ArmsEngine:
         del self.llm
 
 
-_kept: dict[EngineSettings, ArmsEngine] = {}
+_kept: dict[EngineSettings, StackedEngine] = {}
 
 
-def engine(settings: EngineSettings, folder: str, share: Callable[[], float]) -> ArmsEngine:
-    """The engine for these settings: the one of arms before, or a new one in its place.
+def engine(settings: EngineSettings, folder: str, share: Callable[[], float]) -> StackedEngine:
+    """The engine for these settings: the one of trials before, or a new one in its place.
 
     Args:
-        settings, folder: As `ArmsEngine` takes them.
+        settings, folder: As `StackedEngine` takes them.
         share: Says the share of the GPU for a new one, once the old one has given its memory back.
 
     Raises:
@@ -242,17 +242,17 @@ def engine(settings: EngineSettings, folder: str, share: Callable[[], float]) ->
     if settings not in _kept:
         while _kept:
             _kept.popitem()[1].close()
-        _kept[settings] = ArmsEngine(settings, folder, share())
+        _kept[settings] = StackedEngine(settings, folder, share())
     return _kept[settings]
 
 
 @torch.no_grad()
-def export_arm(stack: LoRAStack, arm: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """A and B of an active arm under PEFT's names, with the arm's multiplier inside B, see
+def export_arm(stack: LoRAStack, trial: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A and B of an active trial under PEFT's names, with the trial's multiplier inside B, see
     `vllm_lora.export_tensors`."""
-    alpha = stack.adapters[arm].alpha(stack.adapters[arm].rank)
+    alpha = stack.adapters[trial].alpha(stack.adapters[trial].rank)
     named: dict[str, torch.Tensor] = {}
-    for name, a, b in stack.matrices(arm):
+    for name, a, b in stack.matrices(trial):
         named[f"base_model.model.{name}.lora_A.weight"] = a.to(dtype, copy=True)
         named[f"base_model.model.{name}.lora_B.weight"] = (b * alpha).to(dtype)
     return named

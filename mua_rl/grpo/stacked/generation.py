@@ -1,4 +1,4 @@
-"""Answers of all arms in one batch, token by token; in several parts one after another where memory asks for it.
+"""Answers of all trials in one batch, token by token; in several parts one after another where memory asks for it.
 
 A prompt is computed once and its keys and values are copied to its completions. On a CPU the cache grows, completions
 leave it as they end, and those of a prompt that begin alike share a row until they differ. On a GPU it has a fixed size
@@ -29,12 +29,12 @@ _SHRINK = 0.75  # share of a batch that is left when the rest is let go: that co
 
 @dataclass(frozen=True)
 class Answers:
-    """Completions of K arms with b rows each.
+    """Completions of K trials with b rows each.
 
     Attributes:
         tokens: `(K, b, t)`, filled up with the padding token after the end.
         lengths: `(K, b)`, tokens up to the end token, which counts.
-        finite: `(K,)`, whether the arm's logits after its prompts, or its weights, were finite numbers.
+        finite: `(K,)`, whether the trial's logits after its prompts, or its weights, were finite numbers.
         logps: `(K, b, t)` log-probs of the tokens, where another program than the trainer has written them; NaN after
             the end.
     """
@@ -46,7 +46,7 @@ class Answers:
 
 
 class Decoder:
-    """Writes completions with a model that carries the LoRAs of K arms (`LoRAStack`).
+    """Writes completions with a model that carries the LoRAs of K trials (`LoRAStack`).
 
     Args:
         model: A causal language model of transformers that passed `mua_rl.grpo.stacked.settings.check_attention`.
@@ -54,7 +54,7 @@ class Decoder:
         pad_id: The padding token.
         new_tokens: The most tokens of a completion.
         autocast: Makes the context of a forward pass.
-        at_once: Completions of each arm that are written at once, which bounds the memory; `None`: all.
+        at_once: Completions of each trial that are written at once, which bounds the memory; `None`: all.
         fixed: Whether the cache has a fixed size; `None`: on a GPU it has.
     """
 
@@ -77,7 +77,7 @@ class Decoder:
         self._next: _FixedNext | None = None
 
     def forget(self) -> None:
-        """Let the fixed cache and its graph go: the arms, or their weights' places, have changed."""
+        """Let the fixed cache and its graph go: the trials, or their weights' places, have changed."""
         self._next = None
 
     @torch.no_grad()
@@ -123,16 +123,18 @@ class Decoder:
         temperature: float,
         taken: int,
     ) -> Answers:
-        """One part; the first `taken` completions of each arm are asked for, and the others end at once."""
+        """One part; the first `taken` completions of each trial are asked for, and the others end at once."""
         first, following = self._read(prompts, mask, copies)
-        arms, rows = len(prompts), prompts.shape[1] * copies
+        trials, rows = len(prompts), prompts.shape[1] * copies
         draws = None
         if uniforms is not None:
             draws = nn.functional.pad(uniforms, (0, 0, 0, rows - taken)).flatten(0, 1).to(self.device)
-        finite = first.isfinite().view(arms, -1).all(-1)
-        unasked = (torch.arange(rows, device=self.device) >= taken).repeat(arms)
-        tokens, lengths = self._write(first.repeat_interleave(copies, 0), following, arms, draws, temperature, unasked)
-        return Answers(tokens.view(arms, rows, -1)[:, :taken], lengths.view(arms, rows)[:, :taken], finite)
+        finite = first.isfinite().view(trials, -1).all(-1)
+        unasked = (torch.arange(rows, device=self.device) >= taken).repeat(trials)
+        tokens, lengths = self._write(
+            first.repeat_interleave(copies, 0), following, trials, draws, temperature, unasked
+        )
+        return Answers(tokens.view(trials, rows, -1)[:, :taken], lengths.view(trials, rows)[:, :taken], finite)
 
     def _read(
         self, prompts: torch.Tensor, mask: torch.Tensor, copies: int
@@ -141,18 +143,18 @@ class Decoder:
         if not self.fixed:
             first, cache = self._prefill(prompts, mask)
             return first, _GrowingNext(self.model, self.autocast, cache, mask, copies)
-        arms, count, length = prompts.shape
-        rows = torch.arange(arms * count, device=self.device).view(arms, count)
-        at_once = max(1, _READ_AT_ONCE // arms)
+        trials, count, length = prompts.shape
+        rows = torch.arange(trials * count, device=self.device).view(trials, count)
+        at_once = max(1, _READ_AT_ONCE // trials)
         found = []
         for piece in rows[0].split(at_once):
             first, cache = self._prefill(prompts[:, piece], mask[:, piece])
-            shape = (arms * count * copies, length)
+            shape = (trials * count * copies, length)
             if self._next is None or self._next.shape != shape:
                 self._next = None  # its memory first
                 self._next = _FixedNext(self.model, self.autocast, shape, self.new_tokens, cache)
             self._next.fill(rows[:, piece].flatten(), cache, mask[:, piece].flatten(0, 1), copies)
-            found.append(first.view(arms, len(piece), -1))
+            found.append(first.view(trials, len(piece), -1))
         assert self._next is not None
         return torch.cat(found, 1).flatten(0, 1), self._next
 
@@ -169,7 +171,7 @@ class Decoder:
         self,
         logits: torch.Tensor,
         following: "_GrowingNext | _FixedNext",
-        arms: int,
+        trials: int,
         draws: torch.Tensor | None,
         temperature: float,
         ended: torch.Tensor,
@@ -180,7 +182,7 @@ class Decoder:
         lengths = torch.zeros(len(logits), dtype=torch.long, device=self.device)
         for step in range(self.new_tokens):
             drawn = None if draws is None else draws[rows, step]
-            token = choose(logits, drawn, temperature, arms).masked_fill(ended, self.pad_id)
+            token = choose(logits, drawn, temperature, trials).masked_fill(ended, self.pad_id)
             written[rows, step] = token
             lengths[rows] += ~ended
             ended |= torch.isin(token, self.end_ids)
@@ -204,30 +206,30 @@ def share(
     """One place in a batch for all completions that have the same place and go on with the same token.
 
     Args:
-        places: `(R,)` of completions in a batch with as many places for each arm, in the arms' order.
+        places: `(R,)` of completions in a batch with as many places for each trial, in the trials' order.
         tokens: `(R,)`, with which they go on.
-        shape: Of the batch: arms K and places of each.
+        shape: Of the batch: trials K and places of each.
 
     Returns:
-        From which places those of the next batch come, again as many for each arm, `(K·n,)`, or `None` where they stay
-        as they are; with which token they go on, `(K·n,)`; and the completions' places among them, `(R,)`. A place that
-        no completion has goes on with token 0.
+        From which places those of the next batch come, again as many for each trial, `(K·n,)`, or `None` where they
+        stay as they are; with which token they go on, `(K·n,)`; and the completions' places among them, `(R,)`. A
+        place that no completion has goes on with token 0.
     """
-    arms, size = shape
+    trials, size = shape
     base = int(tokens.max()) + 1
     pairs, numbers = (places * base + tokens).unique(return_inverse=True)
     parents = pairs // base
-    arm = parents // size
-    counts = arm.bincount(minlength=arms)
+    trial = parents // size
+    counts = trial.bincount(minlength=trials)
     most = int(counts.max())
     origins = None
     if most > _SHRINK * size and len(parents.unique_consecutive()) == len(parents):
         most, new = size, parents
     else:
-        new = arm * most + torch.arange(len(pairs), device=arm.device) - (counts.cumsum(0) - counts)[arm]
-        firsts = torch.arange(0, arms * size, size, device=arm.device)
+        new = trial * most + torch.arange(len(pairs), device=trial.device) - (counts.cumsum(0) - counts)[trial]
+        firsts = torch.arange(0, trials * size, size, device=trial.device)
         origins = firsts.repeat_interleave(most).index_copy(0, new, parents)
-    return origins, tokens.new_zeros(arms * most).index_copy(0, new, pairs % base), new[numbers]
+    return origins, tokens.new_zeros(trials * most).index_copy(0, new, pairs % base), new[numbers]
 
 
 def choose(logits: torch.Tensor, draws: torch.Tensor | None, temperature: float, pieces: int = 1) -> torch.Tensor:
@@ -292,12 +294,12 @@ class _GrowingNext:
         copies: int,
     ) -> None:
         self.model, self.autocast, self.cache = model, autocast, cache
-        self.arms, self.mask = len(mask), mask.flatten(0, 1).bool()
+        self.trials, self.mask = len(mask), mask.flatten(0, 1).bool()
         self.positions = self.mask.sum(-1, keepdim=True)
         self.places = torch.arange(len(self.mask), device=mask.device).repeat_interleave(copies)
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        origins, tokens, self.places = share(self.places, tokens, (self.arms, len(self.mask) // self.arms))
+        origins, tokens, self.places = share(self.places, tokens, (self.trials, len(self.mask) // self.trials))
         if origins is not None:
             self.cache.batch_select_indices(origins)
             self.mask, self.positions = self.mask[origins], self.positions[origins]

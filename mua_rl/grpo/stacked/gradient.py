@@ -1,4 +1,4 @@
-"""The gradient of arms side by side: a rollout's completions in packed forward passes, and the loss of each arm."""
+"""The gradient of trials side by side: a rollout's completions in packed forward passes, and the loss of each trial."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -25,12 +25,12 @@ from mua_rl.rollouts.correction import REFUSE_KL, Mismatch, importance_ratio
 
 
 class Gradient:
-    """Adds a rollout's gradient to that of the arms' A and B.
+    """Adds a rollout's gradient to that of the trials' A and B.
 
     Args:
-        model: The base with the arms' LoRAs and a fused output layer.
+        model: The base with the trials' LoRAs and a fused output layer.
         arguments: As for a single run; `use_vllm`: completions come from an engine, whose policy is not quite the same.
-        tokens: The most tokens of all arms together in one forward pass.
+        tokens: The most tokens of all trials together in one forward pass.
         pad_token_id: Fills rows up.
         autocast: The context of forward passes.
     """
@@ -58,11 +58,11 @@ class Gradient:
         return batches(rows, self.tokens, self.pad_token_id, aligned)
 
     def _rows(self, rollout: Rollout, k: int) -> list[Row]:
-        """Of one arm."""
+        """Of one trial."""
         lengths, weights = rollout.answers.lengths[k].tolist(), rollout.weighted_advantages[k].tolist()
         logps = None if rollout.answers.logps is None else rollout.answers.logps[k].tolist()
-        arms = len(rollout.answers.tokens)
-        prompts = rollout.prompts[k * len(rollout.prompts) // arms : (k + 1) * len(rollout.prompts) // arms]
+        trials = len(rollout.answers.tokens)
+        prompts = rollout.prompts[k * len(rollout.prompts) // trials : (k + 1) * len(rollout.prompts) // trials]
         group = len(lengths) // len(prompts)
         summed: dict[int, dict[tuple[int, ...], Completion]] = {}
         for i, tokens in enumerate(rollout.answers.tokens[k].tolist()):
@@ -74,7 +74,7 @@ class Gradient:
         return [row for prompt, found in summed.items() for row in pack(prompts[prompt], found.values())]
 
     def backward(self, batch: Batch) -> torch.Tensor:
-        """Add a pass's gradient to the arms'; the losses `(K,)`."""
+        """Add a pass's gradient to the trials'; the losses `(K,)`."""
         batch = batch.to(self.model.device)
         logps = self.log_probs(batch.ids, batch.labels, batch.positions, batch.parts).view(*batch.weights.shape, 1)
         scored = (batch.labels != UNLABELLED).view(logps.shape)
@@ -98,7 +98,7 @@ class Gradient:
         return importance_ratio(difference, nothing, everything, f"token_{cut}", *bounds).view(batch.weights.shape)
 
     def mismatches(self, first: bool) -> list[Metrics]:
-        """How far the engine's policy was from each arm's in the passes since the last call; none without an engine.
+        """How far the engine's policy was from each trial's in the passes since the last call; none without an engine.
 
         Args:
             first: Whether this is the first step.
@@ -110,9 +110,9 @@ class Gradient:
             return []
         ours, theirs, scored = (torch.cat(tensors, 1) for tensors in zip(*self._compared, strict=True))
         self._compared = []
-        found = [Mismatch.of(*arm) for arm in zip(ours, theirs, scored, strict=True)]
+        found = [Mismatch.of(*trial) for trial in zip(ours, theirs, scored, strict=True)]
         if first and max(mismatch.kl for mismatch in found) > REFUSE_KL:
-            raise UserError("the vLLM engine holds another policy than the trainer: run the arms without --use_vllm.")
+            raise UserError("the vLLM engine holds another policy than the trainer: run the trials without --use_vllm.")
         return [mismatch.metrics() for mismatch in found]
 
     def log_probs(

@@ -1,7 +1,7 @@
-"""How the memory of GRPO arms side by side is shared: planned from what one run would take, before the first step.
+"""How the memory of GRPO trials side by side is shared: planned from what one run would take, before the first step.
 
-Arms share the base, but each has its A, B, gradients and moments, and the completions of all of them have keys and
-values at once. So that K arms do not take K times one run's memory, they are completed and trained in parts. Which
+Trials share the base, but each has its A, B, gradients and moments, and the completions of all of them have keys and
+values at once. So that K trials do not take K times one run's memory, they are completed and trained in parts. Which
 parts changes no result but by rounding: a completion depends on its own prompt and draws alone, and gradients add up.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from mua_rl.rollouts.memory import PolicySize, TrainerMemory, trainer_memory
 
 TIMES_ONE_RUN = 1.4
-"""Memory of arms side by side in runs, by default; see `memory_limit`."""
+"""Memory of trials side by side in runs, by default; see `memory_limit`."""
 
 CACHE_ALIGNED = 8
 """The length of a fixed cache is a multiple of it, as attention kernels like it."""
@@ -22,11 +22,11 @@ _CPU_PASS = 1024  # tokens: in wider passes there is more padding, and more memo
 
 @dataclass(frozen=True)
 class Parts:
-    """In which parts arms work.
+    """In which parts trials work.
 
     Attributes:
-        completions: Of each arm, written at once.
-        tokens: Of all arms together, in one forward and backward pass.
+        completions: Of each trial, written at once.
+        tokens: Of all trials together, in one forward and backward pass.
     """
 
     completions: int
@@ -34,11 +34,11 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class ArmsMemory:
-    """Bytes of arms side by side at their peak, which is in a training pass: the cache keeps its place meanwhile.
+class StackedMemory:
+    """Bytes of trials side by side at their peak, which is in a training pass: the cache keeps its place meanwhile.
 
     Attributes:
-        trainer: As for a single run: weights (A and B of all arms with them), gradients, moments, a pass.
+        trainer: As for a single run: weights (A and B of all trials with them), gradients, moments, a pass.
         cache: Keys and values of the completions that are written at once.
         logits: After the last token of each of these.
     """
@@ -59,18 +59,18 @@ class ArmsMemory:
 
 @dataclass(frozen=True)
 class Work:
-    """What one optimizer step of each arm is.
+    """What one optimizer step of each trial is.
 
     Attributes:
-        arms: K.
-        prompts: Of an arm.
+        trials: K.
+        prompts: Of a trial.
         group: Completions per prompt G.
         length: Tokens of the longest prompt and the longest completion together.
         micro_batch: Completions in a pass of a single run.
         compute_bytes: 2 for bf16 (autocast), 4 for fp32.
     """
 
-    arms: int
+    trials: int
     prompts: int
     group: int
     length: int
@@ -84,30 +84,30 @@ class Work:
 
 
 def one_run(loaded: PolicySize, work: Work) -> TrainerMemory:
-    """What one arm takes in a run of its own.
+    """What one trial takes in a run of its own.
 
     Args:
         loaded: The policy of one run, its base as it is loaded.
-        work: Of the arms.
+        work: Of the trials.
     """
     return trainer_memory(loaded, micro_batch=work.micro_batch, length=work.length, compute_bytes=work.compute_bytes)
 
 
-def arms_memory(size: PolicySize, work: Work, parts: Parts) -> ArmsMemory:
-    """What arms take.
+def arms_memory(size: PolicySize, work: Work, parts: Parts) -> StackedMemory:
+    """What trials take.
 
     Args:
-        size: Of the base as it is here, and of A and B of all arms (`trained`).
-        work: Of the arms.
+        size: Of the base as it is here, and of A and B of all trials (`trained`).
+        work: Of the trials.
         parts: In which they do it.
     """
-    rows = work.arms * parts.completions
+    rows = work.trials * parts.completions
     length = -(-work.length // CACHE_ALIGNED) * CACHE_ALIGNED
     trainer = trainer_memory(size, micro_batch=1, length=parts.tokens, compute_bytes=work.compute_bytes)
     casts = (
         size.trained * work.compute_bytes if work.compute_bytes < _FP32 else 0
     )  # of A and B, kept as activations are
-    return ArmsMemory(
+    return StackedMemory(
         replace(trainer, casts=trainer.casts + casts),
         rows * length * 2 * size.layers * size.kv_width * work.compute_bytes,
         rows * size.vocabulary * work.compute_bytes,
@@ -115,10 +115,11 @@ def arms_memory(size: PolicySize, work: Work, parts: Parts) -> ArmsMemory:
 
 
 def memory_limit(size: PolicySize, work: Work, one: TrainerMemory, times: float) -> float:
-    """Bytes that arms may take together: `times` what one run takes, or more where their weights need it.
+    """Bytes that trials may take together: `times` what one run takes, or more where their weights need it.
 
-    A, B, gradients and moments of all arms are there anyhow (at r = 256 eight arms of SmolLM2 have 1.4 times what one
-    run takes in all); what is left for work is never less than one run has, for in crumbs it takes many times as long.
+    A, B, gradients and moments of all trials are there anyhow (at r = 256 eight trials of SmolLM2 have 1.4 times what
+    one run takes in all); what is left for work is never less than one run has, for in crumbs it takes many times as
+    long.
 
     Args:
         size, work: As `arms_memory` takes them.
@@ -130,7 +131,7 @@ def memory_limit(size: PolicySize, work: Work, one: TrainerMemory, times: float)
 
 
 def plan_parts(size: PolicySize, work: Work, limit: float) -> Parts:
-    """The largest parts that keep arms within a number of bytes; or the smallest there are.
+    """The largest parts that keep trials within a number of bytes; or the smallest there are.
 
     A pass has at most the tokens of a single run's, the rest goes to the cache. Prompts are shared evenly among the
     parts, as all parts have the same size.
@@ -151,5 +152,5 @@ def plan_parts(size: PolicySize, work: Work, limit: float) -> Parts:
 
 
 def cpu_parts(work: Work) -> Parts:
-    """On a CPU, where programs and not arms are most of a run's memory: all completions at once, in quick passes."""
+    """On a CPU, where programs and not trials are most of a run's memory: all completions at once, in quick passes."""
     return Parts(work.prompts * work.group, _CPU_PASS)

@@ -1,4 +1,4 @@
-"""The GRPO objective of several arms at once: advantages within groups, and the weight of every token in the loss.
+"""The GRPO objective of several trials at once: advantages within groups, and the weight of every token in the loss.
 
 Each batch of completions is used for one optimizer step, so the probability ratio is 1 when its gradient is taken and
 clips nothing: the loss is a weighted sum of the tokens' ratios, and a completion without advantage, or masked, has no
@@ -18,7 +18,7 @@ def group_advantages(rewards: torch.Tensor, group: int, scale: str = "group") ->
     Args:
         rewards: `(K, b)`, completions of one prompt side by side; NaN where a completion could not be scored.
         group: Completions per prompt G.
-        scale: The standard deviation is that of the "group", of the arm's whole "batch", or "none" at all.
+        scale: The standard deviation is that of the "group", of the trial's whole "batch", or "none" at all.
 
     Returns:
         `(K, b)`; 0 where the reward is NaN.

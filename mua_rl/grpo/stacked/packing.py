@@ -54,7 +54,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of K arms for one forward pass, b for each arm.
+    """Rows of K trials for one forward pass, b for each trial.
 
     Attributes:
         ids, labels: `(K·b, t)`.
@@ -102,31 +102,31 @@ def pack(prompt: list[int], completions: Iterable[Completion], longest: int = _R
     return rows
 
 
-def batches(arms: Sequence[Sequence[Row]], tokens: int, pad_id: int, aligned: int = 1) -> Iterator[Batch]:
-    """All rows of each arm, the longest first, so that a batch has little padding.
+def batches(trials: Sequence[Sequence[Row]], tokens: int, pad_id: int, aligned: int = 1) -> Iterator[Batch]:
+    """All rows of each trial, the longest first, so that a batch has little padding.
 
     Args:
-        arms: Rows of each arm.
-        tokens: Of one batch, with its padding, at most; more only where one row of each arm has more.
+        trials: Rows of each trial.
+        tokens: Of one batch, with its padding, at most; more only where one row of each trial has more.
         pad_id: The padding token.
         aligned: The length of a batch is a multiple of it.
     """
-    ordered = [sorted(rows, key=len, reverse=True) for rows in arms]
-    start, most = 0, max(map(len, arms))
+    ordered = [sorted(rows, key=len, reverse=True) for rows in trials]
+    start, most = 0, max(map(len, trials))
     while start < most:
         length = max(len(rows[start]) for rows in ordered if len(rows) > start)
         length = -(-length // aligned) * aligned
-        count = min(most - start, max(1, tokens // (len(arms) * length)))
+        count = min(most - start, max(1, tokens // (len(trials) * length)))
         yield _batch([rows[start : start + count] for rows in ordered], count, length, pad_id)
         start += count
 
 
-def _batch(arms: Sequence[Sequence[Row]], count: int, length: int, pad_id: int) -> Batch:
-    shape = (len(arms), count, length)
+def _batch(trials: Sequence[Sequence[Row]], count: int, length: int, pad_id: int) -> Batch:
+    shape = (len(trials), count, length)
     ids, labels = np.full(shape, pad_id), np.full(shape, UNLABELLED)
     positions, parts = np.zeros_like(ids), np.full(shape, _PADDING)
     weights, logps = np.zeros(shape, dtype=np.float32), np.full(shape, np.nan, dtype=np.float32)
-    for k, rows in enumerate(arms):
+    for k, rows in enumerate(trials):
         for i, row in enumerate(rows):
             ids[k, i, : len(row)], labels[k, i, : len(row)] = row.ids, row.labels
             positions[k, i, : len(row)], parts[k, i, : len(row)] = row.positions, row.parts

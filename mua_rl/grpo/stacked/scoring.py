@@ -1,4 +1,4 @@
-"""What the completions of arms side by side are worth: text, rewards, advantages and their metrics."""
+"""What the completions of trials side by side are worth: text, rewards, advantages and their metrics."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Rollout:
-    """One step's completions of K arms with p prompts each, and what they are worth, on the CPU.
+    """One step's completions of K trials with p prompts each, and what they are worth, on the CPU.
 
     Attributes:
-        prompts: Token ids of the prompts, p of each arm after those of the arm before.
-        answers: G completions of each prompt, b = p G for each arm.
+        prompts: Token ids of the prompts, p of each trial after those of the trial before.
+        answers: G completions of each prompt, b = p G for each trial.
         weighted_advantages: `(K, b)`, by which a completion's tokens count in the loss.
-        metrics: Of each arm.
+        metrics: Of each trial.
     """
 
     prompts: list[list[int]]
@@ -70,8 +70,8 @@ class Scoring:
         return self.arguments.num_generations
 
     def rollout(self, numbers: list[list[int]], prompts: list[list[list[int]]], answers: Answers) -> Rollout:
-        """The completions of each arm's prompts, which are given by their rows' numbers and as token ids."""
-        scores = [self._rewards(arm, text) for arm, text in zip(numbers, self.texts(answers), strict=True)]
+        """The completions of each trial's prompts, which are given by their rows' numbers and as token ids."""
+        scores = [self._rewards(trial, text) for trial, text in zip(numbers, self.texts(answers), strict=True)]
         rewards = torch.stack([self._total(s) for s in scores])
         last = answers.tokens.gather(-1, answers.lengths[..., None] - 1).squeeze(-1)
         truncated = ~torch.isin(last, torch.tensor([*self.end_ids, self.tokenizer.pad_token_id]))
@@ -92,10 +92,10 @@ class Scoring:
             }
             for k in range(len(numbers))
         ]
-        return Rollout([ids for arm in prompts for ids in arm], answers, advantages * weights, metrics)
+        return Rollout([ids for trial in prompts for ids in trial], answers, advantages * weights, metrics)
 
     def texts(self, answers: Answers) -> list[list[str]]:
-        """The text of each arm's completions."""
+        """The text of each trial's completions."""
         tokens, lengths = answers.tokens.tolist(), answers.lengths.tolist()
         return [
             self.tokenizer.batch_decode(
@@ -105,7 +105,7 @@ class Scoring:
         ]
 
     def _rewards(self, numbers: list[int], texts: list[str]) -> torch.Tensor:
-        """Scores of one arm's completions, `(b, rewards)`; NaN where a reward gives none."""
+        """Scores of one trial's completions, `(b, rewards)`; NaN where a reward gives none."""
         rows = [self.rows[number] for number in numbers for _ in range(self.group)]
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         columns["prompts"] = columns.pop("prompt")

@@ -1,4 +1,4 @@
-"""What GRPO arms side by side can be asked: the settings of a single run that they know, and the values they take."""
+"""What GRPO trials side by side can be asked: the settings of a single run that they know, and the values they take."""
 
 from collections.abc import Sequence
 
@@ -38,7 +38,7 @@ TAKEN: dict[str, tuple] = {
     "fp16": (False,),
     "optim": ("adamw_torch", "adamw_torch_fused"),
 }
-"""Settings that arms side by side know, with the values that they take; the loss is TRL's for all of these."""
+"""Settings that trials side by side know, with the values that they take; the loss is TRL's for all of these."""
 
 TAKEN_BY_THE_ENGINE: dict[str, tuple] = {
     "vllm_mode": ("colocate",),
@@ -52,38 +52,38 @@ TAKEN_BY_THE_ENGINE: dict[str, tuple] = {
 """The same with `--use_vllm`."""
 
 
-def check(arguments: GRPOArguments, arms: Sequence[Trial]) -> None:
-    """Refuse what arms side by side do not know.
+def check(arguments: GRPOArguments, trials: Sequence[Trial]) -> None:
+    """Refuse what trials side by side do not know.
 
     Raises:
-        UserError: There is no arm, an arm is full finetuning, or a setting is not in `TAKEN`; with vLLM, one is not in
-            `TAKEN_BY_THE_ENGINE`, or it takes no such rank; the message says to run singly.
+        UserError: There is no trial, a trial is full finetuning, or a setting is not in `TAKEN`; with vLLM, one is not
+            in `TAKEN_BY_THE_ENGINE`, or it takes no such rank; the message says to run singly.
     """
-    if not arms:
-        raise UserError("there is no arm to train: give at least one.")
-    for arm in arms:
-        if arm.spec.rank is None:
+    if not trials:
+        raise UserError("there is no trial to train: give at least one.")
+    for trial in trials:
+        if trial.spec.rank is None:
             raise UserError("full finetuning (--rank full) shares no frozen base: run it singly.")
         if arguments.use_vllm:
-            engine_rank(arm.spec.rank)
+            engine_rank(trial.spec.rank)
     for name, taken in {**TAKEN, **(TAKEN_BY_THE_ENGINE if arguments.use_vllm else {})}.items():
         value = getattr(arguments, name)
         if getattr(value, "value", value) not in taken:
             raise UserError(
-                f"arms side by side do not know --{name} {getattr(value, 'value', value)}: drop it, or run the arms "
-                "singly."
+                f"trials side by side do not know --{name} {getattr(value, 'value', value)}: drop it, or run the "
+                "trials singly."
             )
     if arguments.steps_per_generation != arguments.gradient_accumulation_steps:
         raise UserError(
-            "arms side by side make one optimizer step of each batch of completions: drop --steps_per_generation and "
-            "--generation_batch_size, or run the arms singly."
+            "trials side by side make one optimizer step of each batch of completions: drop --steps_per_generation and "
+            "--generation_batch_size, or run the trials singly."
         )
     if arguments.max_steps < 1:
-        raise UserError("arms side by side need --max_steps.")
+        raise UserError("trials side by side need --max_steps.")
 
 
 def check_policy(policy: PreTrainedModel, arguments: GRPOArguments) -> None:
-    """Refuse a policy that arms side by side cannot train: one found out before any arm may be trained singly.
+    """Refuse a policy that trials side by side cannot train: one found out before any trial may be trained singly.
 
     Args:
         policy: With LoRA attached; not to be trained afterwards (`check_dropout`).
@@ -98,7 +98,7 @@ def check_policy(policy: PreTrainedModel, arguments: GRPOArguments) -> None:
 
 
 def device_of(arguments: GRPOArguments) -> torch.device:
-    """Where arms train: the GPU where there is one, unless `--use_cpu` is given."""
+    """Where trials train: the GPU where there is one, unless `--use_cpu` is given."""
     return torch.device("cuda" if torch.cuda.is_available() and not arguments.use_cpu else "cpu")
 
 
@@ -112,8 +112,8 @@ def check_attention(model: PreTrainedModel) -> None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or not getattr(model, "_supports_attention_backend", False):
         raise UserError(
-            f"arms side by side take models with full attention throughout, and {type(model).__name__} is another: "
-            "run the arms singly."
+            f"trials side by side take models with full attention throughout, and {type(model).__name__} is another: "
+            "run the trials singly."
         )
 
 
@@ -136,5 +136,5 @@ def check_dropout(model: PreTrainedModel, disabled: bool) -> None:
         training = model.train()(input_ids=ids).logits
     evaluating = model.eval()(input_ids=ids).logits
     if not torch.allclose(training, evaluating, rtol=0.01, atol=0.01 * float(evaluating.abs().max())):
-        cure = "run the arms singly" if disabled else "set --disable_dropout true, or run the arms singly"
-        raise UserError(f"arms side by side do not know dropout, which {type(model).__name__} has: {cure}.")
+        cure = "run the trials singly" if disabled else "set --disable_dropout true, or run the trials singly"
+        raise UserError(f"trials side by side do not know dropout, which {type(model).__name__} has: {cure}.")

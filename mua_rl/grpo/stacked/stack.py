@@ -1,8 +1,8 @@
-"""K LoRAs on one frozen base: A and B of all arms stacked, one batched product beside the shared base product.
+"""K LoRAs on one frozen base: A and B of all trials stacked, one batched product beside the shared base product.
 
-A batch is laid out arm by arm: rows `k·b … (k+1)·b − 1` belong to arm k. Rows of different arms meet in no product, so
-a NaN of one arm reaches no other. Arms may differ in rank: A and B are padded with zeros to the largest, and zeros get
-no gradient, so they stay zero.
+A batch is laid out trial by trial: rows `k·b … (k+1)·b − 1` belong to trial k. Rows of different trials meet in no
+product, so a NaN of one trial reaches no other. Trials may differ in rank: A and B are padded with zeros to the
+largest, and zeros get no gradient, so they stay zero.
 """
 
 import copy
@@ -19,7 +19,7 @@ from torch import nn
 from mua_rl.adapter.adapters import LoRA, lora_layers
 from mua_rl.errors import UserError
 
-# Gradients are views into one vector an arm: what autograd warns of is that no other layout is as fast for it.
+# Gradients are views into one vector a trial: what autograd warns of is that no other layout is as fast for it.
 warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
 
 
@@ -30,17 +30,17 @@ def check_linear(name: str, layer: nn.Module) -> nn.Linear:
         UserError: It has no stacked form.
     """
     if not isinstance(layer, nn.Linear):
-        raise UserError(f"arms side by side take linear layers, and {name} is none: run the arms singly.")
+        raise UserError(f"trials side by side take linear layers, and {name} is none: run the trials singly.")
     return layer
 
 
 class StackedLinear(nn.Module):
-    """A frozen linear layer that adds `α_k B_k A_k x` to the rows of arm k.
+    """A frozen linear layer that adds `α_k B_k A_k x` to the rows of trial k.
 
     Attributes:
-        a: A of the arms, `(K, r, n)`, fp32.
-        b: B of the arms, `(K, m, r)`, fp32.
-        multiplier: α of the arms, `(K, 1, 1)`; `None` where all are 1.
+        a: A of the trials, `(K, r, n)`, fp32.
+        b: B of the trials, `(K, m, r)`, fp32.
+        multiplier: α of the trials, `(K, 1, 1)`; `None` where all are 1.
     """
 
     a: nn.Parameter
@@ -56,23 +56,23 @@ class StackedLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # once, for both products
         out = self.base(x)
-        arms = len(self.a)
-        low = torch.bmm(x.reshape(arms, -1, x.shape[-1]), self.a.to(x.dtype).mT)
+        trials = len(self.a)
+        low = torch.bmm(x.reshape(trials, -1, x.shape[-1]), self.a.to(x.dtype).mT)
         if self.multiplier is not None:
             low = (low * self.multiplier).to(x.dtype)
-        return torch.baddbmm(out.view(arms, -1, out.shape[-1]), low, self.b.to(x.dtype).mT).view(out.shape)
+        return torch.baddbmm(out.view(trials, -1, out.shape[-1]), low, self.b.to(x.dtype).mT).view(out.shape)
 
 
 class LoRAStack:
-    """The LoRAs of several arms on one model.
+    """The LoRAs of several trials on one model.
 
-    All of an arm's A and B lie in one row of `values`, their gradients in the same row of `gradients`, and the layers
-    hold views into these: clipping, checking and stepping an arm are operations on one vector.
+    All of a trial's A and B lie in one row of `values`, their gradients in the same row of `gradients`, and the layers
+    hold views into these: clipping, checking and stepping a trial are operations on one vector.
 
     Args:
         model: A causal language model; its targeted linear layers are replaced by `StackedLinear`.
-        adapters: What each arm trains.
-        seeds: Of the starting values of each arm: those that `adapter.attach(model, seed)` draws.
+        adapters: What each trial trains.
+        seeds: Of the starting values of each trial: those that `adapter.attach(model, seed)` draws.
 
     Attributes:
         values: `(K, P)`, fp32.
@@ -97,42 +97,42 @@ class LoRAStack:
         self.active = list(range(len(self.adapters)))
         size = sum(self.rank * sum(layer.base.weight.shape) for layer in self.layers.values())
         self._lay_out(torch.zeros(len(self.active), size, device=next(model.parameters()).device))
-        for arm, (adapter, seed) in enumerate(zip(adapters, seeds, strict=True)):
+        for trial, (adapter, seed) in enumerate(zip(adapters, seeds, strict=True)):
             generator = torch.Generator().manual_seed(seed)
-            for _, a, b in self.matrices(arm):
+            for _, a, b in self.matrices(trial):
                 adapter.draw(a, b, generator)
 
-    def matrices(self, arm: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Name, A `(r, n)` and B `(m, r)` of every layer of an active arm, at its own rank; views without gradient."""
-        return self._views(self.values[self.active.index(arm)], self.adapters[arm].rank)
+    def matrices(self, trial: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Name, A `(r, n)` and B `(m, r)` of every layer of an active trial, at its own rank; views, no gradient."""
+        return self._views(self.values[self.active.index(trial)], self.adapters[trial].rank)
 
-    def pack(self, arm: int, vector: torch.Tensor) -> torch.Tensor:
-        """What of a vector that is laid out as a row of `values` belongs to an arm's own rank, `(P,)` → `(p,)`, on the
+    def pack(self, trial: int, vector: torch.Tensor) -> torch.Tensor:
+        """What of a vector that is laid out as a row of `values` belongs to a trial's own rank, `(P,)` → `(p,)`, on the
         CPU: it does not depend on the ranks of the others."""
-        matrices = self._views(vector, self.adapters[arm].rank)
+        matrices = self._views(vector, self.adapters[trial].rank)
         return torch.cat([matrix.flatten() for _, a, b in matrices for matrix in (a, b)]).cpu()
 
-    def unpack(self, arm: int, packed: torch.Tensor) -> torch.Tensor:
-        """What `pack` gave, maybe of another stack with that arm, as a row of `values`: `(p,)` → `(P,)`."""
+    def unpack(self, trial: int, packed: torch.Tensor) -> torch.Tensor:
+        """What `pack` gave, maybe of another stack with that trial, as a row of `values`: `(p,)` → `(P,)`."""
         vector = torch.zeros_like(self.values[0])
-        matrices = [m for _, a, b in self._views(vector, self.adapters[arm].rank) for m in (a, b)]
+        matrices = [m for _, a, b in self._views(vector, self.adapters[trial].rank) for m in (a, b)]
         for matrix, part in zip(matrices, packed.split([m.numel() for m in matrices]), strict=True):
             matrix.copy_(part.view(matrix.shape))
         return vector
 
-    def keep(self, arms: Sequence[int]) -> None:
-        """Let the other arms go: a batch has rows for these alone from now on."""
-        rows = [self.active.index(arm) for arm in arms]
-        self.active = list(arms)
+    def keep(self, trials: Sequence[int]) -> None:
+        """Let the other trials go: a batch has rows for these alone from now on."""
+        rows = [self.active.index(trial) for trial in trials]
+        self.active = list(trials)
         self._lay_out(self.values[rows])
 
-    def save_adapter(self, arm: int, folder: Path | str) -> None:
-        """Write an active arm as a PEFT adapter (`mua_rl.adapter.load_adapter` reads it)."""
+    def save_adapter(self, trial: int, folder: Path | str) -> None:
+        """Write an active trial as a PEFT adapter (`mua_rl.adapter.load_adapter` reads it)."""
         tensors = {}
-        for name, a, b in self.matrices(arm):
+        for name, a, b in self.matrices(trial):
             tensors[f"base_model.model.{name}.lora_A.weight"] = a.cpu().contiguous()
             tensors[f"base_model.model.{name}.lora_B.weight"] = b.cpu().contiguous()
-        folder, adapter, config = Path(folder), self.adapters[arm], copy.copy(self.config)
+        folder, adapter, config = Path(folder), self.adapters[trial], copy.copy(self.config)
         config.r, config.lora_alpha = adapter.rank, adapter.peft_config(self.model).lora_alpha
         config.inference_mode = True
         config.save_pretrained(str(folder))
@@ -148,9 +148,9 @@ class LoRAStack:
             start += self.rank * (n + m)
 
     def _lay_out(self, values: torch.Tensor) -> None:
-        """Make `values` the arms' values and point the layers at them."""
+        """Make `values` the trials' values and point the layers at them."""
         self.values, self.gradients = values, torch.zeros_like(values)
-        alphas = [self.adapters[arm].alpha(self.adapters[arm].rank) for arm in self.active]
+        alphas = [self.adapters[trial].alpha(self.adapters[trial].rank) for trial in self.active]
         multiplier = None if set(alphas) <= {1.0} else torch.tensor(alphas, device=values.device).view(-1, 1, 1)
         start = 0
         for layer in self.layers.values():

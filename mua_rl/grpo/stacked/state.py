@@ -1,4 +1,4 @@
-"""What belongs to one arm alone, beside its row of the stack."""
+"""What belongs to one trial alone, beside its row of the stack."""
 
 import math
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ from mua_rl.run.trial import Trial, TrialResult
 
 
 @dataclass
-class ArmState:
-    """An arm that trains.
+class StackedTrial:
+    """A trial that trains.
 
     Attributes:
-        number: Among the arms of its group.
-        arm: What it is.
+        number: Among the trials of its group.
+        trial: What it is.
         order: Rows of the prompts of each step.
         generator: Of its draws.
         optimizer, schedule: Its own.
@@ -29,7 +29,7 @@ class ArmState:
     """
 
     number: int
-    arm: Trial
+    trial: Trial
     order: list[list[int]]
     generator: torch.Generator
     optimizer: torch.optim.Optimizer
@@ -40,11 +40,11 @@ class ArmState:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """All of the arm's A and B as one vector."""
+        """All of the trial's A and B as one vector."""
         return self.optimizer.param_groups[0]["params"][0]
 
     def outcome(self, before: float, after: HeldOutResult | None, stopped: str = "") -> TrialResult:
-        """Of an arm that is at its end, or was stopped.
+        """Of a trial that is at its end, or was stopped.
 
         Args:
             before: Held-out accuracy before training.
@@ -56,7 +56,7 @@ class ArmState:
         return TrialResult.of_training(score, error, before, rewards, len(self.history), self.seconds, stopped)
 
     def state_dict(self, stack: LoRAStack) -> dict[str, Any]:
-        """All that training has made of the arm, on the CPU, in a form that does not depend on the others' ranks."""
+        """All that training has made of the trial, on the CPU, in a form that does not depend on the others' ranks."""
         optimizer = self.optimizer.state_dict()
         moments = {
             index: {key: stack.pack(self.number, value) if value.dim() else value for key, value in of.items()}
@@ -73,7 +73,7 @@ class ArmState:
         }
 
     def load_state_dict(self, stack: LoRAStack, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` of the same arm gave, maybe in another group."""
+        """Go on from what `state_dict` of the same trial gave, maybe in another group."""
         optimizer = state["optimizer"]
         moments = {
             index: {

@@ -1,7 +1,7 @@
-"""GRPO with K LoRA arms side by side on one frozen base: what K runs of `python -m mua_rl.grpo` do, in one process.
+"""GRPO with K LoRA trials side by side on one frozen base: what K runs of `python -m mua_rl.grpo` do, in one process.
 
-The arms share the base, the task and the settings, and differ in learning rate, seed, rank, initialisation and
-multiplier (`mua_rl.run.trial.Trial`). Every arm has its own prompts, draws, rewards, gradient norm, optimizer and
+The trials share the base, the task and the settings, and differ in learning rate, seed, rank, initialisation and
+multiplier (`mua_rl.run.trial.Trial`). Every trial has its own prompts, draws, rewards, gradient norm, optimizer and
 schedule, so that it does what it would do alone. Each batch of completions makes one optimizer step.
 """
 
@@ -30,13 +30,13 @@ from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.base import load_base, load_tokenizer
 from mua_rl.grpo.setup import check_vllm, check_vocabulary, splits
 from mua_rl.grpo.stacked.checkpoint import Checkpoints
-from mua_rl.grpo.stacked.engine import ArmsEngine, EngineSettings, engine, gpu_share
+from mua_rl.grpo.stacked.engine import EngineSettings, StackedEngine, engine, gpu_share
 from mua_rl.grpo.stacked.generation import Answers, Decoder
 from mua_rl.grpo.stacked.gradient import Gradient
 from mua_rl.grpo.stacked.memory import (
     TIMES_ONE_RUN,
-    ArmsMemory,
     Parts,
+    StackedMemory,
     Work,
     arms_memory,
     cpu_parts,
@@ -47,7 +47,7 @@ from mua_rl.grpo.stacked.memory import (
 from mua_rl.grpo.stacked.scoring import Metrics, Rollout, Scoring
 from mua_rl.grpo.stacked.settings import check, check_attention, check_dropout, device_of
 from mua_rl.grpo.stacked.stack import LoRAStack
-from mua_rl.grpo.stacked.state import ArmState
+from mua_rl.grpo.stacked.state import StackedTrial
 from mua_rl.grpo.trainer import RunCallback
 from mua_rl.lm.heldout import HeldOutResult, end_ids, is_conversational, prompt_ids, score
 from mua_rl.rollouts.memory import PolicySize
@@ -55,25 +55,25 @@ from mua_rl.rollouts.sync import leave_uncompiled
 from mua_rl.run.trial import Trial, TrialResult
 
 KeepGoing = Callable[[Trial, list[Metrics]], str | None]
-"""Why an arm shall end early, given its metrics so far; `None` lets it go on."""
+"""Why a trial shall end early, given its metrics so far; `None` lets it go on."""
 
 ROLE = "lora"
 
 
 class SideBySide:
-    """Trains arms side by side.
+    """Trains trials side by side.
 
     Args:
         arguments: As for a single run; its learning rate, seed and run folder have no meaning here.
-        arms: LoRA arms.
+        trials: LoRA trials.
         target_modules: Which layers carry LoRA.
         start_from: Folder of a run whose policy to start from.
-        memory: What the arms may take together on a GPU, in units of what one run takes (`memory_limit`).
+        memory: What the trials may take together on a GPU, in units of what one run takes (`memory_limit`).
         parts: In which parts they work; `None`: as `memory` allows.
 
     Attributes:
-        stack: The arms' A and B.
-        states: The arms that still train, in the order of the stack's rows.
+        stack: The trials' A and B.
+        states: The trials that still train, in the order of the stack's rows.
         phases: Seconds spent so far on generation, rewards and the update.
 
     Raises:
@@ -83,18 +83,18 @@ class SideBySide:
     def __init__(
         self,
         arguments: GRPOArguments,
-        arms: Sequence[Trial],
+        trials: Sequence[Trial],
         target_modules: TargetModules = "mlp",
         start_from: str | None = None,
         memory: float = TIMES_ONE_RUN,
         parts: Parts | None = None,
     ) -> None:
-        check(arguments, arms)
+        check(arguments, trials)
         if not 0 < memory < math.inf:
-            raise UserError(f"the memory of arms side by side is a number of runs' above 0, not {memory}.")
+            raise UserError(f"the memory of trials side by side is a number of runs' above 0, not {memory}.")
         if arguments.use_vllm:
             check_vllm()
-        self.arguments, self.arms = arguments, list(arms)
+        self.arguments, self.trials = arguments, list(trials)
         self.task = get_task(arguments.task, arguments.bad_rows, arguments.isolation)
         self.device = device_of(arguments)
         self.tokenizer = load_tokenizer(arguments)
@@ -108,13 +108,15 @@ class SideBySide:
         self.train_rows, self.held_out_rows = splits(self.task, self.conversational, arguments.held_out_problems)
         check_vocabulary(model, self.tokenizer, [self.train_rows, self.held_out_rows])
         self.new_tokens = arguments.max_completion_length or self.task.max_completion_length
-        adapters = [adapter_for(arm.spec, target_modules) for arm in arms]
-        self.stack = LoRAStack(self.model, [a for a in adapters if isinstance(a, LoRA)], [arm.seed for arm in arms])
+        adapters = [adapter_for(trial.spec, target_modules) for trial in trials]
+        self.stack = LoRAStack(
+            self.model, [a for a in adapters if isinstance(a, LoRA)], [trial.seed for trial in trials]
+        )
         if arguments.bf16:
             self._precast()
         add_fused_lm_head(self.model, temperature=arguments.temperature)
         self.end_ids = end_ids(self.model, self.tokenizer)
-        self.states = [self._new_state(number, arm) for number, arm in enumerate(arms)]
+        self.states = [self._new_state(number, trial) for number, trial in enumerate(trials)]
         used = sorted({number for state in self.states for step in state.order for number in step})
         rows, self.prompts = self._read(self.train_rows, used)
         self.scoring = Scoring(self.task, rows, arguments, self.tokenizer, self.end_ids, self.new_tokens)
@@ -122,7 +124,7 @@ class SideBySide:
         self.longest_prompt = max(map(len, [*self.prompts.values(), *self.problems.values()]))
         self.work, self.size = self._work(), PolicySize.of(self.model)
         self.one_run = one_run(
-            replace(self.size, frozen_bytes=loaded, trained=self.size.trained // len(arms)), self.work
+            replace(self.size, frozen_bytes=loaded, trained=self.size.trained // len(trials)), self.work
         )
         if parts is None:
             if self.device.type == "cuda":
@@ -144,13 +146,13 @@ class SideBySide:
 
     @property
     def prompts_per_step(self) -> int:
-        """Prompts of an arm in one optimizer step."""
+        """Prompts of a trial in one optimizer step."""
         assert self.arguments.generation_batch_size and self.arguments.num_generations
         return self.arguments.generation_batch_size // self.arguments.num_generations
 
     @property
-    def expected_memory(self) -> ArmsMemory:
-        """Bytes that the arms take, as planned."""
+    def expected_memory(self) -> StackedMemory:
+        """Bytes that the trials take, as planned."""
         return arms_memory(self.size, self.work, self.parts)
 
     def autocast(self) -> AbstractContextManager:
@@ -169,12 +171,12 @@ class SideBySide:
         """Train to the end.
 
         Args:
-            on_step: Called after each step with its number, from 1, and the metrics of each arm that took it.
-            keep_going: Asked after each step whether an arm shall go on.
-            checkpoints: Where the arms go on from, and are written on the way.
+            on_step: Called after each step with its number, from 1, and the metrics of each trial that took it.
+            keep_going: Asked after each step whether a trial shall go on.
+            checkpoints: Where the trials go on from, and are written on the way.
 
         Returns:
-            What each arm reached, in order. An arm whose gradient, or policy, is not finite in three steps in a row
+            What each trial reached, in order. A trial whose gradient, or policy, is not finite in three steps in a row
             has diverged; it leaves the batch, as does one that `keep_going` ends.
 
         Raises:
@@ -201,10 +203,10 @@ class SideBySide:
         self._charge(start)
         for state, after in zip(self.states, results, strict=True):
             self.ended[state.number] = state.outcome(before, after)
-        return [self.ended[number] for number in range(len(self.arms))]
+        return [self.ended[number] for number in range(len(self.trials))]
 
     def step(self) -> dict[int, Metrics]:
-        """One optimizer step of every arm; the metrics of each, which go to its history too."""
+        """One optimizer step of every trial; the metrics of each, which go to its history too."""
         rollout = self._roll_out([state.order[len(state.history)] for state in self.states])
         start = time.perf_counter()
         self.stack.gradients.zero_()
@@ -234,36 +236,36 @@ class SideBySide:
         return found
 
     def measure(self, shared: bool = False) -> list[HeldOutResult]:
-        """Held-out accuracy of each arm, greedy.
+        """Held-out accuracy of each trial, greedy.
 
         Args:
-            shared: The arms are all equal, as at the start, so that each answers a share of the problems: one result.
+            shared: The trials are all equal, as at the start, so that each answers a share of the problems: one result.
         """
-        arms, count = len(self.states), len(self.problems)
-        if not arms:
+        trials, count = len(self.states), len(self.problems)
+        if not trials:
             return []
-        rows = -(-count // arms) if shared else count
-        numbers = [[min(k * rows + i, count - 1) if shared else i for i in range(rows)] for k in range(arms)]
-        texts = self.scoring.texts(self._complete([[self.problems[i] for i in arm] for arm in numbers]))
+        rows = -(-count // trials) if shared else count
+        numbers = [[min(k * rows + i, count - 1) if shared else i for i in range(rows)] for k in range(trials)]
+        texts = self.scoring.texts(self._complete([[self.problems[i] for i in trial] for trial in numbers]))
         if shared:
-            texts = [[text for arm in texts for text in arm]]
+            texts = [[text for trial in texts for text in trial]]
         return [score(text[:count], self.task, self.held_out_rows) for text in texts]
 
     def save_adapter(self, number: int, folder: Path | str) -> None:
-        """Write what an arm has learnt as a PEFT adapter, as a run's `adapter/`.
+        """Write what a trial has learnt as a PEFT adapter, as a run's `adapter/`.
 
         Raises:
-            UserError: The arm has ended early, and its weights are gone.
+            UserError: The trial has ended early, and its weights are gone.
         """
         if number not in self.stack.active:
-            raise UserError(f"arm {number} has ended early, and its adapter is gone.")
+            raise UserError(f"trial {number} has ended early, and its adapter is gone.")
         self.stack.save_adapter(number, folder)
 
     def _work(self) -> Work:
         micro_batch, length = self.arguments.per_device_train_batch_size, self.longest_prompt + self.new_tokens
         assert micro_batch
         compute_bytes = 2 if self.arguments.bf16 else self.model.dtype.itemsize
-        return Work(len(self.arms), self.prompts_per_step, self.scoring.group, length, micro_batch, compute_bytes)
+        return Work(len(self.trials), self.prompts_per_step, self.scoring.group, length, micro_batch, compute_bytes)
 
     def _write(self, model: Any) -> tempfile.TemporaryDirectory:
         """A base that is on no disk, for the engine to read."""
@@ -272,7 +274,7 @@ class SideBySide:
         self.tokenizer.save_pretrained(folder.name)
         return folder
 
-    def _start_engine(self, folder: str) -> ArmsEngine:
+    def _start_engine(self, folder: str) -> StackedEngine:
         dtype = torch.bfloat16 if self.arguments.bf16 else self.model.dtype
         settings = EngineSettings.of(self.stack, self.work, self.base.fingerprint, dtype)
         given = self.arguments.vllm_gpu_memory_utilization
@@ -280,12 +282,12 @@ class SideBySide:
         leave_uncompiled(self.model)
         return started
 
-    def _new_state(self, number: int, arm: Trial) -> ArmState:
+    def _new_state(self, number: int, trial: Trial) -> StackedTrial:
         arguments = self.arguments
         parameter = nn.Parameter(self.stack.values[number])
         optimizer = torch.optim.AdamW(
             [{"params": [parameter], "name": ROLE}],
-            lr=arm.learning_rate,
+            lr=trial.learning_rate,
             betas=(arguments.adam_beta1, arguments.adam_beta2),
             eps=arguments.adam_epsilon,
             weight_decay=arguments.weight_decay,
@@ -300,10 +302,10 @@ class SideBySide:
         )
         order = list(
             prompt_order(
-                self.train_rows, self.prompts_per_step, arguments.max_steps, arm.seed, bool(arguments.shuffle_dataset)
+                self.train_rows, self.prompts_per_step, arguments.max_steps, trial.seed, bool(arguments.shuffle_dataset)
             )
         )
-        return ArmState(number, arm, order, torch.Generator().manual_seed(arm.seed), optimizer, schedule)
+        return StackedTrial(number, trial, order, torch.Generator().manual_seed(trial.seed), optimizer, schedule)
 
     def _precast(self) -> None:
         """Cast the frozen linear weights to what autocast would cast them to in every pass. The output layer stays, as
@@ -320,18 +322,18 @@ class SideBySide:
         return dict(zip(numbers, found, strict=True)), dict(zip(numbers, ids, strict=True))
 
     def _pad(self, prompts: list[list[list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompts of the arms as `(K, p, P)` ids, padded on the left, and their mask."""
-        longest = self.longest_prompt if self.decoder.fixed else max(len(ids) for arm in prompts for ids in arm)
+        """Prompts of the trials as `(K, p, P)` ids, padded on the left, and their mask."""
+        longest = self.longest_prompt if self.decoder.fixed else max(len(ids) for trial in prompts for ids in trial)
         ids = np.full((len(prompts), len(prompts[0]), longest), self.tokenizer.pad_token_id)
         mask = np.zeros_like(ids)
-        for k, arm in enumerate(prompts):
-            for i, prompt in enumerate(arm):
+        for k, trial in enumerate(prompts):
+            for i, prompt in enumerate(trial):
                 ids[k, i, longest - len(prompt) :] = prompt
                 mask[k, i, longest - len(prompt) :] = 1
         return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)
 
     def _complete(self, prompts: list[list[list[int]]], copies: int = 1, sampled: bool = False) -> Answers:
-        """Complete prompts of each arm, greedily or with the arm's own draws, on the CPU."""
+        """Complete prompts of each trial, greedily or with the trial's own draws, on the CPU."""
         if self.engine is not None:
             seeds = self._draw(torch.randint, 2**62, (len(prompts[0]),)) if sampled else None
             options = self.arguments.temperature, self.end_ids, self.tokenizer.pad_token_id, self.new_tokens
@@ -341,13 +343,13 @@ class SideBySide:
         return Answers(answers.tokens.cpu(), answers.lengths.cpu(), answers.finite.cpu())
 
     def _draw(self, draw: Callable[..., torch.Tensor], *options: Any) -> torch.Tensor:
-        """What each arm draws by a function of torch with its own generator."""
+        """What each trial draws by a function of torch with its own generator."""
         return torch.stack([draw(*options, generator=state.generator) for state in self.states])
 
     def _roll_out(self, numbers: list[list[int]]) -> Rollout:
-        """Complete and score one step's prompts of each arm, given by their rows."""
+        """Complete and score one step's prompts of each trial, given by their rows."""
         start = time.perf_counter()
-        prompts = [[self.prompts[i] for i in arm] for arm in numbers]
+        prompts = [[self.prompts[i] for i in trial] for trial in numbers]
         answers = self._complete(prompts, self.scoring.group, sampled=True)
         written = time.perf_counter()
         rollout = self.scoring.rollout(numbers, prompts, answers)
@@ -356,12 +358,12 @@ class SideBySide:
         return rollout
 
     def _charge(self, start: float) -> None:
-        """Share the time since `start` among the arms."""
+        """Share the time since `start` among the trials."""
         for state in self.states:
             state.seconds += (time.perf_counter() - start) / len(self.states)
 
     def _begin(self, checkpoints: Checkpoints | None) -> tuple[int, float]:
-        """Put arms where checkpoints have them; how many steps they have taken, and the accuracy before the first."""
+        """Put trials where checkpoints have them; how many steps they have taken, and the accuracy before the first."""
         found = checkpoints.load() if checkpoints else None
         if not found:
             return 0, self.measure(shared=True)[0].accuracy
@@ -374,18 +376,18 @@ class SideBySide:
         return found[0].step, found[0].before
 
     def _drop(self, before: float, keep_going: KeepGoing | None) -> None:
-        """End arms that have diverged or shall not go on."""
+        """End trials that have diverged or shall not go on."""
         for state in self.states:
             steps = len(state.history)
             if state.bad_steps == RunCallback.PATIENCE:
                 reason = f"the gradient was not finite in {RunCallback.PATIENCE} steps in a row, up to step {steps}"
                 self.ended[state.number] = TrialResult.of_divergence(before, steps, state.seconds, reason)
-            elif keep_going and steps < self.arguments.max_steps and (why := keep_going(state.arm, state.history)):
+            elif keep_going and steps < self.arguments.max_steps and (why := keep_going(state.trial, state.history)):
                 self.ended[state.number] = state.outcome(before, None, why)
         self._let_go()
 
     def _let_go(self) -> None:
-        """Let the batch have rows for the arms alone that have not ended."""
+        """Let the batch have rows for the trials alone that have not ended."""
         going = [state for state in self.states if state.number not in self.ended]
         if len(going) == len(self.states):
             return
@@ -398,7 +400,7 @@ class SideBySide:
 
 def train_side_by_side(
     arguments: GRPOArguments,
-    arms: Sequence[Trial],
+    trials: Sequence[Trial],
     target_modules: TargetModules = "mlp",
     on_step: Callable[[int, dict[int, Metrics]], None] | None = None,
     keep_going: KeepGoing | None = None,
@@ -407,25 +409,25 @@ def train_side_by_side(
     memory: float = TIMES_ONE_RUN,
     checkpoints: Path | None = None,
 ) -> list[TrialResult]:
-    """Train arms side by side and say what each reached, in order.
+    """Train trials side by side and say what each reached, in order.
 
     Args:
-        arguments, arms, target_modules, start_from, memory: As `SideBySide`.
+        arguments, trials, target_modules, start_from, memory: As `SideBySide`.
         on_step, keep_going: As `SideBySide.train`.
-        adapters: Where the arms that reach the end are written, as the PEFT adapters `arm-0`, `arm-1`, …
-        checkpoints: Folder of checkpoints, from which arms go on that were cut off; without them, by default.
+        adapters: Where the trials that reach the end are written, as the PEFT adapters `trial-0`, `trial-1`, …
+        checkpoints: Folder of checkpoints, from which trials go on that were cut off; without them, by default.
 
     Raises:
         UserError: As `SideBySide`.
     """
-    trainer = SideBySide(arguments, arms, target_modules, start_from, memory)
+    trainer = SideBySide(arguments, trials, target_modules, start_from, memory)
     kept = None
     if checkpoints:
-        kept = Checkpoints(checkpoints, arguments, arms, target_modules, trainer.base.fingerprint)
+        kept = Checkpoints(checkpoints, arguments, trials, target_modules, trainer.base.fingerprint)
     outcomes = trainer.train(on_step, keep_going, kept)
     if adapters:
         for number in trainer.stack.active:
-            trainer.save_adapter(number, adapters / f"arm-{number}")
+            trainer.save_adapter(number, adapters / f"trial-{number}")
     if kept:
         kept.remove()
     return outcomes

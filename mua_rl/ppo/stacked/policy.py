@@ -1,7 +1,7 @@
 """K actor-critics side by side: what they train is stacked, what is frozen in all of them is there once.
 
-Shapes: K arms, N observations of each, O and A numbers of an observation and an action, P trained numbers of an arm,
-R the largest rank. An arm of a smaller rank has zeros in the rows of A and the columns of B that it lacks; their
+Shapes: K trials, N observations of each, O and A numbers of an observation and an action, P trained numbers of a trial,
+R the largest rank. A trial of a smaller rank has zeros in the rows of A and the columns of B that it lacks; their
 gradients are zero, so they stay zero.
 """
 
@@ -27,7 +27,7 @@ Weights = dict[str, Tensor]
 """Trained tensors by name, each `[K, …]`."""
 Path = list[str | Callable[[Tensor], Tensor]]
 """What an observation goes through: names of linear layers, and activations."""
-SINGLY = "train these arms one by one (python -m mua_rl.ppo)"
+SINGLY = "train these trials one by one (python -m mua_rl.ppo)"
 
 
 def build_policy(base: BasePolicy, observation_space: spaces.Space, action_space: spaces.Space) -> ActorCriticPolicy:
@@ -64,37 +64,37 @@ class StackedPolicy:
 
     Args:
         policy: The base policy.
-        arms: All LoRA, of whatever ranks, or all full finetuning.
+        trials: All LoRA, of whatever ranks, or all full finetuning.
         target_modules: What carries LoRA, as in `mua_rl.ppo.trainer.resolve_layers`.
         device: Where they live.
 
     Attributes:
-        trained: The arms' trained numbers, float32 `[K, P]`; those of the heads come last.
+        trained: The trials' trained numbers, float32 `[K, P]`; those of the heads come last.
         body: How many of the P numbers are not the heads'.
-        multipliers: α of each arm, `[K]`.
-        frozen: What all arms share, by its name in the policy.
+        multipliers: α of each trial, `[K]`.
+        frozen: What all trials share, by its name in the policy.
 
     Raises:
-        UserError: LoRA and full finetuning are mixed, or an arm's adapter does not fit the network.
+        UserError: LoRA and full finetuning are mixed, or a trial's adapter does not fit the network.
     """
 
     def __init__(
         self,
         policy: ActorCriticPolicy,
-        arms: Sequence[Trial],
+        trials: Sequence[Trial],
         target_modules: TargetModules = "hidden",
         device: torch.device | str = "cpu",
     ):
-        if len({arm.spec.rank is None for arm in arms}) != 1:
-            raise UserError("arms of LoRA and of full finetuning cannot train side by side: make two groups of them.")
+        if len({trial.spec.rank is None for trial in trials}) != 1:
+            raise UserError("trials of LoRA and of full finetuning cannot train side by side: make two groups of them.")
         self.policy = policy
-        stacked = _initial_weights(policy, arms, target_modules)
+        stacked = _initial_weights(policy, trials, target_modules)
         names = sorted(stacked, key=lambda name: head_role_of(name) == HEAD)
         self.shapes = {name: stacked[name].shape[1:] for name in names}
         self.sizes = [shape.numel() for shape in self.shapes.values()]
         self.body = sum(shape.numel() for name, shape in self.shapes.items() if head_role_of(name) != HEAD)
         self.trained = torch.cat([stacked[name].flatten(1) for name in names], 1).to(device)
-        alphas = [1.0 if arm.spec.rank is None else arm.spec.alpha(arm.spec.rank) for arm in arms]
+        alphas = [1.0 if trial.spec.rank is None else trial.spec.alpha(trial.spec.rank) for trial in trials]
         self.multipliers = torch.tensor(alphas, dtype=torch.float32, device=device)
         self.frozen = {name: p.detach().to(device) for name, p in policy.named_parameters() if name not in stacked}
         on_cpu = self.trained.device.type == "cpu"
@@ -104,10 +104,10 @@ class StackedPolicy:
     def __len__(self) -> int:
         return len(self.trained)
 
-    def take(self, arms: Tensor) -> Self:
-        """A copy with some of the arms, by their indices."""
+    def take(self, trials: Tensor) -> Self:
+        """A copy with some of the trials, by their indices."""
         some = copy.copy(self)
-        some.trained, some.multipliers = self.trained[arms], self.multipliers[arms]
+        some.trained, some.multipliers = self.trained[trials], self.multipliers[trials]
         return some
 
     def weights(self, trained: Tensor | None = None) -> Weights:
@@ -133,7 +133,7 @@ class StackedPolicy:
         return x
 
     def _linear(self, layer: str, weights: Weights, x: Tensor) -> Tensor:
-        """A dense layer of each arm's own, or the shared one with each arm's `α B A` beside it."""
+        """A dense layer of each trial's own, or the shared one with each trial's `α B A` beside it."""
         if f"{layer}.weight" in weights:
             bias = weights[f"{layer}.bias"].unsqueeze(1)
             return torch.baddbmm(bias, x, weights[f"{layer}.weight"].transpose(1, 2))
@@ -143,49 +143,49 @@ class StackedPolicy:
         inner = torch.bmm(x, weights[f"{layer}.lora_A"].transpose(1, 2)) * self.multipliers[:, None, None]
         return torch.baddbmm(y, inner, weights[f"{layer}.lora_B"].transpose(1, 2))
 
-    def state_dict(self, arm: int) -> dict[str, Tensor]:
-        """One arm's policy, merged, for SB3's `load_state_dict`."""
-        weights = {name: value[arm] for name, value in self.weights().items()}
+    def state_dict(self, trial: int) -> dict[str, Tensor]:
+        """One trial's policy, merged, for SB3's `load_state_dict`."""
+        weights = {name: value[trial] for name, value in self.weights().items()}
         state = {**self.policy.state_dict(), **{name: value for name, value in weights.items() if "lora" not in name}}
         for name in weights:
             layer, _, matrix = name.rpartition(".")
             if matrix == "lora_A":
-                delta = weights[f"{layer}.lora_B"] @ weights[name] * self.multipliers[arm]
+                delta = weights[f"{layer}.lora_B"] @ weights[name] * self.multipliers[trial]
                 state[f"{layer}.weight"] = self.frozen[f"{layer}.weight"] + delta
         return {name: value.cpu().clone() for name, value in state.items()}
 
 
-def _initial_weights(policy: ActorCriticPolicy, arms: Sequence[Trial], target_modules: TargetModules) -> Weights:
-    """What the arms train, at its start: every weight (FFT), or A and B as `LoRA.attach` draws them, and the heads."""
+def _initial_weights(policy: ActorCriticPolicy, trials: Sequence[Trial], target_modules: TargetModules) -> Weights:
+    """What the trials train, at its start: every weight (FFT), or A and B as `LoRA.attach` draws them, and heads."""
     parameters = {name: parameter.detach() for name, parameter in policy.named_parameters()}
-    if arms[0].spec.rank is None:
-        return {name: value.expand(len(arms), *value.shape) for name, value in parameters.items()}
+    if trials[0].spec.rank is None:
+        return {name: value.expand(len(trials), *value.shape) for name, value in parameters.items()}
     layers = resolve_layers(policy, target_modules)
     carried = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
     weights = {
-        name: value.repeat(len(arms), *[1] * value.dim())
+        name: value.repeat(len(trials), *[1] * value.dim())
         for name, value in parameters.items()
         if head_role_of(name) == HEAD and name not in carried
     }
-    largest = max(arm.spec.rank or 0 for arm in arms)
+    largest = max(trial.spec.rank or 0 for trial in trials)
     for layer in layers:
         outputs, inputs = parameters[f"{layer}.weight"].shape
-        weights[f"{layer}.lora_A"] = torch.zeros(len(arms), largest, inputs)
-        weights[f"{layer}.lora_B"] = torch.zeros(len(arms), outputs, largest)
-    drawn: dict[Any, list[tuple[str, Tensor, Tensor]]] = {}  # arms that differ in their LR alone start alike
-    for k, arm in enumerate(arms):
-        key = (arm.spec.rank, arm.spec.scheme, arm.seed)
+        weights[f"{layer}.lora_A"] = torch.zeros(len(trials), largest, inputs)
+        weights[f"{layer}.lora_B"] = torch.zeros(len(trials), outputs, largest)
+    drawn: dict[Any, list[tuple[str, Tensor, Tensor]]] = {}  # trials that differ in their LR alone start alike
+    for k, trial in enumerate(trials):
+        key = (trial.spec.rank, trial.spec.scheme, trial.seed)
         if key not in drawn:
-            drawn[key] = _draw(policy, arm, exactly(layers))
+            drawn[key] = _draw(policy, trial, exactly(layers))
         for layer, a, b in drawn[key]:
             weights[f"{layer}.lora_A"][k, : len(a)] = a
             weights[f"{layer}.lora_B"][k, :, : len(a)] = b
     return weights
 
 
-def _draw(policy: ActorCriticPolicy, arm: Trial, target_modules: TargetModules) -> list[tuple[str, Tensor, Tensor]]:
-    """Layer, A and B of each layer, as a LoRA arm's adapter draws them for a policy that trains alone."""
-    attached = adapter_for(arm.spec, target_modules).attach(copy.deepcopy(policy), arm.seed)
+def _draw(policy: ActorCriticPolicy, trial: Trial, target_modules: TargetModules) -> list[tuple[str, Tensor, Tensor]]:
+    """Layer, A and B of each layer, as a LoRA trial's adapter draws them for a policy that trains alone."""
+    attached = adapter_for(trial.spec, target_modules).attach(copy.deepcopy(policy), trial.seed)
     found = []
     for name, layer in lora_layers(attached):
         a, b = lora_matrices(layer)

@@ -1,6 +1,6 @@
-"""Rollouts of K arms at once, with the advantages (GAE) that belong to them, and their held-out returns.
+"""Rollouts of K trials at once, with the advantages (GAE) that belong to them, and their held-out returns.
 
-Shapes: K arms with E environments each, T steps of a rollout, N = T E transitions, O and A numbers of an observation
+Shapes: K trials with E environments each, T steps of a rollout, N = T E transitions, O and A numbers of an observation
 and an action.
 """
 
@@ -21,9 +21,9 @@ from mua_rl.ppo.stacked.update import Options, Rollout
 
 
 class Envs(Protocol):
-    """K arms with E environments each, which start over by themselves: `TensorEnvs` or `GymnasiumEnvs`."""
+    """K trials with E environments each, which start over by themselves: `TensorEnvs` or `GymnasiumEnvs`."""
 
-    envs_per_arm: int
+    envs_per_trial: int
 
     def reset(self) -> Tensor:
         """Start every episode anew; observations `[K, E, O]`."""
@@ -33,27 +33,27 @@ class Envs(Protocol):
 
 
 class GymnasiumEnvs:
-    """Environments that are no tensors: each arm's own SB3 environments, stepped one arm after the other.
+    """Environments that are no tensors: each trial's own SB3 environments, stepped one trial after the other.
 
     Args:
-        arms: Monitored environments of each arm, equally many.
+        trials: Monitored environments of each trial, equally many.
         device: Where observations and rewards go.
     """
 
-    def __init__(self, arms: Sequence[VecEnv], device: torch.device | str = "cpu"):
-        self.arms, self.device = arms, device
-        self.envs_per_arm = arms[0].num_envs
+    def __init__(self, trials: Sequence[VecEnv], device: torch.device | str = "cpu"):
+        self.trials, self.device = trials, device
+        self.envs_per_trial = trials[0].num_envs
 
     def reset(self) -> Tensor:
         """See `Envs`."""
-        return self._tensor([envs.reset() for envs in self.arms])
+        return self._tensor([envs.reset() for envs in self.trials])
 
     def step(self, action: Tensor) -> Step:
         """See `Envs`."""
-        steps = [envs.step(own) for envs, own in zip(self.arms, action.cpu().numpy(), strict=True)]
+        steps = [envs.step(own) for envs, own in zip(self.trials, action.cpu().numpy(), strict=True)]
         observations, rewards, dones, infos = zip(*steps, strict=True)
         ended = np.stack(dones)
-        truncated = np.array([[info.get("TimeLimit.truncated", False) for info in arm] for arm in infos]) & ended
+        truncated = np.array([[info.get("TimeLimit.truncated", False) for info in trial] for trial in infos]) & ended
         final, returns = np.stack(observations), np.zeros(ended.shape)
         for k, e in zip(*ended.nonzero(), strict=True):
             final[k, e] = infos[k][e]["terminal_observation"]
@@ -72,11 +72,11 @@ class GymnasiumEnvs:
 
 
 class Collector:
-    """Lets K arms act and keeps what they met.
+    """Lets K trials act and keeps what they met.
 
     Args:
-        envs: Of K arms.
-        generators: One for each arm, on the CPU: it alone decides the arm's actions.
+        envs: Of K trials.
+        generators: One for each trial, on the CPU: it alone decides the trial's actions.
         options: PPO's.
     """
 
@@ -112,8 +112,8 @@ class Collector:
         return rollout, met.episode_return.sum((1, 2)) / ended.sum((1, 2))
 
     def _noise(self, space: spaces.Space) -> Tensor:
-        """Random numbers of all actions, `[T, K, E]` in [0, 1), or `[T, K, E, A]` normal, each arm's from its own."""
-        size = (self.options.n_steps, self.envs.envs_per_arm)
+        """Random numbers of all actions, `[T, K, E]` in [0, 1), or `[T, K, E, A]` normal, each trial's from its own."""
+        size = (self.options.n_steps, self.envs.envs_per_trial)
         if isinstance(space, spaces.Discrete):
             drawn = [torch.rand(size, generator=generator) for generator in self.generators]
         else:
@@ -170,7 +170,7 @@ def generalized_advantages(rewards: Tensor, values: Tensor, ended: Tensor, gamma
 
 @torch.no_grad()
 def held_out_returns(policy: StackedPolicy, task: Task, episodes: int) -> Tensor:
-    """Returns `[K, episodes]` under deterministic actions, from the same held-out starts for every arm."""
+    """Returns `[K, episodes]` under deterministic actions, from the same held-out starts for every trial."""
     weights = policy.weights()
     drawn = task.random_numbers(episodes, generator=torch.Generator().manual_seed(HELD_OUT_SEED))
     starts = task.starts(drawn.to(policy.trained.device))

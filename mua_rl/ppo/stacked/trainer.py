@@ -1,9 +1,9 @@
-"""PPO with K arms side by side in one process: what `mua_rl.ppo.trainer.PPO` does K times, in K times fewer calls.
+"""PPO with K trials side by side in one process: what `mua_rl.ppo.trainer.PPO` does K times, in K times fewer calls.
 
-Arms share the base policy and the task, and differ in learning rate, seed, rank, initialisation and multiplier. Their
+Trials share the base policy and the task, and differ in learning rate, seed, rank, initialisation and multiplier. Their
 trained weights are stacked, their environments are rows of one tensor where the task has a tensor version
 (`mua_rl.envs.control.tensor`), and each has its own learning rate, gradient norm, Adam moments, random numbers, order
-of minibatches and early stop: an arm does what it would do alone, to rounding, whatever the others do.
+of minibatches and early stop: a trial does what it would do alone, to rounding, whatever the others do.
 """
 
 import copy
@@ -42,109 +42,109 @@ from mua_rl.run.trial import Trial, TrialResult
 
 def train_side_by_side(
     arguments: PPOArguments,
-    arms: Sequence[Trial],
+    trials: Sequence[Trial],
     base: BasePolicy,
     target_modules: TargetModules = "hidden",
     device: torch.device | str = "cpu",
     workers: int = 1,
 ) -> list[TrialResult]:
-    """Train all arms from `base` and evaluate them.
+    """Train all trials from `base` and evaluate them.
 
     Args:
         arguments: The task, PPO's options, the schedule and `eval_episodes`; its `seed` and `learning_rate` are the
-            arms'.
-        arms: All LoRA or all full finetuning.
+            trials'.
+        trials: All LoRA or all full finetuning.
         base: The policy that all start from.
         target_modules: What carries LoRA.
         device: Where everything but Gymnasium's own environments runs.
-        workers: Threads that share out the arms, each with one core (a busy machine makes several cores of one thread
+        workers: Threads that share out the trials, each with one core (a busy machine makes several cores of one thread
             wait for each other).
 
     Returns:
-        What each arm reached, in order.
+        What each trial reached, in order.
 
     Raises:
         UserError: See `SideBySide`.
     """
-    count = max(1, min(workers, len(arms)))
-    groups = [SideBySide(arguments, arms[first::count], base, target_modules, device) for first in range(count)]
+    count = max(1, min(workers, len(trials)))
+    groups = [SideBySide(arguments, trials[first::count], base, target_modules, device) for first in range(count)]
     if count == 1:
         return groups[0].learn()
     with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         outcomes = list(pool.map(SideBySide.learn, groups))
-    in_order = [outcomes[k % count][k // count] for k in range(len(arms))]
+    in_order = [outcomes[k % count][k // count] for k in range(len(trials))]
     return [replace(outcome, seconds=outcome.seconds / count) for outcome in in_order]
 
 
 class SideBySide:
-    """K arms that are ready to train; arguments as `train_side_by_side`.
+    """K trials that are ready to train; arguments as `train_side_by_side`.
 
     Attributes:
-        policy: The arms' policies, stacked.
-        returns: Mean training return of each arm in each rollout, one tensor `[K]` a rollout; NaN before the first
+        policy: The trials' policies, stacked.
+        returns: Mean training return of each trial in each rollout, one tensor `[K]` a rollout; NaN before the first
             episode has ended.
-        alive: Arms whose weights are finite, `[K]`.
-        steps: Environment steps of each arm so far.
+        alive: Trials whose weights are finite, `[K]`.
+        steps: Environment steps of each trial so far.
 
     Raises:
-        UserError: There are no arms, the policy or an option has no stacked form (the message says to run singly), an
+        UserError: There are no trials, the policy or an option has no stacked form (the message says to run singly), an
             adapter does not fit, or the environment cannot be built.
     """
 
     def __init__(
         self,
         arguments: PPOArguments,
-        arms: Sequence[Trial],
+        trials: Sequence[Trial],
         base: BasePolicy,
         target_modules: TargetModules = "hidden",
         device: torch.device | str = "cpu",
     ):
-        if not arms:
-            raise UserError("there are no arms to train.")
-        self.arguments, self.arms, self.base, self.device = arguments, list(arms), base, torch.device(device)
-        for arm in self.arms:
-            if not arm.learning_rate > 0 or math.isinf(arm.learning_rate):
-                raise UserError(f"an arm has the learning rate {arm.learning_rate}: it must be positive and finite.")
+        if not trials:
+            raise UserError("there are no trials to train.")
+        self.arguments, self.trials, self.base, self.device = arguments, list(trials), base, torch.device(device)
+        for trial in self.trials:
+            if not trial.learning_rate > 0 or math.isinf(trial.learning_rate):
+                raise UserError(f"a trial has the learning rate {trial.learning_rate}: it must be positive and finite.")
         if arguments.head_lr is not None:
             check_learning_rate(arguments.head_lr, "--head_lr")
         self.options = ppo_options(arguments, base)
         self.task = _tensor_task(arguments, base)
-        self.generators = [torch.Generator().manual_seed(arm.seed) for arm in self.arms]
+        self.generators = [torch.Generator().manual_seed(trial.seed) for trial in self.trials]
         self.vec_envs: list[VecEnv] = []
         envs: TensorEnvs | GymnasiumEnvs
         if self.task is not None:
             spaces = self.task.observation_space, self.task.action_space
             envs = TensorEnvs(self.task, self.generators, arguments.n_envs or base.n_envs, self.device)
         else:
-            self.vec_envs = [training_envs(replace(arguments, seed=arm.seed), base) for arm in self.arms]
+            self.vec_envs = [training_envs(replace(arguments, seed=trial.seed), base) for trial in self.trials]
             spaces = self.vec_envs[0].observation_space, self.vec_envs[0].action_space
             envs = GymnasiumEnvs(self.vec_envs, self.device)
         self.sb3_policy = build_policy(base, *spaces)
-        self.policy = StackedPolicy(self.sb3_policy, self.arms, target_modules, self.device)
-        self.transitions = self.options.n_steps * envs.envs_per_arm
+        self.policy = StackedPolicy(self.sb3_policy, self.trials, target_modules, self.device)
+        self.transitions = self.options.n_steps * envs.envs_per_trial
         self.collector = Collector(envs, self.generators, self.options)
         defaults = self.sb3_policy.optimizer.defaults
         self.adam = StackedAdam(self.policy, defaults["betas"], defaults["eps"])
         self.schedule = FloatSchedule(arguments.schedule(1.0))
-        rates = [[arm.learning_rate, arguments.head_lr or arm.learning_rate] for arm in self.arms]
+        rates = [[trial.learning_rate, arguments.head_lr or trial.learning_rate] for trial in self.trials]
         self.rates = torch.tensor(rates, device=self.device)
-        self.alive = torch.ones(len(self.arms), dtype=torch.bool, device=self.device)
+        self.alive = torch.ones(len(self.trials), dtype=torch.bool, device=self.device)
         self.lost_at: dict[int, int] = {}
         self.steps = 0
         self.returns: list[Tensor] = []
 
     def learn(self) -> list[TrialResult]:
-        """Train and evaluate; what each arm reached, in order."""
+        """Train and evaluate; what each trial reached, in order."""
         start = time.perf_counter()
         before = Returns(self._base_returns())
         self.train()
-        after = [Returns(values) for values in self._arm_returns()]
-        seconds = (time.perf_counter() - start) / len(self.arms)
+        after = [Returns(values) for values in self._trial_returns()]
+        seconds = (time.perf_counter() - start) / len(self.trials)
         curves = torch.stack(self.returns, 1).double().cpu()
-        return [self._outcome(k, before, after[k], curves[k], seconds) for k in range(len(self.arms))]
+        return [self._outcome(k, before, after[k], curves[k], seconds) for k in range(len(self.trials))]
 
     def train(self) -> None:
-        """All environment steps and updates; an arm that leaves the finite numbers acts on and learns no more."""
+        """All environment steps and updates; a trial that leaves the finite numbers acts on and learns no more."""
         initial = self.policy.trained.clone()
         while self.steps < self.arguments.total_timesteps:
             self.steps += self.transitions
@@ -171,8 +171,8 @@ class SideBySide:
         untrained = StackedPolicy(self.sb3_policy, [Trial(FFT, 0.0, 0)], device=self.device)
         return held_out_returns(untrained, self.task, self.arguments.eval_episodes)[0].tolist()
 
-    def _arm_returns(self) -> list[list[float]]:
-        """Held-out returns of every arm."""
+    def _trial_returns(self) -> list[list[float]]:
+        """Held-out returns of every trial."""
         if self.task is not None:
             return held_out_returns(self.policy, self.task, self.arguments.eval_episodes).tolist()
         trained = copy.deepcopy(self.sb3_policy)
@@ -187,22 +187,22 @@ class SideBySide:
         held_out = evaluation_envs(bare_envs(self.arguments, min(8, episodes), 0), training)
         return evaluate(policy, held_out, episodes).values
 
-    def _outcome(self, arm: int, before: Returns, after: Returns, curve: Tensor, seconds: float) -> TrialResult:
-        if arm in self.lost_at:
-            at = self.lost_at[arm]
+    def _outcome(self, trial: int, before: Returns, after: Returns, curve: Tensor, seconds: float) -> TrialResult:
+        if trial in self.lost_at:
+            at = self.lost_at[trial]
             reason = f"a weight is no longer finite in the update after environment step {at}"
             return TrialResult.of_divergence(before.mean, at, seconds, reason)
         return TrialResult.of_training(
             after.mean, after.standard_error, before.mean, curve.tolist(), self.steps, seconds
         )
 
-    def save(self, arm: int, path: Path | str) -> None:
-        """Write an arm's policy, merged, as the SB3 zip that its single run would write."""
-        arguments = replace(self.arguments, seed=self.arms[arm].seed)
-        envs = bare_envs(arguments, self.collector.envs.envs_per_arm, arguments.seed)
-        options = {**arguments.sb3_options(), "learning_rate": arguments.schedule(self.arms[arm].learning_rate)}
+    def save(self, trial: int, path: Path | str) -> None:
+        """Write a trial's policy, merged, as the SB3 zip that its single run would write."""
+        arguments = replace(self.arguments, seed=self.trials[trial].seed)
+        envs = bare_envs(arguments, self.collector.envs.envs_per_trial, arguments.seed)
+        options = {**arguments.sb3_options(), "learning_rate": arguments.schedule(self.trials[trial].learning_rate)}
         model = PPO.from_base(self.base, envs, device="cpu", **options)
-        model.policy.load_state_dict(self.policy.state_dict(arm))
+        model.policy.load_state_dict(self.policy.state_dict(trial))
         model.save(path)
 
 

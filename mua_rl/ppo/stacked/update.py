@@ -1,7 +1,7 @@
-"""PPO's update for K arms at once: loss, gradient clipping and Adam, each arm by itself.
+"""PPO's update for K trials at once: loss, gradient clipping and Adam, each trial by itself.
 
-Shapes: K arms, N transitions of each in a rollout, M of them in a minibatch, O and A numbers of an observation and an
-action, P trained numbers of an arm. Formulas and their order are those of stable-baselines3's `PPO.train`.
+Shapes: K trials, N transitions of each in a rollout, M of them in a minibatch, O and A numbers of an observation and an
+action, P trained numbers of a trial. Formulas and their order are those of stable-baselines3's `PPO.train`.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ class Options:
 
 
 class Rollout(NamedTuple):
-    """Transitions of K arms, each field `[K, N]` or, for observations and actions of a Box, with a third axis."""
+    """Transitions of K trials, each field `[K, N]` or, for observations and actions of a Box, with a third axis."""
 
     observations: Tensor
     actions: Tensor
@@ -42,9 +42,9 @@ class Rollout(NamedTuple):
     advantages: Tensor
     returns: Tensor
 
-    def take(self, arms: Tensor, order: Tensor) -> "Rollout":
-        """Transitions `order` (indices `[k, N]`) of the arms with these indices `[k]`."""
-        return Rollout(*(field[arms[:, None], order] for field in self))
+    def take(self, trials: Tensor, order: Tensor) -> "Rollout":
+        """Transitions `order` (indices `[k, N]`) of the trials with these indices `[k]`."""
+        return Rollout(*(field[trials[:, None], order] for field in self))
 
     def minibatches(self, size: int) -> Iterator["Rollout"]:
         """The transitions in their order, `size` at a time; the last ones may be fewer."""
@@ -53,7 +53,7 @@ class Rollout(NamedTuple):
 
 
 class StackedAdam:
-    """Adam (Kingma and Ba 2015) on `policy.trained`, with a learning rate and a number of steps for each arm."""
+    """Adam (Kingma and Ba 2015) on `policy.trained`, with a learning rate and a number of steps for each trial."""
 
     def __init__(self, policy: StackedPolicy, betas: tuple[float, float], eps: float):
         self.betas, self.eps = betas, eps
@@ -61,16 +61,16 @@ class StackedAdam:
         self.second = torch.zeros_like(policy.trained)
         self.steps = torch.zeros(len(policy), device=policy.trained.device)
 
-    def take(self, arms: Tensor) -> Self:
-        """A copy with the state of some of the arms."""
+    def take(self, trials: Tensor) -> Self:
+        """A copy with the state of some of the trials."""
         some = type(self).__new__(type(self))
         some.betas, some.eps = self.betas, self.eps
-        some.first, some.second, some.steps = self.first[arms], self.second[arms], self.steps[arms]
+        some.first, some.second, some.steps = self.first[trials], self.second[trials], self.steps[trials]
         return some
 
-    def put(self, arms: Tensor, some: Self) -> None:
-        """Take over the state of some of the arms."""
-        self.first[arms], self.second[arms], self.steps[arms] = some.first, some.second, some.steps
+    def put(self, trials: Tensor, some: Self) -> None:
+        """Take over the state of some of the trials."""
+        self.first[trials], self.second[trials], self.steps[trials] = some.first, some.second, some.steps
 
     def step(self, trained: Tensor, gradient: Tensor, rates: Tensor, on: Tensor, body: int) -> None:
         """Update `trained`, in place.
@@ -78,8 +78,8 @@ class StackedAdam:
         Args:
             trained: `[K, P]`.
             gradient: `[K, P]`; zero where `on` is False.
-            rates: Learning rates of each arm's body and heads, `[K, 2]`.
-            on: Which arms make the step, `[K]`; nothing of the others changes.
+            rates: Learning rates of each trial's body and heads, `[K, 2]`.
+            on: Which trials make the step, `[K]`; nothing of the others changes.
             body: How many of the P numbers are not the heads'.
         """
         going = on.float().unsqueeze(1)
@@ -95,7 +95,7 @@ class StackedAdam:
 
 
 def loss_and_kl(policy: StackedPolicy, trained: Tensor, batch: Rollout, options: Options) -> tuple[Tensor, Tensor]:
-    """Each arm's PPO loss (Schulman et al. 2017) and its estimate of KL(old ‖ new), both `[K]`."""
+    """Each trial's PPO loss (Schulman et al. 2017) and its estimate of KL(old ‖ new), both `[K]`."""
     weights = policy.weights(trained)
     advantages = batch.advantages
     if options.normalize_advantage and advantages.shape[1] > 1:
@@ -119,14 +119,14 @@ def loss_and_kl(policy: StackedPolicy, trained: Tensor, batch: Rollout, options:
 
 
 def gradient_and_kl(policy: StackedPolicy, batch: Rollout, options: Options) -> tuple[Tensor, Tensor]:
-    """Gradient of each arm's loss by its own numbers, `[K, P]`, not yet clipped, and the KL, `[K]`."""
+    """Gradient of each trial's loss by its own numbers, `[K, P]`, not yet clipped, and the KL, `[K]`."""
     trained = policy.trained.detach().requires_grad_()
     loss, kl = loss_and_kl(policy, trained, batch, options)
     return torch.autograd.grad(loss.sum(), trained)[0], kl
 
 
 def clipped(gradient: Tensor, max_norm: float, on: Tensor) -> Tensor:
-    """Each arm's gradient scaled down to a norm of at most `max_norm`; zero where `on` is False."""
+    """Each trial's gradient scaled down to a norm of at most `max_norm`; zero where `on` is False."""
     norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return torch.where(on.unsqueeze(1), gradient * factor, 0.0)
@@ -143,29 +143,29 @@ def update(
 ) -> None:
     """Some epochs over the rollout, in place of `policy.trained`.
 
-    An arm whose KL exceeds 1.5 times the target makes no more steps, like an SB3 run that stops early; it leaves the
+    A trial whose KL exceeds 1.5 times the target makes no more steps, like an SB3 run that stops early; it leaves the
     batch with the end of the epoch.
 
     Args:
-        policy, adam: Of K arms.
-        rollout: Of K arms.
+        policy, adam: Of K trials.
+        rollout: Of K trials.
         order: Order of the transitions in each epoch, indices `[K, n_epochs, N]`.
-        rates: Learning rates of each arm's body and heads, `[K, 2]`.
-        alive: Arms that shall be updated, `[K]`.
+        rates: Learning rates of each trial's body and heads, `[K, 2]`.
+        alive: Trials that shall be updated, `[K]`.
         options: PPO's.
     """
-    arms = alive.nonzero().squeeze(1)
+    trials = alive.nonzero().squeeze(1)
     for epoch in range(options.n_epochs):
-        if not len(arms):
+        if not len(trials):
             return
-        some, moments, some_rates = policy.take(arms), adam.take(arms), rates[arms]
-        on = torch.ones_like(arms, dtype=torch.bool)
-        for batch in rollout.take(arms, order[arms, epoch]).minibatches(options.batch_size):
+        some, moments, some_rates = policy.take(trials), adam.take(trials), rates[trials]
+        on = torch.ones_like(trials, dtype=torch.bool)
+        for batch in rollout.take(trials, order[trials, epoch]).minibatches(options.batch_size):
             gradient, kl = gradient_and_kl(some, batch, options)
             if options.target_kl is not None:
                 on = on & ~(kl > 1.5 * options.target_kl)
             gradient = clipped(gradient, options.max_grad_norm, on)
             moments.step(some.trained, gradient, some_rates, on, policy.body)
-        policy.trained[arms] = some.trained
-        adam.put(arms, moments)
-        arms = arms[on]
+        policy.trained[trials] = some.trained
+        adam.put(trials, moments)
+        trials = trials[on]

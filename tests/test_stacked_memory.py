@@ -1,11 +1,11 @@
-"""What GRPO arms side by side take, and the parts that they work in so as to take no more."""
+"""What GRPO trials side by side take, and the parts that they work in so as to take no more."""
 
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import trial
+from helpers import make_trial
 
 from mua_rl.errors import UserError
 from mua_rl.grpo.arguments import GRPOArguments
@@ -18,10 +18,10 @@ from mua_rl.rollouts.memory import GIB, PolicySize
 EMBEDDING, LINEAR = 49152 * 576, 30 * (2 * 576 * (576 + 192) + 3 * 576 * 1536)
 LORA = 30 * 3 * 32 * (576 + 1536)
 SMOLLM2 = PolicySize(4 * EMBEDDING + 2 * LINEAR, EMBEDDING + LINEAR, 8 * LORA, 30, 576, 1536, 192, 49152, 576)
-WORK = Work(arms=8, prompts=32, group=8, length=40 + 32, micro_batch=64)
+WORK = Work(trials=8, prompts=32, group=8, length=40 + 32, micro_batch=64)
 ONE = one_run(replace(SMOLLM2, frozen_bytes=4 * SMOLLM2.parameters, trained=LORA), WORK).total
 
-ARMS = [trial(4, "B", "1", -8, 1), trial(2, "A", "1/r", -7, 2)]
+ARMS = [make_trial(4, "B", "1", -8, 1), make_trial(2, "A", "1/r", -7, 2)]
 
 
 def side_by_side(parts=None, fixed=False, **changes):
@@ -48,10 +48,10 @@ def test_the_parts_of_eight_arms_on_smollm2_add_up_to_what_was_measured_and_to_l
 @pytest.mark.parametrize("times", [1.1, 1.4, 2.0, 3.0])
 @pytest.mark.parametrize("arms", [1, 3, 8])
 @pytest.mark.parametrize("length", [40, 456, 2048])
-def test_a_plan_keeps_within_its_limit_with_parts_of_equal_size(times, arms, length):
-    work = replace(WORK, arms=arms, length=length)
+def test_a_plan_keeps_within_its_limit_with_parts_of_equal_size(times, trials, length):
+    work = replace(WORK, trials=trials, length=length)
     limit = times * one_run(replace(SMOLLM2, frozen_bytes=4 * SMOLLM2.parameters, trained=LORA), work).total
-    size = replace(SMOLLM2, trained=arms * LORA)
+    size = replace(SMOLLM2, trained=trials * LORA)
     parts = plan_parts(size, work, limit)
     assert arms_memory(size, work, parts).total <= limit
     assert parts.tokens <= work.one_pass
@@ -67,9 +67,9 @@ def test_no_room_at_all_gives_the_smallest_parts_and_plenty_gives_no_parts():
 
 @pytest.mark.parametrize("arms", [8, 15])
 @pytest.mark.parametrize("rank", [32, 256])
-def test_many_arms_of_a_large_rank_work_in_parts_as_wide_as_those_of_a_small_one(arms, rank):
+def test_many_arms_of_a_large_rank_work_in_parts_as_wide_as_those_of_a_small_one(trials, rank):
     lora = LORA * rank // 32
-    size, work = replace(SMOLLM2, trained=arms * lora), replace(WORK, arms=arms)
+    size, work = replace(SMOLLM2, trained=trials * lora), replace(WORK, trials=trials)
     one = one_run(replace(SMOLLM2, frozen_bytes=4 * SMOLLM2.parameters, trained=lora), work)
     limit = memory_limit(size, work, one, 1.4)
     parts = plan_parts(size, work, limit)

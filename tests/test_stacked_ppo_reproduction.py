@@ -1,4 +1,4 @@
-"""The reproduction's script: which arms there are, how they are grouped, and that none is trained twice."""
+"""The reproduction's script: which trials there are, how they are grouped, and that none is trained twice."""
 
 import importlib
 
@@ -23,9 +23,9 @@ def outcome(metric):
 
 def test_arms_are_the_issues(script):
     work = script.all_work(seeds=8)
-    assert len({(one.task, one.base, one.arm) for one in work}) == len(work)
-    assert {one.arm.spec.rank for one in work} == {None, 2, 8, 32} and max(script.RANKS) <= script.WIDTH / 8
-    assert {(one.arm.spec.init, str(one.arm.spec.alpha)) for one in work if one.arm.spec.rank} == {
+    assert len({(one.task, one.base, one.trial) for one in work}) == len(work)
+    assert {one.trial.spec.rank for one in work} == {None, 2, 8, 32} and max(script.RANKS) <= script.WIDTH / 8
+    assert {(one.trial.spec.init, str(one.trial.spec.alpha)) for one in work if one.trial.spec.rank} == {
         ("B", "1"),
         ("A", "1"),
         ("A", "1/r"),
@@ -39,7 +39,7 @@ def test_groups_share_task_base_and_kind_and_hold_no_more_than_asked(script):
     assert [one for group in groups for one in group] == work
     assert max(map(len, groups)) <= 50
     for group in groups:
-        assert len({(one.task, one.base, one.arm.spec.rank is None) for one in group}) == 1
+        assert len({(one.task, one.base, one.trial.spec.rank is None) for one in group}) == 1
 
 
 def test_what_is_in_the_csv_is_not_trained_again(script, tmp_path):
@@ -57,6 +57,6 @@ def test_what_is_in_the_csv_is_not_trained_again(script, tmp_path):
 def test_filters_choose_arms_and_an_unknown_name_is_refused(script):
     work = script.all_work(seeds=1)
     chosen = [one for one in work if script.wanted(one, ["task=pendulum", "rank=full,8"])]
-    assert {one.task for one in chosen} == {"pendulum"} and {one.arm.spec.rank for one in chosen} == {None, 8}
+    assert {one.task for one in chosen} == {"pendulum"} and {one.trial.spec.rank for one in chosen} == {None, 8}
     with pytest.raises(UserError, match="not 'colour=red'"):
         script.wanted(work[0], ["colour=red"])

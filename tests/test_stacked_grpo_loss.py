@@ -1,8 +1,8 @@
-"""The loss and the gradient of arms side by side against TRL's own, on one batch of completions."""
+"""The loss and the gradient of trials side by side against TRL's own, on one batch of completions."""
 
 import pytest
 import torch
-from helpers import trial
+from helpers import make_trial
 
 from mua_rl.adapter.adapters import lora_layers, lora_matrices
 from mua_rl.grpo import run as grpo
@@ -13,7 +13,7 @@ from mua_rl.grpo.stacked.objective import completion_weights, group_advantages
 from mua_rl.grpo.stacked.trainer import SideBySide
 from mua_rl.run.folder import RunFolder
 
-ARM = trial(rank=4, init="B", alpha="1", log2_lr=-10, seed=1)
+ARM = make_trial(rank=4, init="B", alpha="1", log2_lr=-10, seed=1)
 FLAGS = ["--rank", "4", "--seed", "1", "--per_device_train_batch_size", "32", "--gradient_accumulation_steps", "1"]
 FLAGS += ["--report_to", "none", "--max_completion_length", "6", "--max_steps", "3", "--lr", "1e-3"]
 

@@ -4,35 +4,35 @@ import math
 
 import pytest
 import torch
-from helpers import trial
+from helpers import make_trial
 
 from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.stacked.packing import UNLABELLED, Completion, attention_bias, batches, completion_sums, pack
 from mua_rl.grpo.stacked.trainer import SideBySide
 
 COMPLETIONS = [Completion((30, 31), 0.5), Completion((40,), -1.0), Completion((50, 33, 34, 35), 0.25)]
-PROMPTS = [[5, 9, 20, 7], [8]]  # of two arms
+PROMPTS = [[5, 9, 20, 7], [8]]  # of two trials
 
 
 @pytest.fixture(scope="module")
 def trainer():
-    arms = [trial(4, "B", "1", -8, 1), trial(2, "A", "1/r", -7, 2)]
+    trials = [make_trial(4, "B", "1", -8, 1), make_trial(2, "A", "1/r", -7, 2)]
     small = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 1}
-    made = SideBySide(GRPOArguments(**small, report_to="none", held_out_problems=8), arms)
+    made = SideBySide(GRPOArguments(**small, report_to="none", held_out_problems=8), trials)
     made.stack.values.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     return made
 
 
 def losses_and_log_probs(trainer, rows):
-    """Losses of the arms, their gradients, and the log-prob of each label of each arm."""
+    """Losses of the trials, their gradients, and the log-prob of each label of each trial."""
     trainer.stack.gradients.zero_()
     losses, found = torch.zeros(2), [{}, {}]
     for batch in batches(rows, 10**6, 0):
         losses += trainer.gradient.backward(batch)
         logps = trainer.gradient.log_probs(batch.ids, batch.labels, batch.positions, batch.parts)
-        for arm in range(2):
-            pairs = zip(batch.labels.view(2, -1)[arm].tolist(), logps.view(2, -1)[arm].tolist(), strict=True)
-            found[arm] |= {label: logp for label, logp in pairs if label != UNLABELLED}
+        for trial in range(2):
+            pairs = zip(batch.labels.view(2, -1)[trial].tolist(), logps.view(2, -1)[trial].tolist(), strict=True)
+            found[trial] |= {label: logp for label, logp in pairs if label != UNLABELLED}
     return losses, trainer.stack.gradients.clone(), found
 
 
@@ -40,15 +40,15 @@ def losses_and_log_probs(trainer, rows):
 def test_log_probs_and_gradients_are_those_of_rows_of_their_own(trainer, longest, rows):
     packed = [pack(prompt, COMPLETIONS, longest) for prompt in PROMPTS]
     alone = [[row for completion in COMPLETIONS for row in pack(prompt, [completion])] for prompt in PROMPTS]
-    assert [len(arm) for arm in packed] == rows
+    assert [len(trial) for trial in packed] == rows
     losses, gradients, logps = losses_and_log_probs(trainer, packed)
     expected, their_gradients, their_logps = losses_and_log_probs(trainer, alone)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradients, their_gradients, rtol=1e-4, atol=1e-5)  # the largest is 2
     assert gradients.norm(dim=1).min() > 1e-3
-    for arm in range(2):
-        assert logps[arm] == pytest.approx(their_logps[arm], abs=1e-5)
-        assert sorted(logps[arm]) == [30, 31, 33, 34, 35, 40, 50]
+    for trial in range(2):
+        assert logps[trial] == pytest.approx(their_logps[trial], abs=1e-5)
+        assert sorted(logps[trial]) == [30, 31, 33, 34, 35, 40, 50]
 
 
 def test_rows_have_a_prompt_once_and_places_for_all_that_is_scored():
@@ -83,15 +83,15 @@ def test_sums_of_completions_are_at_each_of_their_tokens():
 
 
 def test_batches_have_every_row_once_and_no_more_tokens_than_asked():
-    arms = [
+    trials = [
         [row for i in range(7) for row in pack([1] * (3 + 5 * i), [Completion((2, 3), 1.0)])],
         pack([1], [Completion((4,), 1.0)]),
         [],
     ]
-    made = list(batches(arms, 200, 0))
+    made = list(batches(trials, 200, 0))
     assert sum(int((batch.labels != UNLABELLED).sum()) for batch in made) == 7 * 2 + 1
     assert all(batch.ids.numel() <= 200 or len(batch.ids) == 3 for batch in made)
     assert all(batch.parts is None for batch in made)
     assert len(made) > 2
-    assert [batch.ids.shape[1] % 16 for batch in batches(arms, 200, 0, aligned=16)].count(0) > 2
+    assert [batch.ids.shape[1] % 16 for batch in batches(trials, 200, 0, aligned=16)].count(0) > 2
     assert list(batches([[], []], 200, 0)) == []
