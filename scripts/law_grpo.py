@@ -178,13 +178,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--curve", action="append", required=True)
     parser.add_argument("--per-group", type=int, default=16, help="LoRA arms side by side")
-    parser.add_argument("--micro-batch", type=int, default=128, help="completions in a pass, of 256")
+    parser.add_argument("--completions", type=int, default=256, help="of a step")
+    parser.add_argument("--micro-batch", type=int, default=128, help="completions in a pass")
     parser.add_argument("--at-once", type=int, default=256, help="completions of an arm that are written at once")
     parser.add_argument("--pass-tokens", type=int, default=12288)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("flags", nargs="*", help="after --: more flags of mua_rl.grpo")
     options = parser.parse_args()
-    task, name = options.task.partition(":")[0] + options.label, options.name or options.model
+    task = "-".join(filter(None, [options.task.partition(":")[0], options.label]))
+    name = options.name or options.model
     parts = Parts(options.at_once, options.pass_tokens)
 
     def base(kind: str) -> str:
@@ -196,7 +198,7 @@ def main() -> None:
         flags = ["--model", options.model, "--task", options.task, "--max_steps", options.steps]
         flags += ["--held_out_steps", 0, "--save_strategy", "no", "--report_to", "none"]
         flags += ["--per_device_train_batch_size", options.micro_batch]
-        flags += ["--gradient_accumulation_steps", 256 // options.micro_batch]
+        flags += ["--gradient_accumulation_steps", options.completions // options.micro_batch]
         if kind == "full-bf16":
             flags += ["--dtype", "bfloat16", "--bf16", "false"]
         arguments, _, _ = grpo.parse([str(flag) for flag in [*flags, *options.flags]])

@@ -23,10 +23,13 @@ from mua_rl.adapter import targeted_layers
 from mua_rl.analysis.probe import Probe, coherence
 from mua_rl.envs.tasks import Task, get_task
 from mua_rl.errors import exit_on_user_error
-from mua_rl.movement import ProbeBatch, _logits, probe_batch
+from mua_rl.movement import ProbeBatch, probe_batch
 from mua_rl.record import machine
 
 DRAWN = (4, 16, 64)
+"""Ranks of the drawn A and B."""
+ROWS = 16
+"""Completions in a pass, which bounds the memory of the logits."""
 
 
 def batch_task(task: Task, number: int, prompts: int) -> Task:
@@ -43,9 +46,11 @@ def set_gradient(model: Any, batch: ProbeBatch) -> None:
     """The gradient of GRPO's loss at the policy that wrote the completions, into the weights' `grad`."""
     model.zero_grad()
     tokens = batch.written.sum()
-    for piece in batch.pieces():
-        logps = selective_log_softmax(_logits(model, piece), piece.ids[:, 1:])
-        (-(piece.advantages[:, None] * logps * piece.written).sum() / tokens).backward()
+    for ids, mask, written, advantages in zip(*(part.split(ROWS) for part in vars(batch).values()), strict=True):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        logps = selective_log_softmax(out.logits[:, :-1].float(), ids[:, 1:])
+        (-(advantages[:, None] * logps * written).sum() / tokens).backward()
 
 
 @torch.no_grad()
