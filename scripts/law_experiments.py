@@ -207,7 +207,8 @@ def status(options: argparse.Namespace) -> None:
             events[event["job"]] = event
     for name, event in events.items():
         log = options.folder / f"{name}.log"
-        last = (log.read_text(errors="replace").replace("\r", "\n").strip().splitlines() or [""])[-1] if log.exists() else ""
+        text = log.read_text(errors="replace") if log.exists() else ""
+        last = (text.strip().splitlines() or [""])[-1]
         print(f"{event['at']:>5} s {name}: {event['event']} | {last[:150]}")
 
 

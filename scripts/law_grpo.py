@@ -100,7 +100,7 @@ class FullRun(arms_grpo.SideBySide):
         """Nothing: trained weights stay as they are."""
 
 
-def train_full(arguments: Any, arm: Arm, kind: str, parts: Parts) -> list[arms_grpo.ArmState]:
+def train_full(arguments: Any, arm: Arm, kind: str, parts: Parts) -> list[Any]:
     """One run of FFT."""
     projections = tuple(f"{name}.weight" for family in MLP_PROJECTIONS for name in family)
 
@@ -161,7 +161,8 @@ def groups(curves: Sequence[str], per_group: int, is_done: Callable[[str, Arm], 
         if kind in FULL:
             made += [(kind, [arm]) for arm in todo]
         else:
-            waiting.setdefault(kind, []).extend(todo)
+            # Init[A] and Init[B] may share a group: their rows are of one base in the CSV.
+            waiting.setdefault("B" if kind == "A" else kind, []).extend(todo)
     for kind, arms in waiting.items():
         number = -(-len(arms) // per_group)
         size = -(-len(arms) // max(1, number))
@@ -177,7 +178,7 @@ def main() -> None:
     parser.add_argument("--label", default="", help="added to the task's name in the CSV")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--curve", action="append", required=True)
-    parser.add_argument("--per-group", type=int, default=16, help="LoRA arms side by side")
+    parser.add_argument("--per-group", type=int, default=20, help="LoRA arms side by side")
     parser.add_argument("--completions", type=int, default=256, help="of a step")
     parser.add_argument("--micro-batch", type=int, default=128, help="completions in a pass")
     parser.add_argument("--at-once", type=int, default=256, help="completions of an arm that are written at once")
@@ -192,7 +193,8 @@ def main() -> None:
     def base(kind: str) -> str:
         return name + {**FULL, **LORA}[kind]
 
-    done = {(row.base, asdict(row.arm).__repr__()) for row in read(options.output)} if options.output.exists() else set()
+    rows = read(options.output) if options.output.exists() else []
+    done = {(row.base, repr(asdict(row.arm))) for row in rows}
     for kind, arms in groups(options.curve, options.per_group, lambda k, a: (base(k), repr(asdict(a))) in done):
         start = time.monotonic()
         flags = ["--model", options.model, "--task", options.task, "--max_steps", options.steps]

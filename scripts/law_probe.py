@@ -57,7 +57,7 @@ def set_gradient(model: Any, batch: ProbeBatch) -> None:
 def drawn_sums(gradients: dict[str, torch.Tensor], targets: list[str], seed: int) -> dict[str, float]:
     """m_eff and n_eff as drawn B and A of several ranks imply them."""
     entries = sum(float(gradients[name].abs().sum()) for name in targets)
-    found = {}
+    found: dict[str, float] = {}
     for rank in DRAWN:
         generator = torch.Generator().manual_seed(seed)
         of_b = of_a = of_peft = 0.0
@@ -86,7 +86,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = models.load_model(options.model).to(device).eval()
+    model: Any = models.load_model(options.model)
+    model.to(device).eval()
     tokenizer, task = models.load_tokenizer(options.model), get_task(options.task)
     targets = [f"{name}.weight" for name, _ in targeted_layers(model, options.target_modules)]
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,8 @@ class Trainer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.arms, self.options = list(arms), options
         tokenizer, task = models.load_tokenizer(options.model), get_task(options.task)
-        self.model: Any = models.load_model(options.model).to(self.device).eval()
+        self.model: Any = models.load_model(options.model)
+        self.model.to(self.device).eval()
         conversational = is_conversational(tokenizer)
         train_rows = task.train(conversational)
         self.train_examples = examples(tokenizer, train_rows)

@@ -87,7 +87,9 @@ def test_coherence_is_the_share_of_signs_that_batches_have_in_common():
     generator = torch.Generator().manual_seed(0)
     signal = torch.randn(400, 400, generator=generator).sign()
     rho = 0.3
-    batches = [torch.where(torch.rand(400, 400, generator=generator) < (1 + rho) / 2, signal, -signal) for _ in range(2)]
+    batches = [
+        torch.where(torch.rand(400, 400, generator=generator) < (1 + rho) / 2, signal, -signal) for _ in range(2)
+    ]
     assert coherence(batches[:1], batches[1:]) == pytest.approx(rho, abs=0.02)
     assert coherence([signal], [signal]) == 1
     assert coherence([signal], [-signal]) == 0

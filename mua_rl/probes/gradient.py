@@ -41,8 +41,8 @@ class LayerSums:
     def of(cls, name: str, gradient: torch.Tensor) -> "LayerSums":
         """Of a gradient `(m, n)`; a convolution's kernel counts among its inputs."""
         g = gradient.detach().flatten(1).float()
-        entries, columns, rows = g.abs().sum(), g.norm(dim=0).sum(), g.norm(dim=1).sum()
-        return cls(name, *g.shape, float(entries), float(columns), float(rows))
+        m, n = g.shape
+        return cls(name, m, n, float(g.abs().sum()), float(g.norm(dim=0).sum()), float(g.norm(dim=1).sum()))
 
 
 @dataclass(frozen=True)
