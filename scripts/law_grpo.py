@@ -1,0 +1,222 @@
+"""GRPO arms for docs/predictions.md, whatever kind they are of: LoRA arms side by side, full ones one after another.
+
+    python scripts/law_grpo.py --output runs/law/e2.csv --curve B,1,1:-11:-7.5:0.5:1+2 --curve B,4,1:-12:-8.5:0.5:1+2
+    python scripts/law_grpo.py --output runs/law/e9.csv --curve full-bf16:-16:-11:1:1
+    python scripts/law_grpo.py --model embedded --steps 4 --output /tmp/e.csv --curve peft,8,32/r:-8:-7:1:1   # a CPU
+
+A curve is KIND[,RANK,ALPHA]:FIRST:LAST:STEP:SEEDS, with learning rates from 2^FIRST to 2^LAST. Kinds:
+
+    A, B        LoRA with Init[A] or Init[B]
+    peft        LoRA with PEFT's default init: A uniform with variance 1/(3n), B = 0
+    full        FFT in fp32 (bf16 autocast on a GPU)
+    full-mlp    FFT of the MLP projections alone
+    full-bf16   FFT with weights, gradients and moments in bf16
+
+The CSV is a sweep's (`mua_rl.sweep.rows`), with the kind, where a sweep knows no such, in the base's name
+(`smollm2-peft`); beside it is a line of JSON for each run with the reward, loss and gradient norm of every step.
+Runs that the CSV has are not repeated.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+from mua_rl import grpo
+from mua_rl.adapter import MLP_PROJECTIONS, Adapter, LoRA, TargetModules
+from mua_rl.arms import grpo as arms_grpo
+from mua_rl.arms.arm import Arm, Outcome
+from mua_rl.arms.memory import Parts
+from mua_rl.errors import UserError, exit_on_user_error
+from mua_rl.record import machine
+from mua_rl.rules import AlphaRule
+from mua_rl.sweep.rows import Row, append, read
+
+FULL = {"full": "", "full-mlp": "-mlp", "full-bf16": "-bf16"}
+"""Kinds of FFT, and what is added to the base's name."""
+LORA = {"A": "", "B": "", "peft": "-peft"}
+
+
+class PEFTLoRA(LoRA):
+    """A LoRA with PEFT's default init."""
+
+    @torch.no_grad()
+    def draw(self, a: torch.Tensor, b: torch.Tensor, generator: torch.Generator, experts: int = 1) -> None:
+        """See `LoRA.draw`."""
+        b.zero_()
+        a.copy_((2 * torch.rand(a.shape, generator=generator) - 1) / math.sqrt(a.shape[1]))
+
+
+@dataclass(frozen=True)
+class PEFTArm(Arm):
+    """An arm with such a LoRA."""
+
+    def adapter(self, target_modules: TargetModules) -> Adapter:
+        """See `Arm.adapter`."""
+        assert self.rank is not None
+        return PEFTLoRA(self.rank, "A", AlphaRule.parse(self.alpha), target_modules)
+
+
+class FullStack:
+    """One model's own weights in the place of the A and B of arms (`mua_rl.arms.stacked.LoRAStack`), of one arm.
+
+    Args:
+        model: Its trained weights become views into one vector.
+        is_trained: By a weight's name.
+    """
+
+    def __init__(self, model: nn.Module, is_trained: Callable[[str], bool]) -> None:
+        model.requires_grad_(False)
+        weights = [weight for name, weight in model.named_parameters() if is_trained(name)]
+        self.values = torch.cat([weight.data.flatten() for weight in weights])[None]
+        self.gradients = torch.zeros_like(self.values)
+        self.active = [0]
+        start = 0
+        for weight in weights:
+            end = start + weight.numel()
+            weight.data = self.values[0, start:end].view(weight.shape)
+            weight.requires_grad_(True)
+            weight.grad = self.gradients[0, start:end].view(weight.shape)
+            start = end
+
+    def keep(self, arms: Sequence[int]) -> None:
+        """See `LoRAStack.keep`."""
+        self.active = list(arms)
+        self.values, self.gradients = self.values[: len(arms)], self.gradients[: len(arms)]
+
+
+class FullRun(arms_grpo.SideBySide):
+    """GRPO with FFT in the same engine as arms side by side."""
+
+    def _precast(self) -> None:
+        """Nothing: trained weights stay as they are."""
+
+
+def train_full(arguments: Any, arm: Arm, kind: str, parts: Parts) -> list[Any]:
+    """One run of FFT."""
+    projections = tuple(f"{name}.weight" for family in MLP_PROJECTIONS for name in family)
+
+    def stack(model: nn.Module, *_: Any) -> FullStack:
+        return FullStack(model, lambda name: kind != "full-mlp" or name.endswith(projections))
+
+    with mock.patch.object(arms_grpo, "LoRAStack", stack), mock.patch.object(arms_grpo, "check"):
+        trainer = FullRun(arguments, [arm], parts=parts)
+    return train(trainer)
+
+
+def train_lora(arguments: Any, arms: Sequence[Arm], parts: Parts) -> list[Any]:
+    """Arms side by side."""
+    return train(arms_grpo.SideBySide(arguments, arms, parts=parts))
+
+
+def train(trainer: arms_grpo.SideBySide) -> list[Any]:
+    """Outcomes and histories of all arms."""
+    states = list(trainer.states)
+    start = time.perf_counter()
+
+    def on_step(step: int, _: Any) -> None:
+        if step % 10 == 0 or step == 1:
+            phases = {name: round(seconds, 1) for name, seconds in trainer.phases.items()}
+            print(f"step {step}, {time.perf_counter() - start:.1f} s: {phases}", flush=True)
+
+    outcomes = trainer.train(on_step)
+    return [(outcome, state.history) for outcome, state in zip(outcomes, states, strict=True)]
+
+
+def curve_arms(text: str) -> tuple[str, list[Arm]]:
+    """The kind of a `--curve`, and its arms.
+
+    Raises:
+        UserError: It is none.
+    """
+    try:
+        curve, first, last, step, seeds = text.split(":")
+        kind, *rest = curve.split(",")
+        lrs = [float(first) + i * float(step) for i in range(round((float(last) - float(first)) / float(step)) + 1)]
+        numbers = [int(seed) for seed in seeds.split("+")]
+        if kind in FULL:
+            return kind, [Arm(None, "", "", lr, seed) for lr in lrs for seed in numbers]
+        rank, alpha = rest
+        made: Any = PEFTArm if kind == "peft" else Arm
+        init = {"A": "A", "B": "B", "peft": "A"}[kind]
+        return kind, [made(int(rank), init, alpha, lr, seed) for lr in lrs for seed in numbers]
+    except (ValueError, KeyError):
+        raise UserError(f"--curve is KIND[,RANK,ALPHA]:FIRST:LAST:STEP:SEEDS, not {text!r}.") from None
+
+
+def groups(curves: Sequence[str], per_group: int, is_done: Callable[[str, Arm], bool]) -> list[tuple[str, list[Arm]]]:
+    """What is trained together: LoRA arms of a kind up to a number, in the order of the curves; FFT arms singly."""
+    made: list[tuple[str, list[Arm]]] = []
+    waiting: dict[str, list[Arm]] = {}
+    for kind, arms in map(curve_arms, curves):
+        todo = [arm for arm in arms if not is_done(kind, arm)]
+        if kind in FULL:
+            made += [(kind, [arm]) for arm in todo]
+        else:
+            # Init[A] and Init[B] may share a group: their rows are of one base in the CSV.
+            waiting.setdefault("B" if kind == "A" else kind, []).extend(todo)
+    for kind, arms in waiting.items():
+        number = -(-len(arms) // per_group)
+        size = -(-len(arms) // max(1, number))
+        made += [(kind, arms[i : i + size]) for i in range(0, len(arms), max(1, size))]
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="as python -m mua_rl.grpo takes it")
+    parser.add_argument("--name", default=None, help="of the base in the CSV; default: --model")
+    parser.add_argument("--task", default="arithmetic")
+    parser.add_argument("--label", default="", help="added to the task's name in the CSV")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--curve", action="append", required=True)
+    parser.add_argument("--per-group", type=int, default=20, help="LoRA arms side by side")
+    parser.add_argument("--completions", type=int, default=256, help="of a step")
+    parser.add_argument("--micro-batch", type=int, default=128, help="completions in a pass")
+    parser.add_argument("--at-once", type=int, default=256, help="completions of an arm that are written at once")
+    parser.add_argument("--pass-tokens", type=int, default=12288)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("flags", nargs="*", help="after --: more flags of mua_rl.grpo")
+    options = parser.parse_args()
+    task = "-".join(filter(None, [options.task.partition(":")[0], options.label]))
+    name = options.name or options.model
+    parts = Parts(options.at_once, options.pass_tokens)
+
+    def base(kind: str) -> str:
+        return name + {**FULL, **LORA}[kind]
+
+    rows = read(options.output) if options.output.exists() else []
+    done = {(row.base, repr(asdict(row.arm))) for row in rows}
+    for kind, arms in groups(options.curve, options.per_group, lambda k, a: (base(k), repr(asdict(a))) in done):
+        start = time.monotonic()
+        flags = ["--model", options.model, "--task", options.task, "--max_steps", options.steps]
+        flags += ["--held_out_steps", 0, "--save_strategy", "no", "--report_to", "none"]
+        flags += ["--per_device_train_batch_size", options.micro_batch]
+        flags += ["--gradient_accumulation_steps", options.completions // options.micro_batch]
+        if kind == "full-bf16":
+            flags += ["--dtype", "bfloat16", "--bf16", "false"]
+        arguments, _, _ = grpo.parse([str(flag) for flag in [*flags, *options.flags]])
+        trained = train_full(arguments, arms[0], kind, parts) if kind in FULL else train_lora(arguments, arms, parts)
+        outcomes: list[Outcome] = [outcome for outcome, _ in trained]
+        rows = [Row("grpo", task, base(kind), a, o, machine()) for a, o in zip(arms, outcomes, strict=True)]
+        append(options.output, rows)
+        with open(options.output.with_suffix(".jsonl"), "a") as stream:
+            for row, (_, history) in zip(rows, trained, strict=True):
+                kept = {key: [round(step[key], 5) for step in history] for key in ("reward", "loss", "grad_norm")}
+                stream.write(json.dumps({"task": task, "base": row.base, **asdict(row.arm), **kept}) + "\n")
+        for row in rows:
+            print(f"{row.base} {row.arm.name}: {row.outcome.metric:.3f}, reward {row.outcome.reward_mean:.3f}")
+        memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+        print(f"{len(arms)} runs in {time.monotonic() - start:.0f} s, {memory:.1f} GiB", flush=True)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
