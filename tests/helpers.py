@@ -15,7 +15,7 @@ def scheme(init="B", alpha="1") -> tuple[Scheme, AlphaRule]:
     return spec(1, init, alpha).scheme, AlphaRule.parse(alpha)
 
 
-def trial(rank, init="B", alpha="1", log2_lr=-10.0, seed=0) -> Trial:
+def make_trial(rank, init="B", alpha="1", log2_lr=-10.0, seed=0) -> Trial:
     """A trial, as people write it."""
     return Trial(spec(rank, init, alpha), log2_lr, seed)
 
