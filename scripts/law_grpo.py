@@ -12,7 +12,7 @@ A curve is KIND[,RANK,ALPHA]:FIRST:LAST:STEP:SEEDS, with learning rates from 2^F
     full-mlp    FFT of the MLP projections alone
     full-bf16   FFT with weights, gradients and moments in bf16
 
-The CSV is a sweep's (`mua_rl.sweep.rows`), with the kind, where a sweep knows no such, in the base's name
+The CSV is a sweep's (`mua_rl.analysis.rows`), with the kind, where a sweep knows no such, in the base's name
 (`smollm2-peft`); beside it is a line of JSON for each run with the reward, loss and gradient norm of every step.
 Runs that the CSV has are not repeated.
 """
@@ -30,15 +30,16 @@ from unittest import mock
 import torch
 from torch import nn
 
-from mua_rl import grpo
-from mua_rl.adapter import MLP_PROJECTIONS, Adapter, LoRA, TargetModules
-from mua_rl.arms import grpo as arms_grpo
-from mua_rl.arms.arm import Arm, Outcome
-from mua_rl.arms.memory import Parts
-from mua_rl.errors import UserError, exit_on_user_error
-from mua_rl.record import machine
-from mua_rl.rules import AlphaRule
-from mua_rl.sweep.rows import Row, append, read
+from mua_rl.adapter.adapters import MLP_PROJECTIONS, Adapter, LoRA, TargetModules
+from mua_rl.analysis.rows import Row, append, read
+from mua_rl.errors import UserError
+from mua_rl.exits import run_command
+from mua_rl.grpo.arguments import parse
+from mua_rl.grpo.stacked import trainer as stacked
+from mua_rl.grpo.stacked.memory import Parts
+from mua_rl.lr.record import machine
+from mua_rl.lr.rules import AlphaRule
+from mua_rl.run.trial import Arm, Outcome
 
 FULL = {"full": "", "full-mlp": "-mlp", "full-bf16": "-bf16"}
 """Kinds of FFT, and what is added to the base's name."""
@@ -66,7 +67,7 @@ class PEFTArm(Arm):
 
 
 class FullStack:
-    """One model's own weights in the place of the A and B of arms (`mua_rl.arms.stacked.LoRAStack`), of one arm.
+    """One model's own weights in the place of the A and B of arms (`mua_rl.grpo.stacked.stack.LoRAStack`), of one arm.
 
     Args:
         model: Its trained weights become views into one vector.
@@ -93,7 +94,7 @@ class FullStack:
         self.values, self.gradients = self.values[: len(arms)], self.gradients[: len(arms)]
 
 
-class FullRun(arms_grpo.SideBySide):
+class FullRun(stacked.SideBySide):
     """GRPO with FFT in the same engine as arms side by side."""
 
     def _precast(self) -> None:
@@ -107,17 +108,17 @@ def train_full(arguments: Any, arm: Arm, kind: str, parts: Parts) -> list[Any]:
     def stack(model: nn.Module, *_: Any) -> FullStack:
         return FullStack(model, lambda name: kind != "full-mlp" or name.endswith(projections))
 
-    with mock.patch.object(arms_grpo, "LoRAStack", stack), mock.patch.object(arms_grpo, "check"):
+    with mock.patch.object(stacked, "LoRAStack", stack), mock.patch.object(stacked, "check"):
         trainer = FullRun(arguments, [arm], parts=parts)
     return train(trainer)
 
 
 def train_lora(arguments: Any, arms: Sequence[Arm], parts: Parts) -> list[Any]:
     """Arms side by side."""
-    return train(arms_grpo.SideBySide(arguments, arms, parts=parts))
+    return train(stacked.SideBySide(arguments, arms, parts=parts))
 
 
-def train(trainer: arms_grpo.SideBySide) -> list[Any]:
+def train(trainer: stacked.SideBySide) -> list[Any]:
     """Outcomes and histories of all arms."""
     states = list(trainer.states)
     start = time.perf_counter()
@@ -203,7 +204,7 @@ def main() -> None:
         flags += ["--gradient_accumulation_steps", options.completions // options.micro_batch]
         if kind == "full-bf16":
             flags += ["--dtype", "bfloat16", "--bf16", "false"]
-        arguments, _, _ = grpo.parse([str(flag) for flag in [*flags, *options.flags]])
+        arguments, _, _ = parse([str(flag) for flag in [*flags, *options.flags]])
         trained = train_full(arguments, arms[0], kind, parts) if kind in FULL else train_lora(arguments, arms, parts)
         outcomes: list[Outcome] = [outcome for outcome, _ in trained]
         rows = [Row("grpo", task, base(kind), a, o, machine()) for a, o in zip(arms, outcomes, strict=True)]
@@ -219,4 +220,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_command(main)

@@ -21,16 +21,16 @@ from law_grpo import curve_arms
 from torch import nn
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
-from mua_rl import models
-from mua_rl.adapter import LoRA
-from mua_rl.arms.arm import Arm, Outcome
-from mua_rl.arms.grpo import prompt_order
-from mua_rl.arms.stacked import LoRAStack
+from mua_rl.adapter.adapters import LoRA
+from mua_rl.analysis.rows import Row, append
 from mua_rl.envs.tasks import get_task
-from mua_rl.errors import exit_on_user_error
-from mua_rl.heldout import is_conversational, prompt_ids
-from mua_rl.record import machine
-from mua_rl.sweep.rows import Row, append
+from mua_rl.exits import run_command
+from mua_rl.grpo.stacked.stack import LoRAStack
+from mua_rl.grpo.stacked.trainer import prompt_order
+from mua_rl.lm import models
+from mua_rl.lm.heldout import is_conversational, prompt_ids
+from mua_rl.lr.record import machine
+from mua_rl.run.trial import Arm, Outcome
 
 EXAMPLES = 32
 Example = tuple[list[int], int]
@@ -51,8 +51,8 @@ class Trainer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.arms, self.options = list(arms), options
         tokenizer, task = models.load_tokenizer(options.model), get_task(options.task)
-        self.model: Any = models.load_model(options.model)
-        self.model.to(self.device).eval()
+        model: Any = models.load_model(options.model)
+        self.model = model.to(self.device).eval()
         conversational = is_conversational(tokenizer)
         train_rows = task.train(conversational)
         self.train_examples = examples(tokenizer, train_rows)
@@ -158,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_command(main)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from mua_rl.adapter import LoRA
-from mua_rl.analysis.probe import LayerSums, Probe, coherence
-from mua_rl.rules import AlphaRule
+from mua_rl.adapter.adapters import LoRA
+from mua_rl.lr.rules import AlphaRule
+from mua_rl.probes.gradient import LayerSums, Probe, coherence
 
 TINY = 1e-6
 
