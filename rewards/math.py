@@ -17,6 +17,7 @@ verdicts differ from Math-Verify's own, and why):
   up to case.
 """
 
+import logging
 import math
 import re
 import threading
@@ -25,19 +26,25 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 from mua_rl.rewards.completions import completion_text
 from mua_rl.rewards.extract_math import MAX_ANSWER_CHARS, extract_answer
-from mua_rl.rewards.numbers import (
-    NumberInBase,
-    PlainNumber,
+from mua_rl.rewards.latex import plain_latex
+from mua_rl.rewards.numbers import NumberInBase, PlainNumber, parse_in_base, parse_number, same_number
+from mua_rl.rewards.phrases import (
+    HEDGE,
+    TimeOfDay,
     parse_amounts,
-    parse_in_base,
-    parse_number,
-    same_number,
+    parse_date,
+    parse_phrase,
+    parse_time,
+    same_time,
+    without_label,
 )
-from mua_rl.rewards.worker_pool import Failure, WorkerPool, shared_pool
+from mua_rl.rewards.units import changing_words
+from mua_rl.rewards.worker_pool import REQUEST_SECONDS, Failure, WorkerPool, shared_pool
 
 WORKER_MODULE = "mua_rl.rewards.math_worker"
 
@@ -81,6 +88,41 @@ class _VerdictCache:
 
 
 _cache = _VerdictCache(65536)
+
+_LOST = (MathVerdict.TIMEOUT, MathVerdict.KILLED, MathVerdict.MEMORY)
+
+
+class _LossMonitor:
+    """Says so when more than one answer in a hundred got no verdict, at most once in `_WINDOW` answers."""
+
+    _WINDOW = 1000
+
+    def __init__(self) -> None:
+        self._answers = self._lost = 0
+        self._silent = False
+        self._lock = threading.Lock()
+
+    def count(self, verdicts: Sequence[MathVerdict]) -> None:
+        with self._lock:
+            self._answers += len(verdicts)
+            self._lost += sum(verdict in _LOST for verdict in verdicts)
+            if self._lost * 100 > self._answers and not self._silent:
+                _logger.warning(
+                    "%d of %d answers (%.1f %%) were too much for Math-Verify in %g s, twice, and score 0. If they "
+                    "look harmless, the machine is busy: give the rewards fewer workers (MUA_RL_REWARD_WORKERS).",
+                    self._lost,
+                    self._answers,
+                    100 * self._lost / self._answers,
+                    REQUEST_SECONDS,
+                )
+                self._silent = True
+            if self._answers >= self._WINDOW:
+                self._answers = self._lost = 0
+                self._silent = False
+
+
+_losses = _LossMonitor()
+_logger = logging.getLogger(__name__)
 
 
 def judge_completions(
@@ -126,10 +168,14 @@ def judge_answers(pairs: Sequence[tuple[str, str]], *, pool: WorkerPool | None =
     slow = {pair: _cache.get(pair) for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is None}
     unknown = [pair for pair, verdict in slow.items() if verdict is None]
     if unknown:
-        for pair, verdict in zip(unknown, _ask_math_verify(unknown, pool), strict=True):
+        compared = [(_plain(gold), _comparable(gold, answer)) for gold, answer in unknown]
+        for pair, verdict in zip(unknown, _ask_math_verify(compared, pool), strict=True):
             slow[pair] = verdict
-            _cache.put(pair, verdict)
-    return [verdict or slow[pair] for pair, verdict in zip(pairs, verdicts, strict=True)]  # type: ignore[misc]
+            if verdict not in _LOST:  # which says something of the machine's load, perhaps, and nothing of the answer
+                _cache.put(pair, verdict)
+    judged = [verdict or slow[pair] for pair, verdict in zip(pairs, verdicts, strict=True)]
+    _losses.count(judged)  # type: ignore[arg-type]
+    return judged  # type: ignore[return-value]
 
 
 def gold_fault(gold: Any, *, pool: WorkerPool | None = None) -> str | None:
@@ -144,7 +190,7 @@ def gold_fault(gold: Any, *, pool: WorkerPool | None = None) -> str | None:
 def gold_faults(golds: Sequence[Any], *, pool: WorkerPool | None = None) -> list[str | None]:
     """`gold_fault` for many golds at once, on all workers."""
     texts = [_gold_text(gold) for gold in golds]
-    slow = list(dict.fromkeys(text for text in texts if text is not None and not _is_number(text)))
+    slow = list(dict.fromkeys(text for text in texts if text is not None and _needs_algebra(text)))
     names = dict(zip(slow, _ask_math_verify([(text, text) for text in slow], pool), strict=True))
     faults: list[str | None] = []
     for gold, text in zip(golds, texts, strict=True):
@@ -233,46 +279,86 @@ def _gold_text(gold: Any) -> str | None:
     return gold.strip()
 
 
+Reading = PlainNumber | NumberInBase | TimeOfDay | tuple[Any, ...]
+
+
+@lru_cache(maxsize=65536)
+def _plain(text: str) -> str:
+    return plain_latex(text)
+
+
+@lru_cache(maxsize=65536)
+def _reading(gold: str) -> Reading | None:
+    """What a gold is that needs no symbolic algebra, or `None`. To Math-Verify words are products, dates differences."""
+    number = parse_number(gold)
+    if number is not None:
+        time = None if _DIGITS.fullmatch(gold) else parse_time(_plain(gold))
+        return time or number  # `5 pm` is a time, and beside a plain `5` a number
+    plain = _plain(gold)
+    return parse_in_base(gold) or parse_time(plain) or parse_amounts(plain) or parse_date(plain) or parse_phrase(plain)
+
+
 def _quick_verdict(gold: str, answer: str) -> MathVerdict | None:
     """The verdict that needs no symbolic algebra, or `None`."""
     if not gold:
         return MathVerdict.BAD_GOLD
     if len(answer) > MAX_ANSWER_CHARS:
         return MathVerdict.UNREADABLE
-    gold_number = parse_number(gold)
-    if gold_number is not None:
+    reading = _reading(gold)
+    if isinstance(reading, PlainNumber):
         number = _stated_number(answer)
-        return MathVerdict.RIGHT if number and same_number(gold_number, number) else MathVerdict.WRONG
-    in_base = parse_in_base(gold)
-    if in_base is not None:  # Math-Verify leaves the subscript out, so that `12_9` were `12_8`
-        return MathVerdict.RIGHT if _states(answer, in_base) else MathVerdict.WRONG
-    left, right = _bare(gold), _bare(answer)
-    if left == right:
+        return _verdict(number is not None and same_number(reading, number))
+    if isinstance(reading, NumberInBase):
+        return _verdict(_states(answer, reading))
+    plain_gold, plain = _plain(gold), _comparable(gold, answer)
+    if _bare(plain_gold) == _bare(plain):
         return MathVerdict.RIGHT
-    if _WORDS.fullmatch(left) and _WORDS.fullmatch(right):  # to Math-Verify products, so that `stop` were `post`
-        return MathVerdict.RIGHT if left.casefold() == right.casefold() else MathVerdict.WRONG
-    amounts = parse_amounts(gold)  # to Math-Verify a product: `3 feet 4 inches` were `4 feet 3 inches`
-    if amounts is not None:
-        return MathVerdict.RIGHT if parse_amounts(answer.rpartition("=")[2]) == amounts else MathVerdict.WRONG
-    if _DATE.fullmatch(left):  # to Math-Verify a difference or a quotient
-        same = _DATE.fullmatch(right) and _date_parts(left) == _date_parts(right)
-        return MathVerdict.RIGHT if same else MathVerdict.WRONG
+    time = parse_time(plain)
+    if isinstance(reading, TimeOfDay) and (time or reading.certain):
+        return _verdict(time is not None and same_time(reading, time))
+    if time is not None and time.certain:
+        return MathVerdict.WRONG
+    if isinstance(reading, tuple):
+        last = plain.rpartition("=")[2]
+        if reading in (parse_amounts(last), parse_date(last), parse_phrase(plain)):
+            return MathVerdict.RIGHT
+        if parse_phrase(plain_gold) is None or parse_phrase(plain) is not None:
+            return MathVerdict.WRONG
+    if changing_words(plain_gold) != changing_words(plain) or {_kind(plain_gold), _kind(plain)} == {"set", "tuple"}:
+        return MathVerdict.WRONG
     return None
 
 
-def _date_parts(date: str) -> list[int]:
-    return [int(part) for part in re.split("[-/]", date)]
+def _comparable(gold: str, answer: str) -> str:
+    """The answer without what announces it, where the gold has no such thing."""
+    return _plain(answer) if "=" in _plain(gold) else without_label(_plain(answer))
 
 
-def _is_number(text: str) -> bool:
-    """Whether a gold is compared without Math-Verify."""
-    return parse_number(text) is not None or parse_in_base(text) is not None
+def _verdict(right: bool) -> MathVerdict:
+    return MathVerdict.RIGHT if right else MathVerdict.WRONG
+
+
+def _needs_algebra(gold: str) -> bool:
+    """Whether a gold is compared by Math-Verify, at least with some answers."""
+    reading = _reading(gold)
+    return reading is None or (isinstance(reading, TimeOfDay) and not reading.certain)
+
+
+def _kind(text: str) -> str | None:
+    """Whether an answer is one set, in braces, or one tuple or interval, in parentheses."""
+    last = re.split(r"=|\\in(?![A-Za-z])", text.replace("\\left", "").replace("\\right", ""))[-1].strip()
+    if last.startswith("\\{") and last.endswith("\\}"):
+        return "set"
+    depths = list(accumulate({"(": 1, ")": -1}.get(char, 0) for char in last))
+    alone = last.startswith("(") and last.endswith(")") and 0 not in depths[:-1]
+    return "tuple" if alone and "," in last else None
 
 
 def _states(answer: str, gold: NumberInBase) -> bool:
     """Whether an answer states an integer in a base: `12_8`, `x = 12_8`, or without the base."""
-    is_open = "=" in answer and _STATES_NO_NUMBER.search(answer)
-    found = None if is_open else parse_in_base(answer.rpartition("=")[2], gold.base)
+    plain = _plain(answer)
+    is_open = "=" in plain and _states_no_number(plain)
+    found = None if is_open else parse_in_base(plain.rpartition("=")[2], gold.base)
     if found is not None:
         return found == gold
     number = _stated_number(answer)  # `1,101`
@@ -283,12 +369,17 @@ def _bare(text: str) -> str:
     return "".join(text.split()).strip("$.")
 
 
-_WORDS = re.compile(r"[A-Za-z]{3,}")
-_DATE = re.compile(r"[0-9]{4}([-/])[0-9]{1,2}\1[0-9]{1,2}|[0-9]{1,2}([-/])[0-9]{1,2}\2[0-9]{4}")
-_STATES_NO_NUMBER = re.compile(  # but a choice, or a bound: `x >= 5`, `x != 5` (where `5! = 120` states one)
-    r"[,;<>≠≤≥]|\\\\|[A-Za-z]\s*!=|\b(?:or|and)\b"
-    r"|\\(?:lor|vee|land|wedge|q?quad|pm|mp|text|mbox|mathrm|not|ne|neq|[lg]t|[lg]eq?|[lg]eqq|[lg]eqslant)(?![A-Za-z])"
+_DIGITS = re.compile(r"[-0-9.,/]+")
+_BOUND = re.compile(  # or a choice: `x >= 5`, `x != 5` (where `5! = 120` states a number)
+    r"[,;<>≠≤≥]|\\\\|[A-Za-z]\s*!="
+    r"|\\(?:lor|vee|land|wedge|q?quad|pm|mp|not|ne|neq|[lg]t|[lg]eq?|[lg]eqq|[lg]eqslant)(?![A-Za-z])"
 )
+
+
+def _states_no_number(plain: str) -> bool:
+    return _BOUND.search(plain) is not None or HEDGE.search(plain) is not None
+
+
 _BRACKETS = (("\\{", "\\}"), ("(", ")"))
 
 
@@ -298,9 +389,9 @@ def _stated_number(answer: str) -> PlainNumber | None:
     number = parse_number(answer)
     if number is not None:
         return number
-    text = answer.strip().strip("$").strip().replace("\\left", "").replace("\\right", "")
-    if _STATES_NO_NUMBER.search(text):
-        return None
+    text = without_label(_plain(answer)).replace("\\left", "").replace("\\right", "")
+    if _states_no_number(text):
+        return parse_number(text)  # a label was all that stood before it: `Answer: 1,000`
     # An approximation follows the exact value, unless only a name stands before it.
     sides = re.split(r"\\approx|≈", text, maxsplit=1)
     before = parse_number(sides[0].rpartition("=")[2])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+from mua_rl.rewards.latex import plain_latex
 from mua_rl.rewards.worker_loop import serve
 
 _MAX_NESTING = 30  # the parser backtracks: its time grows without bound in the nesting
@@ -23,6 +24,21 @@ _SPELLINGS = (
 _PRIMES = re.compile(r"(?<=[A-Za-z])(?:'+|\^\s*(?:\{\s*(?:\\prime\s*)+\}|\\prime(?![A-Za-z])))")
 
 
+_DOUBLE_SIGN = re.compile(r"\\(pm|mp)(?![A-Za-z])")
+_WARM_UP = (
+    (r"2\sqrt{3}", r"\sqrt{12}"),
+    (r"x^2+2x+1", r"(x+1)^2"),
+    (r"\frac{1}{x}+\sin x", r"\frac{1+x\sin x}{x+1}"),
+    (r"\frac{\pi}{3}", r"\frac{1+\sqrt{5}}{2}"),
+    (r"\{1,\sqrt{2}\}", r"\{1,\sqrt{3}\}"),
+    (r"(0,\sqrt{2}]\cup(3,4)", r"(0,\sqrt{2})"),
+    (r"x>\sqrt{2}", r"x<\sqrt{2}"),
+    (r"x+2y=3", r"2y=3-x"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\3\end{pmatrix}"),
+)
+"""Comparisons that load what SymPy loads at first use: seconds on a busy machine, which are no request's own."""
+
+
 def clean_latex(text: str) -> str | None:
     """`text` as the inside of one box, or `None` for text that cannot be that.
 
@@ -32,12 +48,13 @@ def clean_latex(text: str) -> str | None:
     """
     if any(unicodedata.category(char) in ("Nd", "Cs") and not char.isascii() for char in text):
         return None
-    text = re.sub(r"\$|\\[()\[\]]|\\?%|\\displaystyle|\\boxed|\\fbox", " ", text.replace("−", "-"))
+    text = re.sub(r"\$|\\[()\[\]]|\\?%", " ", plain_latex(text))
     for ours, known in _SPELLINGS:
         text = re.sub(ours, known, text)
     # Math-Verify leaves primes out, so that `y' = y` were `y = y`; subscripts it keeps.
     text = _PRIMES.sub(lambda found: "_{" + "prime" * len(re.findall("prime|'", found[0])) + "}", text)
-    text = re.sub(r"\\mathrm\s*\{([A-Za-z])\}", r"\1", text)  # Math-Verify 0.9 loses the rest of the text after it
+    text = re.sub(r"(?<=[0-9}])\s*\\mathrm\{[mgshLN]\}$", "", text)  # a unit
+    text = re.sub(r"\\mathrm\{([A-Za-z])\}", r"\1", text)  # Math-Verify 0.9 loses the rest of the text after it
     text = " ".join(text.split()).rstrip(".,;: ")
     depth = 0
     for brace in re.findall(r"\\.|[{}]", text):
@@ -74,7 +91,7 @@ def load() -> Callable[[tuple[str, str]], str]:
 
     logging.disable(logging.CRITICAL)
     from math_verify import LatexExtractionConfig, parse, verify
-    from sympy import Basic, MatrixBase
+    from sympy import Basic, FiniteSet, MatrixBase
 
     config = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
 
@@ -82,6 +99,20 @@ def load() -> Callable[[tuple[str, str]], str]:
         inside = clean_latex(text)
         if inside is None:
             return ()
+        return read(inside) or both_signs(inside)
+
+    def both_signs(inside: str) -> tuple[Any, ...]:
+        """A formula with a double sign that Math-Verify does not read (in a fraction, say), as the set of its values."""
+        if not _DOUBLE_SIGN.search(inside):
+            return ()
+        signs = ({"pm": "+", "mp": "-"}, {"pm": "-", "mp": "+"})
+        values = [read(_DOUBLE_SIGN.sub(lambda double, sign=sign: sign[double[1]], inside)) for sign in signs]
+        if not all(values):
+            return ()
+        sets = [value[0] if isinstance(value[0], FiniteSet) else FiniteSet(value[0]) for value in values]
+        return (sets[0] | sets[1],)
+
+    def read(inside: str) -> tuple[Any, ...]:
         # First match only: the whole box, or nothing. By default a box that cannot be read gives way to other text.
         found = parse(
             f"\\boxed{{{inside}}}", config, "no_fallback", extraction_mode="first_match", parsing_timeout=None
@@ -108,6 +139,8 @@ def load() -> Callable[[tuple[str, str]], str]:
             return "unreadable"
         return "right" if equal(gold, answer) else "wrong"
 
+    for pair in _WARM_UP:
+        judge(pair)
     return judge
 
 
