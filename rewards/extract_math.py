@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from mua_rl.rewards.latex import plain_characters
+from mua_rl.rewards.latex import VULGAR_FRACTIONS, plain_characters
 from mua_rl.rewards.units import CURRENCY, is_scale, is_unit
 
 MAX_ANSWER_CHARS = 500
@@ -90,8 +90,8 @@ def _last_box(text: str) -> tuple[str | None, int] | None:
         token = re.compile(r"[^\s$\\{}]+").match(text, position)
         return (token[0], token.end()) if token else (None, position)
     depth = 0
-    for brace in re.compile(r"\\[{}]|[{}]").finditer(text, position):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)  # `\{` and `\}` are literal braces
+    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, position):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)  # `\{` and `\}` are literal braces, `\\}` is not one
         if depth == 0:
             return text[position + 1 : brace.start()], brace.end()
     return None, position
@@ -106,10 +106,19 @@ def _is_closing(rest: str) -> bool:
 
 
 _NUMBER_IN_PROSE = re.compile(
-    rf"(?<![A-Za-z0-9_.])-?(?:{CURRENCY} ?)?-?"
-    r"(?:(?:[0-9]{1,3}(?:(?:,|\{,\}|\\,)[0-9]{3})+|[0-9]+)(?:\.[0-9]+| ?/[0-9]+(?![0-9/])| [0-9]+/[0-9]+(?![0-9/])"
-    r"|(?::[0-9]+)+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![A-Za-z0-9]))?(?![0-9])"
-    r"(?P<attached>[^\W\d_]*)(?![\w{])(?:\\?%)?(?P<next>[ ](?:[ap]\.?m\b\.?|per\s?cent\b|[^\W\d_]+))?"
+    rf"""
+    (?<![A-Za-z0-9_.]) -? (?:{CURRENCY}[ ]?)? -?
+    (?:
+        (?: [0-9]{{1,3}}(?:(?:,|\{{,\}}|\\,)[0-9]{{3}})+ | [0-9]+ )
+        (?: \.[0-9]+ | [ ]?/[0-9]+(?![0-9/]) | [ ][0-9]+/[0-9]+(?![0-9/]) | (?::[0-9]+)+ | [ ]:[ ][0-9]+ )?
+        (?: [eE][+-]?[0-9]{{1,3}}(?![A-Za-z0-9]) | [ ]?[{VULGAR_FRACTIONS}] )?
+      | \.[0-9]+ (?: [eE][+-]?[0-9]{{1,3}}(?![A-Za-z0-9]) )?
+      | [{VULGAR_FRACTIONS}]
+    )
+    (?![0-9]) (?P<attached>[^\W\d_]*) (?![\w{{]) (?:\\?%)?
+    (?P<next>[ ](?:[ap]\.?m\b\.? | per\s?cent\b | [^\W\d_]+))?
+    """,
+    re.VERBOSE,
 )
 _ORDINAL = re.compile("st|nd|rd|th")
 _BELONGS = re.compile(r"[ap]\.?m\.?|per\s?cent", re.IGNORECASE)
@@ -135,9 +144,13 @@ def _last_number(text: str) -> str | None:
     return text[last.start() : end]
 
 
-_SPACED_THOUSANDS = re.compile(r"(?<![\w.,}])(?<![0-9.,}][ ])[0-9]{1,3}(?:[ ~\u00a0\u2009\u202f][0-9]{3})+(?![0-9]|[ ][0-9])")
+_SPACED_THOUSANDS = re.compile(
+    r"(?<![\w.,}])(?<![0-9.,}][ ])[0-9]{1,3}(?:[ ~\u00a0\u2009\u202f][0-9]{3})+(?![0-9]|[ ][0-9])"
+)
 
 
 def _with_commas(text: str) -> str:
-    """`12 345` as `12,345`: in an answer as a whole, and as one number of a sentence, never as its last three digits."""
+    """`12 345` as `12,345`: one number, of which its last three digits are not the answer."""
+    if text.isascii() and " " not in text and "~" not in text:  # by far the commonest
+        return text
     return _SPACED_THOUSANDS.sub(lambda number: re.sub(r"[^0-9]", ",", number[0]), text)

@@ -6,14 +6,19 @@ holds words alone: a number in it (`\text{18 dollars}`) is written outside (`18 
 """
 
 import re
-from collections.abc import Callable
 
 TEXT_COMMAND = re.compile(r"\\(?:text|mathrm)\{([^{}]*)\}")
 """An upright piece of `plain_latex`, its words in the first group; `\\mathrm` is left around single letters only."""
 
 _CHARACTERS = str.maketrans(
-    {"−": "-", "–": "-", "±": r"\pm ", "\u00a0": " ", "\u2007": " ", "\u2009": " ", "\u202f": " ", "\u200b": "", "⁄": "/"}
-    | {vulgar: f" {over}/{under}" for vulgar, over, under in zip("½⅓⅔¼¾⅕⅛", "1121311", "2334458", strict=True)}
+    {"−": "-", "–": "-", "±": r"\pm ", "⁄": "/", "\u200b": ""} | dict.fromkeys("\u00a0\u2007\u2009\u202f", " ")
+)
+VULGAR_FRACTIONS = "½⅓⅔¼¾⅕⅛"
+_FRACTIONS = str.maketrans(
+    {
+        vulgar: f"\\frac{{{over}}}{{{under}}}"
+        for vulgar, over, under in zip(VULGAR_FRACTIONS, "1121311", "2334458", strict=True)
+    }
 )
 _WORD_FONTS = re.compile(
     r"(?!\\mathrm\{[A-Za-z]\})"  # may be a unit, a constant or a variable
@@ -34,17 +39,23 @@ _NOTHING = re.compile(
     re.VERBOSE,
 )
 _FUNCTIONS = "arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|exp"
-_SPELLINGS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
-    (re.compile(r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), lambda m: f"{m[1]}\\text{{{m[2].replace(chr(92), '')}}}"),
+_SPELLINGS = (
+    (
+        re.compile(r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{([^{}]*)\}"),
+        lambda m: f"{m[1]}\\text{{{m[2].replace(chr(92), '')}}}",
+    ),
     (re.compile(rf"\\(?:text|operatorname)\s*\{{\s*({_FUNCTIONS})\s*\}}"), r"\\\1 "),
     (re.compile(r"\\lbrace(?![A-Za-z])"), r"\\{"),
     (re.compile(r"\\rbrace(?![A-Za-z])"), r"\\}"),
+    (re.compile(r"\{:\}|\\colon(?![A-Za-z])"), ":"),
     (re.compile(r"(?<!\\)\\!\s*|(?<!\\)\{\}"), ""),
     (re.compile(r"(?<=[0-9])(?:,? ?\\[,;: ]|\{,\})(?=[0-9]{3}(?![0-9]))"), ","),
     (re.compile(r"(?<!\\)\\[,;:> ]|~|\s+"), " "),
     (re.compile(r"(?<=[}A-Za-z_^]) +\{"), "{"),
 )
-_UNIT_FRACTION = re.compile(r"\\[dt]?frac\{\s*\\text\{([^{}\d]*)\}\s*\}\{\s*\\text\{([^{}\d]*)\}\s*\}")
+_UNIT_FRACTION = re.compile(
+    r"\\[dt]?frac\{\s*\\(?:text|mathrm)\{([^{}\d]*)\}\s*\}\{\s*\\(?:text|mathrm)\{([^{}\d]*)\}\s*\}"
+)
 _OVER = re.compile(r"\\over(?![A-Za-z])")
 # A group that stands by itself around one number or fraction: `{1}/{2}`, `-{\frac{1}{2}}`.
 _LONE_GROUP = re.compile(
@@ -56,13 +67,13 @@ _ENDS = re.compile(r"^(?:[\s*`]|\\q?quad(?![A-Za-z]))+|(?:[\s*`.,;:]|\\q?quad(?!
 
 
 def plain_characters(text: str) -> str:
-    """`text` with dashes, spaces and vulgar fractions of Unicode in the characters of a keyboard."""
+    """`text` with the dashes and spaces of Unicode in the characters of a keyboard."""
     return text.translate(_CHARACTERS)
 
 
 def plain_latex(text: str) -> str:
     """`text` without its markup. Total; takes time quadratic in the length at worst, so callers bound the length."""
-    text = plain_characters(text)
+    text = plain_characters(text).translate(_FRACTIONS)
     text = _OLD_WORD_FONT.sub(r"\\text{\1}", text)
     text = _NOTHING.sub(" ", _WORD_FONTS.sub(r"\\text", text))
     for pattern, spelling in _SPELLINGS:
@@ -98,7 +109,7 @@ def _outside_text(text: str) -> str:
         inside = text[command.end() : end]
         if re.search(r"\\[A-Za-z]|\{", inside):  # a formula in a word font
             shown = f"{{{_outside_text(inside)}}}"
-        elif re.search(r"[\d$]", inside) or not any(char.isalpha() for char in inside):
+        elif re.search(r"[\d$%°]", inside) or not any(char.isalpha() for char in inside):
             shown = " " + _WORDS.sub(lambda words: f"\\text{{{words[0]}}}", inside) + " "
         else:
             shown = text[command.start() : end + 1]

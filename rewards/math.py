@@ -27,7 +27,7 @@ from enum import StrEnum
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
 from mua_rl.rewards.completions import completion_text
 from mua_rl.rewards.extract_math import MAX_ANSWER_CHARS, extract_answer
@@ -102,10 +102,10 @@ class _LossMonitor:
         self._silent = False
         self._lock = threading.Lock()
 
-    def count(self, verdicts: Sequence[MathVerdict]) -> None:
+    def count(self, answers: int, lost: int) -> None:
         with self._lock:
-            self._answers += len(verdicts)
-            self._lost += sum(verdict in _LOST for verdict in verdicts)
+            self._answers += answers
+            self._lost += lost
             if self._lost * 100 > self._answers and not self._silent:
                 _logger.warning(
                     "%d of %d answers (%.1f %%) were too much for Math-Verify in %g s, twice, and score 0. If they "
@@ -173,9 +173,9 @@ def judge_answers(pairs: Sequence[tuple[str, str]], *, pool: WorkerPool | None =
             slow[pair] = verdict
             if verdict not in _LOST:  # which says something of the machine's load, perhaps, and nothing of the answer
                 _cache.put(pair, verdict)
-    judged = [verdict or slow[pair] for pair, verdict in zip(pairs, verdicts, strict=True)]
-    _losses.count(judged)  # type: ignore[arg-type]
-    return judged  # type: ignore[return-value]
+    lost = {pair for pair, verdict in slow.items() if verdict in _LOST}
+    _losses.count(len(pairs), sum(pair in lost for pair in pairs) if lost else 0)
+    return [verdict or slow[pair] for pair, verdict in zip(pairs, verdicts, strict=True)]  # type: ignore[misc]
 
 
 def gold_fault(gold: Any, *, pool: WorkerPool | None = None) -> str | None:
@@ -279,7 +279,7 @@ def _gold_text(gold: Any) -> str | None:
     return gold.strip()
 
 
-Reading = PlainNumber | NumberInBase | TimeOfDay | tuple[Any, ...]
+Reading: TypeAlias = PlainNumber | NumberInBase | TimeOfDay | tuple[Any, ...]
 
 
 @lru_cache(maxsize=65536)
@@ -287,14 +287,18 @@ def _plain(text: str) -> str:
     return plain_latex(text)
 
 
-@lru_cache(maxsize=65536)
 def _reading(gold: str) -> Reading | None:
-    """What a gold is that needs no symbolic algebra, or `None`. To Math-Verify words are products, dates differences."""
+    """What a gold is that needs no symbolic algebra, or `None`."""
+    number = parse_number(gold)
+    return number if number is not None and gold[-1].isdigit() else _reading_of_words(gold)
+
+
+@lru_cache(maxsize=65536)
+def _reading_of_words(gold: str) -> Reading | None:
+    plain = _plain(gold)
     number = parse_number(gold)
     if number is not None:
-        time = None if _DIGITS.fullmatch(gold) else parse_time(_plain(gold))
-        return time or number  # `5 pm` is a time, and beside a plain `5` a number
-    plain = _plain(gold)
+        return parse_time(plain) or number  # `5 pm`
     return parse_in_base(gold) or parse_time(plain) or parse_amounts(plain) or parse_date(plain) or parse_phrase(plain)
 
 
@@ -369,7 +373,6 @@ def _bare(text: str) -> str:
     return "".join(text.split()).strip("$.")
 
 
-_DIGITS = re.compile(r"[-0-9.,/]+")
 _BOUND = re.compile(  # or a choice: `x >= 5`, `x != 5` (where `5! = 120` states a number)
     r"[,;<>≠≤≥]|\\\\|[A-Za-z]\s*!="
     r"|\\(?:lor|vee|land|wedge|q?quad|pm|mp|not|ne|neq|[lg]t|[lg]eq?|[lg]eqq|[lg]eqslant)(?![A-Za-z])"

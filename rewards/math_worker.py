@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from mua_rl.rewards.latex import plain_latex
+from mua_rl.rewards.units import is_unit
 from mua_rl.rewards.worker_loop import serve
 
 _MAX_NESTING = 30  # the parser backtracks: its time grows without bound in the nesting
@@ -19,12 +20,17 @@ _SPELLINGS = (
     (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
     (r"(?:\\left\s*)?\\langle(?![A-Za-z])", "("),
     (r"(?:\\right\s*)?\\rangle(?![A-Za-z])", ")"),
+    (r"√\s*(?:([0-9]+|[A-Za-z])|\(([^()]*)\))", r"\\sqrt{\1\2}"),
+    ("²", "^{2}"),
+    ("³", "^{3}"),
+    (r"(?<=[0-9}])\s*\\mathrm\{[mgshLN]\}$", ""),  # a unit
 )
 """What Math-Verify 0.9 does not read, in words that it does."""
 _PRIMES = re.compile(r"(?<=[A-Za-z])(?:'+|\^\s*(?:\{\s*(?:\\prime\s*)+\}|\\prime(?![A-Za-z])))")
 
 
-_DOUBLE_SIGN = re.compile(r"\\(pm|mp)(?![A-Za-z])")
+_COUNTER = re.compile(r"(?<=[0-9})])\s*[^\x00-\x7f]+$")  # 元
+_PLUS_MINUS, _MINUS_PLUS = re.compile(r"\\pm(?![A-Za-z])"), re.compile(r"\\mp(?![A-Za-z])")
 _WARM_UP = (
     (r"2\sqrt{3}", r"\sqrt{12}"),
     (r"x^2+2x+1", r"(x+1)^2"),
@@ -51,9 +57,11 @@ def clean_latex(text: str) -> str | None:
     text = re.sub(r"\$|\\[()\[\]]|\\?%", " ", plain_latex(text))
     for ours, known in _SPELLINGS:
         text = re.sub(ours, known, text)
+    counter = _COUNTER.search(text)
+    if counter and is_unit(counter[0]):
+        text = text[: counter.start()]
     # Math-Verify leaves primes out, so that `y' = y` were `y = y`; subscripts it keeps.
     text = _PRIMES.sub(lambda found: "_{" + "prime" * len(re.findall("prime|'", found[0])) + "}", text)
-    text = re.sub(r"(?<=[0-9}])\s*\\mathrm\{[mgshLN]\}$", "", text)  # a unit
     text = re.sub(r"\\mathrm\{([A-Za-z])\}", r"\1", text)  # Math-Verify 0.9 loses the rest of the text after it
     text = " ".join(text.split()).rstrip(".,;: ")
     depth = 0
@@ -102,11 +110,10 @@ def load() -> Callable[[tuple[str, str]], str]:
         return read(inside) or both_signs(inside)
 
     def both_signs(inside: str) -> tuple[Any, ...]:
-        """A formula with a double sign that Math-Verify does not read (in a fraction, say), as the set of its values."""
-        if not _DOUBLE_SIGN.search(inside):
+        """The set of values of a formula with a double sign where Math-Verify reads none: in a fraction, say."""
+        if not (_PLUS_MINUS.search(inside) or _MINUS_PLUS.search(inside)):
             return ()
-        signs = ({"pm": "+", "mp": "-"}, {"pm": "-", "mp": "+"})
-        values = [read(_DOUBLE_SIGN.sub(lambda double, sign=sign: sign[double[1]], inside)) for sign in signs]
+        values = [read(_PLUS_MINUS.sub(sign, _MINUS_PLUS.sub(other, inside))) for sign, other in ("+-", "-+")]
         if not all(values):
             return ()
         sets = [value[0] if isinstance(value[0], FiniteSet) else FiniteSet(value[0]) for value in values]

@@ -33,10 +33,11 @@ _HYPHEN = re.compile(r"(?<=[^\W\d_]{3})-(?=[^\W\d_]{3})")
 _PRODUCT = re.compile(r"[0-9][^\W\d_]")
 _TOKEN = re.compile(r"[^\W\d_]+|[0-9]+(?:\.[0-9]+)?")
 _NO_PHRASE = frozenset({"or", "sqrt", "frac", "sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "infty"})
-_MONTHS = frozenset(
-    "january february march april may june july august september october november december jan feb mar apr jun jul aug "
-    "sep sept oct nov dec".split()
+_MONTH = re.compile(
+    r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?"
+    r"|nov(?:ember)?|dec(?:ember)?)"
 )
+_LABEL_IN_TEXT = re.compile(r"^\\text\{([^{}\d=:]{3,}):\s*")
 _LABEL = re.compile(r"(?=[^:=]*[^\W\d_]{3})(?:\\text\{[^{}\d=]*\}|[^\W\d_]|[\s',.])+[:=]\s*(?=\S)")
 
 
@@ -66,6 +67,7 @@ def words_of(text: str) -> str:
 
 def without_label(text: str) -> str:
     """`text` without the words that announce it (`Area = 18`, `Answer: 18`); a single letter is no word."""
+    text = _LABEL_IN_TEXT.sub(r"\\text{\1}: \\text{", text).replace("\\text{}", "")
     label = _LABEL.match(text)
     return text if label is None or HEDGE.search(label[0]) else text[label.end() :]
 
@@ -105,7 +107,7 @@ def parse_time(text: str) -> TimeOfDay | None:
 
 def same_time(gold: TimeOfDay, answer: TimeOfDay) -> bool:
     """Whether two times are one; where a side names no half of the day, the question names it."""
-    if gold.period and answer.period or not (gold.period or answer.period):
+    if bool(gold.period) == bool(answer.period):
         return _on_24_hours(gold) == _on_24_hours(answer)
     named, bare = (gold, answer) if gold.period else (answer, gold)
     return _on_24_hours(bare) in ((named.hour, named.minute, named.second), _on_24_hours(named))
@@ -126,6 +128,6 @@ def parse_phrase(text: str) -> tuple[str, ...] | None:
     if not _PHRASE.fullmatch(bare) or not _NO_PHRASE.isdisjoint(words) or all(len(w) < 3 or w == "and" for w in words):
         return None
     tokens = tuple(_TOKEN.findall(bare))
-    if not _MONTHS.isdisjoint(words):
+    if any(_MONTH.fullmatch(word) for word in words):
         return tuple(sorted(token for token in tokens if token not in ("of", "the", "st", "nd", "rd", "th")))
     return None if _PRODUCT.search(bare) else tokens

@@ -7,19 +7,17 @@ from mua_rl.rewards.latex import TEXT_COMMAND
 
 _SIGNS = "".join(map(chr, (*range(0x20A0, 0x20C1), 0x09F3, 0x0E3F, 0xFDFC, 0xFFE5, 0xFFE6)))
 _CODES = (
-    "USD EUR GBP JPY CNY RMB INR RUB KRW CHF CAD AUD NZD HKD SGD MXN BRL SEK NOK DKK PLN CZK HUF TRY ILS AED SAR THB "
-    "IDR MYR PHP VND ZAR NGN EGP PKR BDT TWD"
-).split()
-_SIGN = rf"(?:(?:US|CA?|AU?|HK|NT|NZ|S|R|Mex)?\\?\$|[¢£¥{_SIGNS}]|(?:{'|'.join(_CODES)}|Rs)\b\.?)"
+    "USD|EUR|GBP|JPY|CNY|RMB|INR|RUB|KRW|CHF|CAD|AUD|NZD|HKD|SGD|MXN|BRL|SEK|NOK|DKK|PLN|CZK|HUF|TRY|ILS|AED|SAR|THB"
+    "|IDR|MYR|PHP|VND|ZAR|NGN|EGP|PKR|BDT|TWD|Rs"
+)
+_SIGN = rf"(?:(?:US|CA?|AU?|HK|NT|NZ|S|R|Mex)?\\?\$|[¢£¥{_SIGNS}]|(?:{_CODES})\b\.?)"
 CURRENCY = rf"(?:{_SIGN}|\\text\{{\s*{_SIGN}\s*\}})"
 """A currency's sign or code, before or after its number."""
 
 # Units that are too short to be told from a product of variables by their length, but are written beside numbers.
-_SHORT_UNITS = frozenset(
-    "cm mm km dm nm ft in yd mi kg mg lb oz mL ml cL dL hr ms am pm sq cu pt qt mo wk yr ha Hz kW kJ kB KB MB GB TB "
-    "zł kr Kč Ft".split()
-)
-_INNER_WORDS = _SHORT_UNITS | {"of", "a", "an"}
+_SHORT_UNITS = "cm|mm|km|dm|nm|ft|in|yd|mi|kg|mg|lb|oz|m[lL]|cL|dL|hr|ms|am|pm|sq|cu|pt|qt|mo|wk|yr|ha|Hz|kW|kJ|[kKMGT]B|zł|kr|Kč|Ft"
+_FIRST_SHORT = re.compile(_SHORT_UNITS)
+_LATER_SHORT = re.compile(f"{_SHORT_UNITS}|of|an?")
 _SCALES = (
     r"hundreds?|thousands?|thou|grand|lakhs?|lacs?|crores?|dozens?|score|gross|k|M|MM|B|T|mn|bn|tn|mio|mln|mld|mrd|tys|tsd"
     r"|\w*illi(?:on|ard)\w*|mill?|mil(?:jo|io|ia|yo|ya|hõ|hã|lo|ló)\w*|mille|milliers?|mila|tausend\w*|hundert\w*"
@@ -43,6 +41,7 @@ _OTHER_VALUES = (
     r"|infty|alpha|beta|theta|base|more|less|than|per\s*cent|percent\w*|pct|and|not|but|or|to|nor|versus"
 )
 _SCALE = re.compile(_SCALES, re.IGNORECASE)
+_HAN_SCALE = re.compile("[十百千万萬亿億兆]")
 _CHANGING = re.compile(f"{_SCALES}|{_PARTS}|{_NUMBER_WORDS}", re.IGNORECASE)
 _CASE_MATTERS = frozenset({"m", "mm", "b", "t"})  # metres and tonnes, not millions and trillions
 _NOT_UNITS = re.compile(_OTHER_VALUES, re.IGNORECASE)
@@ -58,12 +57,16 @@ _LONGER_SCRIPTS = ("LATIN", "GREEK", "CYRILLIC", "MATHEMATICAL")
 
 def changes_value(word: str) -> bool:
     """Whether a word beside a number makes it another number: `million`, `K`, `thirds`, `squared`."""
+    word = _THOUSANDS_OF.sub("", word)
+    if not word.isascii() and any(char.isnumeric() and char not in "²³" for char in word):  # 万, 五
+        return True
     return word not in _CASE_MATTERS and _CHANGING.fullmatch(word) is not None
 
 
 def is_scale(word: str) -> bool:
     """Whether a word multiplies the number before it: `million`, `k`, `dozen`."""
-    return word not in _CASE_MATTERS and _SCALE.fullmatch(word) is not None
+    word = _THOUSANDS_OF.sub("", word)
+    return word not in _CASE_MATTERS and (_SCALE.fullmatch(word) is not None or _HAN_SCALE.match(word) is not None)
 
 
 def changing_words(text: str) -> list[str]:
@@ -76,7 +79,7 @@ def changing_words(text: str) -> list[str]:
 def is_unit(suffix: str) -> bool:
     """Whether `suffix`, of a `plain_latex`, is nothing but a unit: words of at least three letters, or known ones."""
     text, in_text_command = TEXT_COMMAND.subn(r" \1 ", suffix)
-    text = _HALF_OF_DAY.sub(r"\1m", _THOUSANDS_OF.sub("", text))
+    text = _HALF_OF_DAY.sub(r"\1m", text)
     position = words = 0
     while True:
         joint = _UNIT_JOINT.match(text, position)
@@ -100,9 +103,7 @@ def _may_be_unit(word: str, said_so: bool, first: bool) -> bool:
         return True
     if _NOT_UNITS.fullmatch(word) or changes_value(word):
         return False
-    if not word.isascii() and any(char.isnumeric() for char in word):  # 万, 五
-        return False
-    if len(word) >= 3 or said_so or word in (_SHORT_UNITS if first else _INNER_WORDS):
+    if len(word) >= 3 or said_so or (_FIRST_SHORT if first else _LATER_SHORT).fullmatch(word):
         return True
     script = unicodedata.name(word[0], "").split(" ")[0]
     return script not in _LONGER_SCRIPTS or (script == "CYRILLIC" and len(word) == 2)
