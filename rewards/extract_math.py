@@ -79,11 +79,11 @@ def _extract(text: str, marker: Marker, final: bool) -> Extract | None:
 
 def _last_box(text: str) -> tuple[str | None, int] | None:
     """Content and end of the last box; content `None` for a box that is never closed; `None` without any box."""
-    starts = ((text.rfind(command), command) for command in _BOX_COMMANDS)
-    start, command = max(starts)
+    boxed, fbox = _BOX_COMMANDS
+    start = max(text.rfind(boxed), text.rfind(fbox))
     if start < 0:
         return None
-    position = start + len(command)
+    position = start + len(boxed if text.startswith(boxed, start) else fbox)
     opening = re.compile(r"\s*").match(text, position)
     position = opening.end() if opening else position
     if not text.startswith("{", position):  # `\boxed 5`: TeX takes the next token

@@ -6,6 +6,7 @@ holds words alone: a number in it (`\text{18 dollars}`) is written outside (`18 
 """
 
 import re
+from functools import lru_cache
 
 TEXT_COMMAND = re.compile(r"\\(?:text|mathrm)\{([^{}]*)\}")
 """An upright piece of `plain_latex`, its words in the first group; `\\mathrm` is left around single letters only."""
@@ -71,6 +72,7 @@ def plain_characters(text: str) -> str:
     return text.translate(_CHARACTERS)
 
 
+@lru_cache(maxsize=16384)
 def plain_latex(text: str) -> str:
     """`text` without its markup. Total; takes time quadratic in the length at worst, so callers bound the length."""
     text = plain_characters(text).translate(_FRACTIONS)

@@ -1,49 +1,35 @@
 r"""The math reward: 1 for a completion whose final answer equals the gold answer, else 0.
 
-Three steps, each in its own module: `extract_math` finds the answer, `numbers` compares plain numbers exactly, and
+Three steps, each in its own module: `extract_math` finds the answer, `math_quick` compares what needs no algebra, and
 `math_worker` asks Math-Verify, in a process that can be killed, about everything else.
 
-What counts as equal, beyond the conventions of `numbers` and Math-Verify (tests/test_math_agreement.py lists where the
-verdicts differ from Math-Verify's own, and why):
+What counts as equal (docs/math_verdicts.md has every difference from Math-Verify, and why):
 
-- Against a gold that is a plain number only a number is an answer: `72` or `x = 72`, not `48+24` or `3^5`, which may
-  be the question copied down.
+- How an answer looks is not what it says: `latex` takes fonts, sizes, colours, spaces and needless braces away.
+- Against a gold that is a plain number (`numbers`) only a number is an answer: `72` or `x = 72`, not `48+24` or `3^5`,
+  which may be the question copied down. Words that announce it and units (`units`) are no part of it, of whatever
+  script; a word that changes the value (`million`, `K`, `thirds`) is no unit, also behind a surd.
 - Against an integer in a base (`12_8`) an answer has the same digits and the same base, or no base: the question names
   it. The same value in another base is no answer, nor is such an integer one against a plain number.
-- Against amounts (`3 feet 4 inches`, `7 R 2`) and dates an answer has the same numbers with the same words.
-- Against any other gold, Math-Verify decides on the extracted answer alone. Tuples are ordered, sets are not; units
-  and percent signs are ignored; decimals must agree to one in a million.
-- The same text, up to spaces, is equal without further question; words (`yes`, `no solution`) are compared as words,
-  up to case.
+- Times of day, dates, amounts (`3 feet 4 inches`, `7 R 2`) and words are compared as such (`phrases`): 2:30 is not
+  1:15, am is not pm, and where one side names no half of the day, the question names it.
+- Against any other gold, Math-Verify decides on the extracted answer alone. Tuples are ordered, sets are not, and a set
+  is no tuple; units and percent signs are ignored; decimals must agree to one in a million.
+- The same text, up to spaces, is equal without further question.
 """
 
 import logging
 import math
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from enum import StrEnum
-from fractions import Fraction
-from functools import lru_cache
-from itertools import accumulate
-from typing import Any, TypeAlias
+from typing import Any
 
 from mua_rl.rewards.completions import completion_text
 from mua_rl.rewards.extract_math import MAX_ANSWER_CHARS, extract_answer
 from mua_rl.rewards.latex import plain_latex
-from mua_rl.rewards.numbers import NumberInBase, PlainNumber, parse_in_base, parse_number, same_number
-from mua_rl.rewards.phrases import (
-    HEDGE,
-    TimeOfDay,
-    parse_amounts,
-    parse_date,
-    parse_phrase,
-    parse_time,
-    same_time,
-    without_label,
-)
-from mua_rl.rewards.units import changing_words
+from mua_rl.rewards.math_quick import comparable, needs_algebra, quick_verdict
 from mua_rl.rewards.worker_pool import REQUEST_SECONDS, Failure, WorkerPool, shared_pool
 
 WORKER_MODULE = "mua_rl.rewards.math_worker"
@@ -168,7 +154,7 @@ def judge_answers(pairs: Sequence[tuple[str, str]], *, pool: WorkerPool | None =
     slow = {pair: _cache.get(pair) for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is None}
     unknown = [pair for pair, verdict in slow.items() if verdict is None]
     if unknown:
-        compared = [(_plain(gold), _comparable(gold, answer)) for gold, answer in unknown]
+        compared = [(plain_latex(gold), comparable(gold, answer)) for gold, answer in unknown]
         for pair, verdict in zip(unknown, _ask_math_verify(compared, pool), strict=True):
             slow[pair] = verdict
             if verdict not in _LOST:  # which says something of the machine's load, perhaps, and nothing of the answer
@@ -190,7 +176,7 @@ def gold_fault(gold: Any, *, pool: WorkerPool | None = None) -> str | None:
 def gold_faults(golds: Sequence[Any], *, pool: WorkerPool | None = None) -> list[str | None]:
     """`gold_fault` for many golds at once, on all workers."""
     texts = [_gold_text(gold) for gold in golds]
-    slow = list(dict.fromkeys(text for text in texts if text is not None and _needs_algebra(text)))
+    slow = list(dict.fromkeys(text for text in texts if text is not None and needs_algebra(text)))
     names = dict(zip(slow, _ask_math_verify([(text, text) for text in slow], pool), strict=True))
     faults: list[str | None] = []
     for gold, text in zip(golds, texts, strict=True):
@@ -279,129 +265,11 @@ def _gold_text(gold: Any) -> str | None:
     return gold.strip()
 
 
-Reading: TypeAlias = PlainNumber | NumberInBase | TimeOfDay | tuple[Any, ...]
-
-
-@lru_cache(maxsize=65536)
-def _plain(text: str) -> str:
-    return plain_latex(text)
-
-
-def _reading(gold: str) -> Reading | None:
-    """What a gold is that needs no symbolic algebra, or `None`."""
-    number = parse_number(gold)
-    return number if number is not None and gold[-1].isdigit() else _reading_of_words(gold)
-
-
-@lru_cache(maxsize=65536)
-def _reading_of_words(gold: str) -> Reading | None:
-    plain = _plain(gold)
-    number = parse_number(gold)
-    if number is not None:
-        return parse_time(plain) or number  # `5 pm`
-    return parse_in_base(gold) or parse_time(plain) or parse_amounts(plain) or parse_date(plain) or parse_phrase(plain)
-
-
 def _quick_verdict(gold: str, answer: str) -> MathVerdict | None:
     """The verdict that needs no symbolic algebra, or `None`."""
     if not gold:
         return MathVerdict.BAD_GOLD
     if len(answer) > MAX_ANSWER_CHARS:
         return MathVerdict.UNREADABLE
-    reading = _reading(gold)
-    if isinstance(reading, PlainNumber):
-        number = _stated_number(answer)
-        return _verdict(number is not None and same_number(reading, number))
-    if isinstance(reading, NumberInBase):
-        return _verdict(_states(answer, reading))
-    plain_gold, plain = _plain(gold), _comparable(gold, answer)
-    if _bare(plain_gold) == _bare(plain):
-        return MathVerdict.RIGHT
-    time = parse_time(plain)
-    if isinstance(reading, TimeOfDay) and (time or reading.certain):
-        return _verdict(time is not None and same_time(reading, time))
-    if time is not None and time.certain:
-        return MathVerdict.WRONG
-    if isinstance(reading, tuple):
-        last = plain.rpartition("=")[2]
-        if reading in (parse_amounts(last), parse_date(last), parse_phrase(plain)):
-            return MathVerdict.RIGHT
-        if parse_phrase(plain_gold) is None or parse_phrase(plain) is not None:
-            return MathVerdict.WRONG
-    if changing_words(plain_gold) != changing_words(plain) or {_kind(plain_gold), _kind(plain)} == {"set", "tuple"}:
-        return MathVerdict.WRONG
-    return None
-
-
-def _comparable(gold: str, answer: str) -> str:
-    """The answer without what announces it, where the gold has no such thing."""
-    return _plain(answer) if "=" in _plain(gold) else without_label(_plain(answer))
-
-
-def _verdict(right: bool) -> MathVerdict:
-    return MathVerdict.RIGHT if right else MathVerdict.WRONG
-
-
-def _needs_algebra(gold: str) -> bool:
-    """Whether a gold is compared by Math-Verify, at least with some answers."""
-    reading = _reading(gold)
-    return reading is None or (isinstance(reading, TimeOfDay) and not reading.certain)
-
-
-def _kind(text: str) -> str | None:
-    """Whether an answer is one set, in braces, or one tuple or interval, in parentheses."""
-    last = re.split(r"=|\\in(?![A-Za-z])", text.replace("\\left", "").replace("\\right", ""))[-1].strip()
-    if last.startswith("\\{") and last.endswith("\\}"):
-        return "set"
-    depths = list(accumulate({"(": 1, ")": -1}.get(char, 0) for char in last))
-    alone = last.startswith("(") and last.endswith(")") and 0 not in depths[:-1]
-    return "tuple" if alone and "," in last else None
-
-
-def _states(answer: str, gold: NumberInBase) -> bool:
-    """Whether an answer states an integer in a base: `12_8`, `x = 12_8`, or without the base."""
-    plain = _plain(answer)
-    is_open = "=" in plain and _states_no_number(plain)
-    found = None if is_open else parse_in_base(plain.rpartition("=")[2], gold.base)
-    if found is not None:
-        return found == gold
-    number = _stated_number(answer)  # `1,101`
-    return number is not None and gold.digits.isdecimal() and same_number(PlainNumber(Fraction(gold.digits)), number)
-
-
-def _bare(text: str) -> str:
-    return "".join(text.split()).strip("$.")
-
-
-_BOUND = re.compile(  # or a choice: `x >= 5`, `x != 5` (where `5! = 120` states a number)
-    r"[,;<>≠≤≥]|\\\\|[A-Za-z]\s*!="
-    r"|\\(?:lor|vee|land|wedge|q?quad|pm|mp|not|ne|neq|[lg]t|[lg]eq?|[lg]eqq|[lg]eqslant)(?![A-Za-z])"
-)
-
-
-def _states_no_number(plain: str) -> bool:
-    return _BOUND.search(plain) is not None or HEDGE.search(plain) is not None
-
-
-_BRACKETS = (("\\{", "\\}"), ("(", ")"))
-
-
-@lru_cache(maxsize=65536)
-def _stated_number(answer: str) -> PlainNumber | None:
-    r"""The number an answer states: the text itself, `x = 5`, `x = 2 + 3 = 5`, `5 \approx 5.0`, `\{5\}`, `(5)`."""
-    number = parse_number(answer)
-    if number is not None:
-        return number
-    text = without_label(_plain(answer)).replace("\\left", "").replace("\\right", "")
-    if _states_no_number(text):
-        return parse_number(text)  # a label was all that stood before it: `Answer: 1,000`
-    # An approximation follows the exact value, unless only a name stands before it.
-    sides = re.split(r"\\approx|≈", text, maxsplit=1)
-    before = parse_number(sides[0].rpartition("=")[2])
-    if before is not None:
-        return before
-    text = sides[-1].rpartition("=")[2].strip()
-    for left, right in _BRACKETS:
-        if text.startswith(left) and text.endswith(right):
-            text = text[len(left) : -len(right)]
-    return parse_number(text)
+    equal = quick_verdict(gold, answer)
+    return equal if equal is None else MathVerdict.RIGHT if equal else MathVerdict.WRONG

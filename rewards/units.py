@@ -15,7 +15,9 @@ CURRENCY = rf"(?:{_SIGN}|\\text\{{\s*{_SIGN}\s*\}})"
 """A currency's sign or code, before or after its number."""
 
 # Units that are too short to be told from a product of variables by their length, but are written beside numbers.
-_SHORT_UNITS = "cm|mm|km|dm|nm|ft|in|yd|mi|kg|mg|lb|oz|m[lL]|cL|dL|hr|ms|am|pm|sq|cu|pt|qt|mo|wk|yr|ha|Hz|kW|kJ|[kKMGT]B|zł|kr|Kč|Ft"
+_SHORT_UNITS = (
+    "[cmkdn]m|ft|in|yd|mi|[mk]g|lb|oz|[mcd][lL]|hr|ms|[ap]m|sq|cu|pt|qt|mo|wk|yr|ha|Hz|k[WJ]|[kKMGT]B|zł|kr|Kč|Ft"
+)
 _FIRST_SHORT = re.compile(_SHORT_UNITS)
 _LATER_SHORT = re.compile(f"{_SHORT_UNITS}|of|an?")
 _SCALES = (
