@@ -59,10 +59,13 @@ def quick_verdict(gold: str, answer: str) -> bool | None:
         return False
     if isinstance(reading, tuple):
         last = plain.rpartition("=")[2]
-        if reading in (parse_amounts(last), parse_date(last), parse_phrase(plain)):
+        phrase = parse_phrase(plain)
+        if reading in (parse_amounts(last), parse_date(last), phrase):
             return True
-        if parse_phrase(plain_gold) is None or parse_phrase(plain) is not None:
+        if phrase is not None or not _PRODUCT.fullmatch(plain_gold):
             return False
+    if "=" not in plain and _is_equation(plain_gold):  # to Math-Verify `0` is `x + y = 0`
+        return False
     if changing_words(plain_gold) != changing_words(plain) or {_kind(plain_gold), _kind(plain)} == {"set", "tuple"}:
         return False
     return None
@@ -89,6 +92,12 @@ def _kind(text: str) -> str | None:
     return "tuple" if alone and "," in last else None
 
 
+def _is_equation(text: str) -> bool:
+    """Whether a formula stands before the first `=`, and not the name of what follows it."""
+    left, equals, _ = text.partition("=")
+    return bool(equals) and re.search(r"\S\s*[-+]|\S\^[0-9]", _GROUP.sub("", left)) is not None
+
+
 def _states(answer: str, gold: NumberInBase) -> bool:
     """Whether an answer states an integer in a base: `12_8`, `x = 12_8`, or without the base."""
     plain = plain_latex(answer)
@@ -104,6 +113,8 @@ def _bare(text: str) -> str:
     return "".join(text.split()).strip("$.")
 
 
+_PRODUCT = re.compile(r"[A-Za-z(),]+")  # which may be words to us: `xyz`
+_GROUP = re.compile(r"\{[^{}]*\}|\([^()]*\)")
 _BOUND = re.compile(  # or a choice: `x >= 5`, `x != 5` (where `5! = 120` states a number)
     r"[,;<>≠≤≥]|\\\\|[A-Za-z]\s*!="
     r"|\\(?:lor|vee|land|wedge|q?quad|pm|mp|not|ne|neq|[lg]t|[lg]eq?|[lg]eqq|[lg]eqslant)(?![A-Za-z])"

@@ -63,6 +63,7 @@ ARGUMENTS = {
         "Words, amounts and dates are compared as such: to Math-Verify they are products, differences and quotients."
     ),
     "base": "An integer in a base has the digits and the base of its gold; Math-Verify leaves the subscript out.",
+    "equations": "An equation is not what stands on its right.",
     "sets": "A set is not a pair.",
     "double signs": "A formula with a double sign is its two values; Math-Verify reads none in a fraction.",
     "primes": "Math-Verify leaves primes out.",
