@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Any
 
-from mua_rl.rewards.completions import completion_text
+from mua_rl.rewards.completions import completion_text, required_column
 from mua_rl.rewards.extract_math import MAX_ANSWER_CHARS, extract_answer
 from mua_rl.rewards.latex import plain_latex
 from mua_rl.rewards.math_quick import comparable, needs_algebra, quick_verdict
@@ -192,7 +192,7 @@ def gold_faults(golds: Sequence[Any], *, pool: WorkerPool | None = None) -> list
 def math_reward(
     prompts: Sequence[Any] | None = None,
     completions: Sequence[Any] = (),
-    answer: Sequence[Any] = (),
+    answer: Sequence[Any] | None = None,
     log_metric: Callable[[str, float], None] | None = None,
     **columns: Any,
 ) -> list[float | None]:
@@ -203,19 +203,23 @@ def math_reward(
     Args:
         prompts: Not used.
         completions: Strings or conversations.
-        answer: Gold answers, one per completion: the dataset's `answer` column.
+        answer: Gold answers, one per completion: the dataset's `answer` column, or, where it has none, its `solution`.
+            A worked solution (GSM8K's, with `####`; MATH's, with `\\boxed`) holds its gold where a completion would.
         log_metric: TRL's logger; gets `math/timeout`, `math/error`, `math/no_answer` and `math/unreadable`, each the
             fraction of this batch.
-        columns: Other columns, not used.
+        columns: Other columns, not used but for `solution`.
 
     Raises:
+        UserError: There is no column of gold answers, or it has another length.
         GraderFault: Math-Verify does not start; it is never scored 0 silently.
 
     Example:
         >>> math_reward(completions=[r"So \boxed{\frac{2}{4}}.", "#### 7"], answer=["1/2", "72"])
         [1.0, 0.0]
     """
-    verdicts = judge_completions(completions, answer)
+    golds = _golds(answer, columns, completions)
+    verdicts = judge_completions(completions, golds)
+    _warn_of_bad_golds(golds, verdicts)
     if log_metric is not None and verdicts:
         for name, counted in _METRICS.items():
             log_metric(name, sum(verdict in counted for verdict in verdicts) / len(verdicts))
@@ -225,11 +229,26 @@ def math_reward(
 def strict_math_reward(
     prompts: Sequence[Any] | None = None,
     completions: Sequence[Any] = (),
-    answer: Sequence[Any] = (),
+    answer: Sequence[Any] | None = None,
     **columns: Any,
 ) -> list[float | None]:
     """`math_reward` for the strict final-answer form only (`judge_completions`): the held-out check on a policy."""
-    return _scores(judge_completions(completions, answer, strict=True))
+    return _scores(judge_completions(completions, _golds(answer, columns, completions), strict=True))
+
+
+def _golds(answer: Sequence[Any] | None, columns: dict[str, Any], completions: Sequence[Any]) -> Sequence[Any]:
+    golds = columns.get("solution") if answer is None else answer
+    return required_column("math_reward", "answer", golds, columns, completions)
+
+
+_bad_golds_told: set[str] = set()
+
+
+def _warn_of_bad_golds(golds: Sequence[Any], verdicts: Sequence[MathVerdict]) -> None:
+    bad = {_shorten(gold) for gold, verdict in zip(golds, verdicts, strict=True) if verdict is MathVerdict.BAD_GOLD}
+    if bad and bad.isdisjoint(_bad_golds_told):
+        _logger.warning("a gold answer cannot be read, and its completions get no reward (None): %s", min(bad))
+        _bad_golds_told.update(bad)
 
 
 def _ask_math_verify(pairs: Sequence[tuple[str, str]], pool: WorkerPool | None) -> list[MathVerdict]:
@@ -260,9 +279,13 @@ def _gold_text(gold: Any) -> str | None:
         return None
     if isinstance(gold, (int, float)):
         return str(gold) if abs(gold) < 10**300 else None
-    if not isinstance(gold, str) or not gold.strip() or len(gold) > MAX_ANSWER_CHARS:
+    if not isinstance(gold, str):
         return None
-    return gold.strip()
+    if "####" in gold or "\\boxed" in gold:  # a worked solution
+        extract = extract_answer(gold)
+        gold = extract.text if extract else ""
+    gold = gold.strip()
+    return gold if 0 < len(gold) <= MAX_ANSWER_CHARS else None
 
 
 def _quick_verdict(gold: str, answer: str) -> MathVerdict | None:
