@@ -1,6 +1,7 @@
 """How a command ends: its exit code, and the one line that says why."""
 
 import errno
+import io
 import os
 import sys
 import time
@@ -42,6 +43,9 @@ def run_command(main: Callable[[], None], after_interrupt: str = "") -> None:
         main: The command.
         after_interrupt: How a command goes on that was interrupted; "" where there is no such way.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # in a locale that has no α, an α is no reason to end a run
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:

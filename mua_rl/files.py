@@ -13,7 +13,7 @@ def write_whole(path: Path, text: str) -> None:
     """
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        scratch.write_text(text)
+        scratch.write_text(text, encoding="utf-8")
         os.replace(scratch, path)
     except BaseException:
         scratch.unlink(missing_ok=True)

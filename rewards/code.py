@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mua_rl.rewards.completions import required_column
 from mua_rl.rewards.extract_code import extract_code
 from mua_rl.rewards.faults import BadRow
 from mua_rl.rewards.sandbox.pool import Pool
@@ -94,7 +95,8 @@ def faulty_rows(rows: Sequence[Row], references: Sequence[str], *, settings: Set
 class CodeReward:
     """A reward in TRL's form, of the tests in the dataset's columns.
 
-    Columns (`row.parse_row` has their forms): `tests`; `entry_point`, `prelude` and `setup` where a row needs them.
+    Columns (`row.parse_row` has their forms): `tests`, or MBPP's `test_list`; `entry_point`, `prelude` and `setup`
+    where a row needs them.
 
     Args:
         settings: Of the sandbox; the defaults are the strong level and 4 seconds.
@@ -102,7 +104,7 @@ class CodeReward:
         on_bad_row: "skip" (None as the reward, which TRL leaves out, and a warning once a row) or "raise".
 
     Raises (when called):
-        UserError: The isolation asked for cannot be had here.
+        UserError: There is no column of tests, or the isolation asked for cannot be had here.
         BadRow: With `on_bad_row="raise"`.
         GraderFault: The sandbox failed.
     """
@@ -118,7 +120,7 @@ class CodeReward:
         self,
         prompts: Sequence[Any] | None = None,
         completions: Sequence[Any] = (),
-        tests: Sequence[Any] = (),
+        tests: Sequence[Any] | None = None,
         entry_point: Sequence[Any] | None = None,
         prelude: Sequence[Any] | None = None,
         setup: Sequence[Any] | None = None,
@@ -127,6 +129,10 @@ class CodeReward:
     ) -> list[float | None]:
         """One reward for each completion, in [0, 1]; metrics `code/timeout` and so on are shares of the batch."""
         n = len(completions)
+        # MBPP's own name for the column, and its imports beside it.
+        tests = required_column(
+            self.__name__, "tests", columns.get("test_list") if tests is None else tests, columns, completions
+        )
         cells = zip(tests, entry_point or [None] * n, prelude or [None] * n, setup or [None] * n, strict=True)
         rows = [self._parse(*cell) for cell in cells]
         good = [i for i, row in enumerate(rows) if isinstance(row, Row)]

@@ -1,7 +1,10 @@
-"""The text of a completion, whatever form the trainer or a user hands it in."""
+"""The text of a completion, whatever form the trainer or a user hands it in, and the columns beside it."""
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from mua_rl.errors import UserError
 
 _NUMBER = re.compile(r"(?:(?<!\d)-)?\d+(?:\.\d+)?")
 
@@ -25,6 +28,27 @@ def completion_text(completion: Any) -> str:
             if isinstance(message, dict) and message.get("role", "assistant") == "assistant":
                 return _content_text(message.get("content"))
     return ""
+
+
+_FROM_TRAINER = ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+
+
+def required_column(
+    reward: str, name: str, values: Sequence[Any] | None, columns: Mapping[str, Any], completions: Sequence[Any]
+) -> Sequence[Any]:
+    """The values of a column that a reward cannot do without.
+
+    Raises:
+        UserError: It is not there, or has not one value for each completion.
+    """
+    if values is None or len(values) != len(completions):
+        others = ", ".join(sorted(set(columns) - set(_FROM_TRAINER))) or "none other"
+        count = "no" if values is None else f"{len(values)} values of"
+        raise UserError(
+            f"{reward} got {count} `{name}` for {len(completions)} completions: name the data set's column so (it has: "
+            f"{others})."
+        )
+    return values
 
 
 def tagged_answer(text: str) -> str | None:

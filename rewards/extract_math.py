@@ -5,7 +5,8 @@ The order, on which every math reward, evaluation and held-out check of this pac
 1. Scope. Only the text after the last `</think>` counts; in it, only the inside of the last `<answer>` when there is
    one. A closing tag may be missing (the end of the text closes it).
 2. Marker. The last `\boxed{…}` (or `\fbox{…}`) in the scope; else the rest of the line after the last `####`; else
-   all of the `<answer>`; else, without any marker, the last number in the scope.
+   all of the `<answer>`; else, without any marker, the last number in the scope: as a whole (`2 1/2`, `12 345`,
+   `10:30 pm`), with what changes its value (`18 million`, `18k`).
 
 What the chosen marker holds is the answer, readable or not: there is no falling back to another number in the text, so
 a list of guesses, an unfinished box or prose in an `<answer>` fails.
@@ -14,6 +15,9 @@ a list of guesses, an unfinished box or prose in an `<answer>` fails.
 import re
 from dataclasses import dataclass
 from typing import Literal
+
+from mua_rl.rewards.latex import VULGAR_FRACTIONS, plain_characters
+from mua_rl.rewards.units import CURRENCY, is_scale, is_unit
 
 MAX_ANSWER_CHARS = 500
 """A longer answer is not read: no gold is near it, and symbolic algebra on it is a way to stall the trainer."""
@@ -69,25 +73,25 @@ def extract_answer(text: str) -> Extract | None:
 
 
 def _extract(text: str, marker: Marker, final: bool) -> Extract | None:
-    text = text.strip()
+    text = _with_commas(text.strip())
     return Extract(text, marker, final) if text else None
 
 
 def _last_box(text: str) -> tuple[str | None, int] | None:
     """Content and end of the last box; content `None` for a box that is never closed; `None` without any box."""
-    starts = ((text.rfind(command), command) for command in _BOX_COMMANDS)
-    start, command = max(starts)
+    boxed, fbox = _BOX_COMMANDS
+    start = max(text.rfind(boxed), text.rfind(fbox))
     if start < 0:
         return None
-    position = start + len(command)
+    position = start + len(boxed if text.startswith(boxed, start) else fbox)
     opening = re.compile(r"\s*").match(text, position)
     position = opening.end() if opening else position
     if not text.startswith("{", position):  # `\boxed 5`: TeX takes the next token
         token = re.compile(r"[^\s$\\{}]+").match(text, position)
         return (token[0], token.end()) if token else (None, position)
     depth = 0
-    for brace in re.compile(r"\\[{}]|[{}]").finditer(text, position):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)  # `\{` and `\}` are literal braces
+    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, position):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)  # `\{` and `\}` are literal braces, `\\}` is not one
         if depth == 0:
             return text[position + 1 : brace.start()], brace.end()
     return None, position
@@ -102,10 +106,22 @@ def _is_closing(rest: str) -> bool:
 
 
 _NUMBER_IN_PROSE = re.compile(
-    r"(?<![\w.])-?\\?\$?-?(?:(?:\d{1,3}(?:(?:,|\{,\})\d{3})+|\d+)(?:\.\d+|/\d+(?![\d/]))?|\.\d+)"
-    r"(?:[eE][+-]?\d{1,3})?(?!\w)(?:\\?%)?",
-    re.ASCII,
+    rf"""
+    (?<![A-Za-z0-9_.]) -? (?:{CURRENCY}[ ]?)? -?
+    (?:
+        (?: [0-9]{{1,3}}(?:(?:,|\{{,\}}|\\,)[0-9]{{3}})+ | [0-9]+ )
+        (?: \.[0-9]+ | [ ]?/[0-9]+(?![0-9/]) | [ ][0-9]+/[0-9]+(?![0-9/]) | (?::[0-9]+)+ | [ ]:[ ][0-9]+ )?
+        (?: [eE][+-]?[0-9]{{1,3}}(?![A-Za-z0-9]) | [ ]?[{VULGAR_FRACTIONS}] )?
+      | \.[0-9]+ (?: [eE][+-]?[0-9]{{1,3}}(?![A-Za-z0-9]) )?
+      | [{VULGAR_FRACTIONS}]
+    )
+    (?![0-9]) (?P<attached>[^\W\d_]*) (?![\w{{]) (?:\\?%)?
+    (?P<next>[ ](?:[ap]\.?m\b\.? | per\s?cent\b | [^\W\d_]+))?
+    """,
+    re.VERBOSE,
 )
+_ORDINAL = re.compile("st|nd|rd|th")
+_BELONGS = re.compile(r"[ap]\.?m\.?|per\s?cent", re.IGNORECASE)
 # A number that ends a list of guesses, bounds something, or is a piece of a formula is not the answer.
 _NOT_BEFORE = re.compile(
     r"\d\s*(?:[,/+*×÷-]|\bor\b|\band\b)\s*(?:or|and)?\s*$"
@@ -117,8 +133,24 @@ _NOT_AFTER = re.compile(r"\s*(?:[}^_/+&<>≤≥|]|!(?!\s|$)|\*(?!\*)|\\(?!text|m
 
 def _last_number(text: str) -> str | None:
     last = None
-    for last in _NUMBER_IN_PROSE.finditer(text):  # noqa: B007  # the last match is what we want
-        pass
-    if last is None or _NOT_AFTER.match(text, last.end()):
+    for number in _NUMBER_IN_PROSE.finditer(_with_commas(plain_characters(text))):
+        last = last if _ORDINAL.fullmatch(number["attached"]) else number
+    if last is None or (last["attached"] and not (is_unit(last["attached"]) or is_scale(last["attached"]))):
         return None
-    return None if _NOT_BEFORE.search(text[max(0, last.start() - 40) : last.start()]) else last[0]
+    text, word = last.string, (last["next"] or "").strip()
+    end = last.end() if _BELONGS.fullmatch(word) or is_scale(word) else last.end() - len(last["next"] or "")
+    if _NOT_AFTER.match(text, end) or _NOT_BEFORE.search(text[max(0, last.start() - 40) : last.start()]):
+        return None
+    return text[last.start() : end]
+
+
+_SPACED_THOUSANDS = re.compile(
+    r"(?<![\w.,}])(?<![0-9.,}][ ])[0-9]{1,3}(?:[ ~\u00a0\u2009\u202f][0-9]{3})+(?![0-9]|[ ][0-9])"
+)
+
+
+def _with_commas(text: str) -> str:
+    """`12 345` as `12,345`: one number, of which its last three digits are not the answer."""
+    if text.isascii() and " " not in text and "~" not in text:  # by far the commonest
+        return text
+    return _SPACED_THOUSANDS.sub(lambda number: re.sub(r"[^0-9]", ",", number[0]), text)

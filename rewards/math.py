@@ -1,43 +1,36 @@
 r"""The math reward: 1 for a completion whose final answer equals the gold answer, else 0.
 
-Three steps, each in its own module: `extract_math` finds the answer, `numbers` compares plain numbers exactly, and
+Three steps, each in its own module: `extract_math` finds the answer, `math_quick` compares what needs no algebra, and
 `math_worker` asks Math-Verify, in a process that can be killed, about everything else.
 
-What counts as equal, beyond the conventions of `numbers` and Math-Verify (tests/test_math_agreement.py lists where the
-verdicts differ from Math-Verify's own, and why):
+What counts as equal (docs/math_verdicts.md has every difference from Math-Verify, and why):
 
-- Against a gold that is a plain number only a number is an answer: `72` or `x = 72`, not `48+24` or `3^5`, which may
-  be the question copied down.
+- How an answer looks is not what it says: `latex` takes fonts, sizes, colours, spaces and needless braces away.
+- Against a gold that is a plain number (`numbers`) only a number is an answer: `72` or `x = 72`, not `48+24` or `3^5`,
+  which may be the question copied down. Words that announce it and units (`units`) are no part of it, of whatever
+  script; a word that changes the value (`million`, `K`, `thirds`) is no unit, also behind a surd.
 - Against an integer in a base (`12_8`) an answer has the same digits and the same base, or no base: the question names
   it. The same value in another base is no answer, nor is such an integer one against a plain number.
-- Against amounts (`3 feet 4 inches`, `7 R 2`) and dates an answer has the same numbers with the same words.
-- Against any other gold, Math-Verify decides on the extracted answer alone. Tuples are ordered, sets are not; units
-  and percent signs are ignored; decimals must agree to one in a million.
-- The same text, up to spaces, is equal without further question; words (`yes`, `no solution`) are compared as words,
-  up to case.
+- Times of day, dates, amounts (`3 feet 4 inches`, `7 R 2`) and words are compared as such (`phrases`): 2:30 is not
+  1:15, am is not pm, and where one side names no half of the day, the question names it.
+- Against any other gold, Math-Verify decides on the extracted answer alone. Tuples are ordered, sets are not, and a set
+  is no tuple; units and percent signs are ignored; decimals must agree to one in a million.
+- The same text, up to spaces, is equal without further question.
 """
 
+import logging
 import math
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from enum import StrEnum
-from fractions import Fraction
-from functools import lru_cache
 from typing import Any
 
-from mua_rl.rewards.completions import completion_text
+from mua_rl.rewards.completions import completion_text, required_column
 from mua_rl.rewards.extract_math import MAX_ANSWER_CHARS, extract_answer
-from mua_rl.rewards.numbers import (
-    NumberInBase,
-    PlainNumber,
-    parse_amounts,
-    parse_in_base,
-    parse_number,
-    same_number,
-)
-from mua_rl.rewards.worker_pool import Failure, WorkerPool, shared_pool
+from mua_rl.rewards.latex import plain_latex
+from mua_rl.rewards.math_quick import comparable, needs_algebra, quick_verdict
+from mua_rl.rewards.worker_pool import REQUEST_SECONDS, Failure, WorkerPool, shared_pool
 
 WORKER_MODULE = "mua_rl.rewards.math_worker"
 
@@ -81,6 +74,41 @@ class _VerdictCache:
 
 
 _cache = _VerdictCache(65536)
+
+_LOST = (MathVerdict.TIMEOUT, MathVerdict.KILLED, MathVerdict.MEMORY)
+
+
+class _LossMonitor:
+    """Says so when more than one answer in a hundred got no verdict, at most once in `_WINDOW` answers."""
+
+    _WINDOW = 1000
+
+    def __init__(self) -> None:
+        self._answers = self._lost = 0
+        self._silent = False
+        self._lock = threading.Lock()
+
+    def count(self, answers: int, lost: int) -> None:
+        with self._lock:
+            self._answers += answers
+            self._lost += lost
+            if self._lost * 100 > self._answers and not self._silent:
+                _logger.warning(
+                    "%d of %d answers (%.1f %%) were too much for Math-Verify in %g s, twice, and score 0. If they "
+                    "look harmless, the machine is busy: give the rewards fewer workers (MUA_RL_REWARD_WORKERS).",
+                    self._lost,
+                    self._answers,
+                    100 * self._lost / self._answers,
+                    REQUEST_SECONDS,
+                )
+                self._silent = True
+            if self._answers >= self._WINDOW:
+                self._answers = self._lost = 0
+                self._silent = False
+
+
+_losses = _LossMonitor()
+_logger = logging.getLogger(__name__)
 
 
 def judge_completions(
@@ -126,9 +154,13 @@ def judge_answers(pairs: Sequence[tuple[str, str]], *, pool: WorkerPool | None =
     slow = {pair: _cache.get(pair) for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is None}
     unknown = [pair for pair, verdict in slow.items() if verdict is None]
     if unknown:
-        for pair, verdict in zip(unknown, _ask_math_verify(unknown, pool), strict=True):
+        compared = [(plain_latex(gold), comparable(gold, answer)) for gold, answer in unknown]
+        for pair, verdict in zip(unknown, _ask_math_verify(compared, pool), strict=True):
             slow[pair] = verdict
-            _cache.put(pair, verdict)
+            if verdict not in _LOST:  # which says something of the machine's load, perhaps, and nothing of the answer
+                _cache.put(pair, verdict)
+    lost = {pair for pair, verdict in slow.items() if verdict in _LOST}
+    _losses.count(len(pairs), sum(pair in lost for pair in pairs) if lost else 0)
     return [verdict or slow[pair] for pair, verdict in zip(pairs, verdicts, strict=True)]  # type: ignore[misc]
 
 
@@ -144,7 +176,7 @@ def gold_fault(gold: Any, *, pool: WorkerPool | None = None) -> str | None:
 def gold_faults(golds: Sequence[Any], *, pool: WorkerPool | None = None) -> list[str | None]:
     """`gold_fault` for many golds at once, on all workers."""
     texts = [_gold_text(gold) for gold in golds]
-    slow = list(dict.fromkeys(text for text in texts if text is not None and not _is_number(text)))
+    slow = list(dict.fromkeys(text for text in texts if text is not None and needs_algebra(text)))
     names = dict(zip(slow, _ask_math_verify([(text, text) for text in slow], pool), strict=True))
     faults: list[str | None] = []
     for gold, text in zip(golds, texts, strict=True):
@@ -160,7 +192,7 @@ def gold_faults(golds: Sequence[Any], *, pool: WorkerPool | None = None) -> list
 def math_reward(
     prompts: Sequence[Any] | None = None,
     completions: Sequence[Any] = (),
-    answer: Sequence[Any] = (),
+    answer: Sequence[Any] | None = None,
     log_metric: Callable[[str, float], None] | None = None,
     **columns: Any,
 ) -> list[float | None]:
@@ -171,19 +203,23 @@ def math_reward(
     Args:
         prompts: Not used.
         completions: Strings or conversations.
-        answer: Gold answers, one per completion: the dataset's `answer` column.
+        answer: Gold answers, one per completion: the dataset's `answer` column, or, where it has none, its `solution`.
+            A worked solution (GSM8K's, with `####`; MATH's, with `\\boxed`) holds its gold where a completion would.
         log_metric: TRL's logger; gets `math/timeout`, `math/error`, `math/no_answer` and `math/unreadable`, each the
             fraction of this batch.
-        columns: Other columns, not used.
+        columns: Other columns, not used but for `solution`.
 
     Raises:
+        UserError: There is no column of gold answers, or it has another length.
         GraderFault: Math-Verify does not start; it is never scored 0 silently.
 
     Example:
         >>> math_reward(completions=[r"So \boxed{\frac{2}{4}}.", "#### 7"], answer=["1/2", "72"])
         [1.0, 0.0]
     """
-    verdicts = judge_completions(completions, answer)
+    golds = _golds(answer, columns, completions)
+    verdicts = judge_completions(completions, golds)
+    _warn_of_bad_golds(golds, verdicts)
     if log_metric is not None and verdicts:
         for name, counted in _METRICS.items():
             log_metric(name, sum(verdict in counted for verdict in verdicts) / len(verdicts))
@@ -193,11 +229,26 @@ def math_reward(
 def strict_math_reward(
     prompts: Sequence[Any] | None = None,
     completions: Sequence[Any] = (),
-    answer: Sequence[Any] = (),
+    answer: Sequence[Any] | None = None,
     **columns: Any,
 ) -> list[float | None]:
     """`math_reward` for the strict final-answer form only (`judge_completions`): the held-out check on a policy."""
-    return _scores(judge_completions(completions, answer, strict=True))
+    return _scores(judge_completions(completions, _golds(answer, columns, completions), strict=True))
+
+
+def _golds(answer: Sequence[Any] | None, columns: dict[str, Any], completions: Sequence[Any]) -> Sequence[Any]:
+    golds = columns.get("solution") if answer is None else answer
+    return required_column("math_reward", "answer", golds, columns, completions)
+
+
+_bad_golds_told: set[str] = set()
+
+
+def _warn_of_bad_golds(golds: Sequence[Any], verdicts: Sequence[MathVerdict]) -> None:
+    bad = {_shorten(gold) for gold, verdict in zip(golds, verdicts, strict=True) if verdict is MathVerdict.BAD_GOLD}
+    if bad and bad.isdisjoint(_bad_golds_told):
+        _logger.warning("a gold answer cannot be read, and its completions get no reward (None): %s", min(bad))
+        _bad_golds_told.update(bad)
 
 
 def _ask_math_verify(pairs: Sequence[tuple[str, str]], pool: WorkerPool | None) -> list[MathVerdict]:
@@ -228,9 +279,13 @@ def _gold_text(gold: Any) -> str | None:
         return None
     if isinstance(gold, (int, float)):
         return str(gold) if abs(gold) < 10**300 else None
-    if not isinstance(gold, str) or not gold.strip() or len(gold) > MAX_ANSWER_CHARS:
+    if not isinstance(gold, str):
         return None
-    return gold.strip()
+    if "####" in gold or "\\boxed" in gold:  # a worked solution
+        extract = extract_answer(gold)
+        gold = extract.text if extract else ""
+    gold = gold.strip()
+    return gold if 0 < len(gold) <= MAX_ANSWER_CHARS else None
 
 
 def _quick_verdict(gold: str, answer: str) -> MathVerdict | None:
@@ -239,75 +294,5 @@ def _quick_verdict(gold: str, answer: str) -> MathVerdict | None:
         return MathVerdict.BAD_GOLD
     if len(answer) > MAX_ANSWER_CHARS:
         return MathVerdict.UNREADABLE
-    gold_number = parse_number(gold)
-    if gold_number is not None:
-        number = _stated_number(answer)
-        return MathVerdict.RIGHT if number and same_number(gold_number, number) else MathVerdict.WRONG
-    in_base = parse_in_base(gold)
-    if in_base is not None:  # Math-Verify leaves the subscript out, so that `12_9` were `12_8`
-        return MathVerdict.RIGHT if _states(answer, in_base) else MathVerdict.WRONG
-    left, right = _bare(gold), _bare(answer)
-    if left == right:
-        return MathVerdict.RIGHT
-    if _WORDS.fullmatch(left) and _WORDS.fullmatch(right):  # to Math-Verify products, so that `stop` were `post`
-        return MathVerdict.RIGHT if left.casefold() == right.casefold() else MathVerdict.WRONG
-    amounts = parse_amounts(gold)  # to Math-Verify a product: `3 feet 4 inches` were `4 feet 3 inches`
-    if amounts is not None:
-        return MathVerdict.RIGHT if parse_amounts(answer.rpartition("=")[2]) == amounts else MathVerdict.WRONG
-    if _DATE.fullmatch(left):  # to Math-Verify a difference or a quotient
-        same = _DATE.fullmatch(right) and _date_parts(left) == _date_parts(right)
-        return MathVerdict.RIGHT if same else MathVerdict.WRONG
-    return None
-
-
-def _date_parts(date: str) -> list[int]:
-    return [int(part) for part in re.split("[-/]", date)]
-
-
-def _is_number(text: str) -> bool:
-    """Whether a gold is compared without Math-Verify."""
-    return parse_number(text) is not None or parse_in_base(text) is not None
-
-
-def _states(answer: str, gold: NumberInBase) -> bool:
-    """Whether an answer states an integer in a base: `12_8`, `x = 12_8`, or without the base."""
-    is_open = "=" in answer and _STATES_NO_NUMBER.search(answer)
-    found = None if is_open else parse_in_base(answer.rpartition("=")[2], gold.base)
-    if found is not None:
-        return found == gold
-    number = _stated_number(answer)  # `1,101`
-    return number is not None and gold.digits.isdecimal() and same_number(PlainNumber(Fraction(gold.digits)), number)
-
-
-def _bare(text: str) -> str:
-    return "".join(text.split()).strip("$.")
-
-
-_WORDS = re.compile(r"[A-Za-z]{3,}")
-_DATE = re.compile(r"[0-9]{4}([-/])[0-9]{1,2}\1[0-9]{1,2}|[0-9]{1,2}([-/])[0-9]{1,2}\2[0-9]{4}")
-_STATES_NO_NUMBER = re.compile(  # but a choice, or a bound: `x >= 5`, `x != 5` (where `5! = 120` states one)
-    r"[,;<>≠≤≥]|\\\\|[A-Za-z]\s*!=|\b(?:or|and)\b"
-    r"|\\(?:lor|vee|land|wedge|q?quad|pm|mp|text|mbox|mathrm|not|ne|neq|[lg]t|[lg]eq?|[lg]eqq|[lg]eqslant)(?![A-Za-z])"
-)
-_BRACKETS = (("\\{", "\\}"), ("(", ")"))
-
-
-@lru_cache(maxsize=65536)
-def _stated_number(answer: str) -> PlainNumber | None:
-    r"""The number an answer states: the text itself, `x = 5`, `x = 2 + 3 = 5`, `5 \approx 5.0`, `\{5\}`, `(5)`."""
-    number = parse_number(answer)
-    if number is not None:
-        return number
-    text = answer.strip().strip("$").strip().replace("\\left", "").replace("\\right", "")
-    if _STATES_NO_NUMBER.search(text):
-        return None
-    # An approximation follows the exact value, unless only a name stands before it.
-    sides = re.split(r"\\approx|≈", text, maxsplit=1)
-    before = parse_number(sides[0].rpartition("=")[2])
-    if before is not None:
-        return before
-    text = sides[-1].rpartition("=")[2].strip()
-    for left, right in _BRACKETS:
-        if text.startswith(left) and text.endswith(right):
-            text = text[len(left) : -len(right)]
-    return parse_number(text)
+    equal = quick_verdict(gold, answer)
+    return equal if equal is None else MathVerdict.RIGHT if equal else MathVerdict.WRONG

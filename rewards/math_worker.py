@@ -10,6 +10,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+from mua_rl.rewards.latex import plain_latex
+from mua_rl.rewards.units import is_unit
 from mua_rl.rewards.worker_loop import serve
 
 _MAX_NESTING = 30  # the parser backtracks: its time grows without bound in the nesting
@@ -18,9 +20,29 @@ _SPELLINGS = (
     (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
     (r"(?:\\left\s*)?\\langle(?![A-Za-z])", "("),
     (r"(?:\\right\s*)?\\rangle(?![A-Za-z])", ")"),
+    (r"√\s*(?:([0-9]+|[A-Za-z])|\(([^()]*)\))", r"\\sqrt{\1\2}"),
+    ("²", "^{2}"),
+    ("³", "^{3}"),
+    (r"(?<=[0-9}])\s*\\mathrm\{[mgshLN]\}$", ""),  # a unit
 )
 """What Math-Verify 0.9 does not read, in words that it does."""
 _PRIMES = re.compile(r"(?<=[A-Za-z])(?:'+|\^\s*(?:\{\s*(?:\\prime\s*)+\}|\\prime(?![A-Za-z])))")
+
+
+_COUNTER = re.compile(r"(?<=[0-9})])\s*[^\x00-\x7f]+$")  # 元
+_PLUS_MINUS, _MINUS_PLUS = re.compile(r"\\pm(?![A-Za-z])"), re.compile(r"\\mp(?![A-Za-z])")
+_WARM_UP = (
+    (r"2\sqrt{3}", r"\sqrt{12}"),
+    (r"x^2+2x+1", r"(x+1)^2"),
+    (r"\frac{1}{x}+\sin x", r"\frac{1+x\sin x}{x+1}"),
+    (r"\frac{\pi}{3}", r"\frac{1+\sqrt{5}}{2}"),
+    (r"\{1,\sqrt{2}\}", r"\{1,\sqrt{3}\}"),
+    (r"(0,\sqrt{2}]\cup(3,4)", r"(0,\sqrt{2})"),
+    (r"x>\sqrt{2}", r"x<\sqrt{2}"),
+    (r"x+2y=3", r"2y=3-x"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\3\end{pmatrix}"),
+)
+"""Comparisons that load what SymPy loads at first use: seconds on a busy machine, which are no request's own."""
 
 
 def clean_latex(text: str) -> str | None:
@@ -32,12 +54,15 @@ def clean_latex(text: str) -> str | None:
     """
     if any(unicodedata.category(char) in ("Nd", "Cs") and not char.isascii() for char in text):
         return None
-    text = re.sub(r"\$|\\[()\[\]]|\\?%|\\displaystyle|\\boxed|\\fbox", " ", text.replace("−", "-"))
+    text = re.sub(r"\$|\\[()\[\]]|\\?%", " ", plain_latex(text))
     for ours, known in _SPELLINGS:
         text = re.sub(ours, known, text)
+    counter = _COUNTER.search(text)
+    if counter and is_unit(counter[0]):
+        text = text[: counter.start()]
     # Math-Verify leaves primes out, so that `y' = y` were `y = y`; subscripts it keeps.
     text = _PRIMES.sub(lambda found: "_{" + "prime" * len(re.findall("prime|'", found[0])) + "}", text)
-    text = re.sub(r"\\mathrm\s*\{([A-Za-z])\}", r"\1", text)  # Math-Verify 0.9 loses the rest of the text after it
+    text = re.sub(r"\\mathrm\{([A-Za-z])\}", r"\1", text)  # Math-Verify 0.9 loses the rest of the text after it
     text = " ".join(text.split()).rstrip(".,;: ")
     depth = 0
     for brace in re.findall(r"\\.|[{}]", text):
@@ -74,7 +99,7 @@ def load() -> Callable[[tuple[str, str]], str]:
 
     logging.disable(logging.CRITICAL)
     from math_verify import LatexExtractionConfig, parse, verify
-    from sympy import Basic, MatrixBase
+    from sympy import Basic, FiniteSet, MatrixBase
 
     config = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
 
@@ -82,6 +107,19 @@ def load() -> Callable[[tuple[str, str]], str]:
         inside = clean_latex(text)
         if inside is None:
             return ()
+        return read(inside) or both_signs(inside)
+
+    def both_signs(inside: str) -> tuple[Any, ...]:
+        """The set of values of a formula with a double sign where Math-Verify reads none: in a fraction, say."""
+        if not (_PLUS_MINUS.search(inside) or _MINUS_PLUS.search(inside)):
+            return ()
+        values = [read(_PLUS_MINUS.sub(sign, _MINUS_PLUS.sub(other, inside))) for sign, other in ("+-", "-+")]
+        if not all(values):
+            return ()
+        sets = [value[0] if isinstance(value[0], FiniteSet) else FiniteSet(value[0]) for value in values]
+        return (sets[0] | sets[1],)
+
+    def read(inside: str) -> tuple[Any, ...]:
         # First match only: the whole box, or nothing. By default a box that cannot be read gives way to other text.
         found = parse(
             f"\\boxed{{{inside}}}", config, "no_fallback", extraction_mode="first_match", parsing_timeout=None
@@ -108,6 +146,8 @@ def load() -> Callable[[tuple[str, str]], str]:
             return "unreadable"
         return "right" if equal(gold, answer) else "wrong"
 
+    for pair in _WARM_UP:
+        judge(pair)
     return judge
 
 

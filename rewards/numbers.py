@@ -6,10 +6,11 @@ symbolic algebra, no `eval`, no floats. What it does not read is left to Math-Ve
 Conventions (tests/test_math_numbers.py has the table):
 
 - ASCII digits. A comma groups thousands (`1,234,567`, `1{,}234`, `1\,234`) and is nothing else; a point is decimal.
-- Fractions `3/4`, `\frac{3}{4}`, `\frac34`, mixed numbers `1 3/4`, `1\frac{3}{4}`; powers of ten `1.5e3`,
-  `1.5 \times 10^{3}`; repeating decimals `0.1\overline{6}`, which are exact.
-- Currency signs, units (`12 apples`, `5\text{ cm}^2`, `90^\circ`) and markup (`$…$`, `**…**`) are stripped. A word
-  that changes the value (`million`, `thirds`, `squared`) is no unit: such text is not a plain number.
+- Fractions `3/4`, `\frac{3}{4}`, `\frac34`, `{3 \over 4}`, mixed numbers `1 3/4`, `1\frac{3}{4}`; powers of ten
+  `1.5e3`, `1.5 \times 10^{3}`; repeating decimals `0.1\overline{6}`, which are exact.
+- Currencies, units (`12 apples`, `18元`, `5\text{ cm}^2`, `90^\circ`) and markup (`$…$`, `**…**`, whatever
+  `mua_rl.rewards.latex` takes away) are stripped. A word that changes the value (`million`, `K`, `thirds`, `squared`)
+  is no unit: such text is not a plain number.
 - `12_8`, `12_{8}`, `(12)_8`, `12 \text{ base } 8`: an integer in base 2 to 16 (`parse_in_base`), which is no plain one.
 - `p%` equals `p%` and, against a number without the sign, both `p` and `p/100`: questions ask for either.
 - Numbers are equal when they are equal as rationals. The one exception: a decimal of at least six significant digits
@@ -20,6 +21,9 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+
+from mua_rl.rewards.latex import TEXT_COMMAND, plain_latex
+from mua_rl.rewards.units import CURRENCY, is_unit
 
 MAX_NUMBER_CHARS = 500
 """Longer text is not a plain number: keeps integer parsing linear in practice."""
@@ -86,17 +90,16 @@ def _terminates(value: Fraction) -> bool:
 
 
 _SIMPLE = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
-_CURRENCY = r"(?:\\?\$|[€£¥₹]|(?:USD|EUR|GBP)\b)"
 _GROUPED = r"[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+"
-_GAP = r"(?:\s|~|\\[ ,;:])*"
+_GAP = r"\s*"
 _NUMBER = re.compile(
     rf"""
-    (?P<sign>[+-]?){_GAP} {_CURRENCY}? {_GAP} (?P<inner_sign>[+-]?)
+    (?P<sign>[+-]?){_GAP} {CURRENCY}? {_GAP} (?P<inner_sign>[+-]?)
     (?:
         (?:(?P<whole>{_GROUPED}){_GAP})??
         (?: \\[dtc]?frac (?: \{{\s*(?P<num1>[+-]?[0-9]+)\s*\}} | \s*(?P<num2>[0-9]) )
-                         (?: \s*\{{\s*(?P<den1>[0-9]+)\s*\}} | (?P<den2>[0-9]) )
-          | (?P<num3>{_GROUPED}) \s*/\s* (?P<den3>{_GROUPED}) )
+                         (?: \s*\{{\s*(?P<den1>[+-]?[0-9]+)\s*\}} | (?P<den2>[0-9]) )
+          | (?P<num3>{_GROUPED}) \s*/\s* (?P<den3>-?(?:{_GROUPED})) )
     |   10\s*\^\s*(?:\{{\s*(?P<power1>[+-]?[0-9]{{1,3}})\s*\}}|(?P<power2>[0-9]))
     |   (?P<integer>{_GROUPED})?
         (?:\.(?P<decimals>[0-9]*)
@@ -110,64 +113,9 @@ _NUMBER = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 
-# Units that are too short to be told from a product of variables by their length, but are written beside numbers.
-_SHORT_UNITS = frozenset(
-    {"cm", "mm", "km", "ft", "in", "yd", "mi", "kg", "mg", "lb", "oz", "mL", "ml", "hr", "am", "pm"}
-)
-_INNER_WORDS = _SHORT_UNITS | {"of", "a", "an", "in"}
-# Words after a number that change its value, or offer a second one: none of them is a unit.
-_NOT_UNITS = re.compile(
-    r"hundred|thousand|lakh|crore|dozens?|score|gross|.*illions?|hal(?:f|ves)|thirds?|quarters?|fourths?|fifths?|"
-    r"sixths?|sevenths?|eighths?|ninths?|tenths?|\w+ths|squared|cubed|factorial|choose|times|plus|minus|over|divided|"
-    r"multiplied|mod|modulo|and|not|but|sqrt|frac|sin|cos|tan|cot|sec|csc|log|exp|infinity|infty|alpha|beta|theta|"
-    r"or|to|nor|versus|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty|fifty|"
-    r"sixty|seventy|eighty|ninety|zero|half|double|triple|base|more|less|than|per\s*cent|percent\w*|pct",
-    re.IGNORECASE,
-)
 _PERCENT = re.compile(r"(?:\\?%|per\s?cent(?:age)?\b|pct\b)\.?", re.IGNORECASE)
-_DEGREE = re.compile(r"(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|°|\\degree)\s*[CF]?\s*")
-_TRAILING_CURRENCY = re.compile(_CURRENCY)
-_THIN_SPACE = re.compile(r"(?<=[0-9]),? ?\\,(?=[0-9]{3}(?![0-9]))")
-_NEGATIVE_SPACE = re.compile(r"\\!\s*")
-_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|textrm|mbox|textnormal|rm)\s*\{([^{}]*)\}")
-_UNIT_WORD = re.compile(r"([A-Za-z]+)(\s*\^\s*(?:[23]|\{[23]\})|[²³])?")
-_UNIT_JOINT = re.compile(r"[\s/.·\-~]*")
-
-
-def _is_unit(suffix: str) -> bool:
-    """Whether `suffix` is nothing but a unit: words of at least three letters, or known short units."""
-    text, in_text_command = _TEXT_COMMAND.subn(r" \1 ", suffix)
-    position = words = 0
-    while True:
-        joint = _UNIT_JOINT.match(text, position)
-        position = joint.end() if joint else position
-        if position == len(text):
-            return True
-        match = _UNIT_WORD.match(text, position)
-        if match is None or words == 6 or _NOT_UNITS.fullmatch(match[1]):
-            return False
-        # A lone letter is a unit only where the writing says so; otherwise `5 m` is the product of 5 and m.
-        said_so = in_text_command or match[2] in ("²", "³") or (words > 0 and joint is not None and "/" in joint[0])
-        if len(match[1]) < 3 and not said_so and match[1] not in (_SHORT_UNITS if words == 0 else _INNER_WORDS):
-            return False
-        words += 1
-        position = match.end()
-
-
-def _strip_markup(text: str) -> str:
-    text = text.strip().replace("−", "-").replace("{,}", ",").replace("\\displaystyle", "")
-    text = _NEGATIVE_SPACE.sub("", text)
-    text = _THIN_SPACE.sub(",", text)
-    previous = None
-    while previous != text:
-        previous = text
-        text = text.strip().strip("*`").rstrip(".,;:\\").strip()
-        for left, right in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("{", "}")):
-            if text.startswith(left) and text.endswith(right) and len(text) >= len(left) + len(right):
-                inner = text[len(left) : len(text) - len(right)]
-                if left not in inner and right not in inner:
-                    text = inner
-    return text
+_DEGREE = re.compile(r"(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|°|º|˚|\\degree|[℃℉])\s*[CF]?\s*")
+_CURRENCY = re.compile(CURRENCY)
 
 
 def _int(digits: str) -> int:
@@ -187,7 +135,7 @@ def parse_number(text: str) -> PlainNumber | None:
         if not decimals:
             return PlainNumber(Fraction(int(whole)))
         return PlainNumber(Fraction(int(whole + decimals), 10 ** len(decimals)), False, _last_place(whole, decimals))
-    match = _NUMBER.fullmatch(_strip_markup(text))
+    match = _NUMBER.fullmatch(plain_latex(text))
     if match is None or (match["sign"] and match["inner_sign"]):
         return None
     value = _magnitude(match)
@@ -195,8 +143,8 @@ def parse_number(text: str) -> PlainNumber | None:
         return None
     magnitude, last_place = value
     suffix = match["suffix"].strip()
-    if _TRAILING_CURRENCY.fullmatch(suffix):
-        suffix = ""
+    currency = _CURRENCY.match(suffix)
+    suffix = suffix[currency.end() :].strip() if currency else suffix
     percent = False
     if suffix:
         degree = _DEGREE.match(suffix)
@@ -206,10 +154,10 @@ def parse_number(text: str) -> PlainNumber | None:
         elif sign:
             percent, suffix = True, suffix[sign.end() :].strip()
         else:
-            text_percent = _TEXT_COMMAND.fullmatch(suffix)
+            text_percent = TEXT_COMMAND.fullmatch(suffix)
             if text_percent and _PERCENT.fullmatch(text_percent[1].strip()):
                 percent, suffix = True, ""
-        if suffix and not _is_unit(suffix):
+        if suffix and not is_unit(suffix):
             return None
     negative = "-" in (match["sign"], match["inner_sign"])
     return PlainNumber(-magnitude if negative else magnitude, percent, last_place)
@@ -230,7 +178,7 @@ def parse_in_base(text: str, base: int | None = None) -> NumberInBase | None:
     """
     if len(text) > MAX_NUMBER_CHARS:
         return None
-    bare = _strip_markup(_TEXT_COMMAND.sub(r" \1 ", text))
+    bare = TEXT_COMMAND.sub(r" \1 ", plain_latex(text)).strip()
     digits, *bases = (part.strip(" {}()\\") for part in _BASE_MARK.split(bare))
     named = bases[0] if bases else str(base)
     if len(bases) > 1 or named not in _BASES or not _IN_BASE.fullmatch(digits):
@@ -241,28 +189,6 @@ def parse_in_base(text: str, base: int | None = None) -> NumberInBase | None:
         return None
     shown = digits.lstrip("+-0").upper() or "0"
     return NumberInBase(f"-{shown}" if value < 0 else shown, int(named))
-
-
-_AMOUNT_WORDS = r"(?:\s*(?:[A-Za-z]{2,}|[rR])\b\.?)"
-_AMOUNTS = re.compile(rf"[0-9]+(?:\.[0-9]+)?{_AMOUNT_WORDS}+(?:\s+[0-9]+(?:\.[0-9]+)?{_AMOUNT_WORDS}*)+")
-_AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?)([^0-9]*)")
-
-
-def parse_amounts(text: str) -> list[tuple[Fraction, str]] | None:
-    """The numbers of `3 feet 4 inches` or `7 R 2`, each with the words after it, sorted; `None` for anything else.
-
-    Total. Whose words are "and" and "or" alone is a list.
-    """
-    if len(text) > MAX_NUMBER_CHARS:
-        return None
-    bare = re.sub(r"\\[ ,;:]|~", " ", _strip_markup(_TEXT_COMMAND.sub(r" \1 ", text)))
-    words = {word.casefold() for word in re.findall(r"[A-Za-z]+", bare)}
-    if "or" in words or words == {"and"} or not _AMOUNTS.fullmatch(" ".join(bare.split())):
-        return None
-    return sorted(
-        (Fraction(number), " ".join(word for word in re.findall(r"[a-z]+", unit.casefold()) if word != "and"))
-        for number, unit in _AMOUNT.findall(bare)
-    )
 
 
 def _last_place(whole: str, decimals: str) -> Fraction:

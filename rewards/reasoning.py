@@ -5,7 +5,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mua_rl.rewards.completions import completion_text, last_number, tagged_answer
+from mua_rl.rewards.completions import completion_text, last_number, required_column, tagged_answer
 from mua_rl.rewards.worker_pool import Failure, shared_pool
 
 WORKER_MODULE = "mua_rl.rewards.reasoning_worker"
@@ -66,8 +66,11 @@ def reasoning_reward(
     the batch.
 
     Raises:
+        UserError: There is no column of generators, configurations or entries.
         GraderFault: reasoning-gym cannot be started.
     """
+    for name, values in (("generator", generator), ("config", config), ("entry", entry)):
+        required_column("reasoning_reward", name, values, columns, completions)
     scores = reasoning_scores(completions, generator, config, entry, answer_in)
     if log_metric is not None and scores:
         without = sum(not answer for answer in _answers(completions, answer_in))

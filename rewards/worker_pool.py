@@ -34,12 +34,18 @@ class Failure(StrEnum):
     """Why a request has no reply."""
 
     TIMEOUT = "timeout"
+    """The reply took longer than the limit, twice."""
     KILLED = "killed"
     """The worker crashed on the request, twice."""
     MEMORY = "memory"
     """The worker reached its memory limit on the request."""
     ERROR = "error"
     """The verifier raised."""
+
+
+def _is_fatal(reply: Any) -> bool:
+    """Whether the worker did not outlive the request."""
+    return reply is Failure.TIMEOUT or reply is Failure.KILLED
 
 
 class _Worker:
@@ -68,7 +74,7 @@ class _Worker:
             reply = self._read_reply(self._seconds)
         except OSError:  # the worker was killed between two requests
             reply = Failure.KILLED
-        if reply is Failure.TIMEOUT or reply is Failure.KILLED:
+        if _is_fatal(reply):
             self.kill()
         return reply
 
@@ -144,10 +150,10 @@ class WorkerPool:
         with self._slots:
             worker = self._take()
             reply = worker.ask(request)
-            if reply is Failure.KILLED:  # from outside, perhaps, and the idle ones with it: a new one has one more try
+            if _is_fatal(reply):  # for the machine's load or from outside, perhaps: a new worker has one more try
                 worker = _Worker(self.module, self.seconds)
                 reply = worker.ask(request)
-            if reply is not Failure.TIMEOUT and reply is not Failure.KILLED:
+            if not _is_fatal(reply):
                 with self._lock:
                     self._idle.append(worker)
             return reply

@@ -114,7 +114,9 @@ def main() -> None:
     if options.child:
         what, _, rest = options.child.partition(":")
         result = step_arm(rest, options) if what == "arm" else sync_arm(*rest.split(":"))
-        (options.out / f"{options.child.replace(':', '-')}.json").write_text(json.dumps(result, indent=2) + "\n")
+        (options.out / f"{options.child.replace(':', '-')}.json").write_text(
+            json.dumps(result, indent=2) + "\n", encoding="utf-8"
+        )
         return
     if options.sync:
         jobs = [f"sync:{size}:{way}" for size in options.sync for way in options.ways]
@@ -130,13 +132,13 @@ def run_child(job: str, options: argparse.Namespace) -> dict[str, Any] | None:
     name = job.replace(":", "-")
     command = [sys.executable, __file__, *sys.argv[1:], "--child", job]
     start = time.perf_counter()
-    with open(options.out / f"{name}.log", "w") as log:
+    with open(options.out / f"{name}.log", "w", encoding="utf-8") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
     print(f"{job}: {time.perf_counter() - start:.0f} s, exit code {code}", flush=True)
     if code:
-        print("".join((options.out / f"{name}.log").read_text().splitlines(keepends=True)[-15:]))
+        print("".join((options.out / f"{name}.log").read_text(encoding="utf-8").splitlines(keepends=True)[-15:]))
         return None
-    return json.loads((options.out / f"{name}.json").read_text())
+    return json.loads((options.out / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def step_arm(name: str, options: argparse.Namespace) -> dict[str, Any]:

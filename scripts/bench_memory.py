@@ -47,7 +47,9 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.child:
         result = memory_run(*options.child, options)
-        (options.out / f"memory-{'-'.join(options.child)}.json").write_text(json.dumps(result, indent=2) + "\n")
+        (options.out / f"memory-{'-'.join(options.child)}.json").write_text(
+            json.dumps(result, indent=2) + "\n", encoding="utf-8"
+        )
         return
     jobs = [(size, rank) for size in options.sizes for rank in MEMORY[size][0] if rank in options.ranks]
     failed = [job for job in jobs if not run_child(*job, options)]
@@ -59,14 +61,14 @@ def run_child(size: str, rank: str, options: argparse.Namespace) -> bool:
     """One measurement in a process of its own; its output goes to a file beside the result."""
     command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--child", size, rank]
     log_path = options.out / f"memory-{size}-{rank}.log"
-    with open(log_path, "w") as log:
+    with open(log_path, "w", encoding="utf-8") as log:
         try:
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=options.limit).returncode
         except subprocess.TimeoutExpired:
             code = None
     print(f"{size} r={rank}: {'timed out' if code is None else f'exit code {code}'}", flush=True)
     if code:
-        print(log_path.read_text()[-2000:], flush=True)
+        print(log_path.read_text(encoding="utf-8")[-2000:], flush=True)
     return code == 0
 
 
@@ -140,7 +142,7 @@ def memory_run(size: str, rank: str, options: argparse.Namespace) -> dict[str, A
 
 def memory_table(out: Path) -> str:
     """The peak beside the plan."""
-    found = [json.loads(path.read_text()) for path in sorted(out.glob("memory-*.json"))]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("memory-*.json"))]
     if not found:
         return ""
     parts = list(found[0]["plan"])

@@ -97,7 +97,7 @@ def run_child(job: str, options: argparse.Namespace) -> bool:
     start_with = launcher(processes, configuration, options.out) if configuration else [sys.executable]
     command = [*start_with, *script]
     start = time.perf_counter()
-    with open(log_path, "w") as log:
+    with open(log_path, "w", encoding="utf-8") as log:
         server = serve(model, rank, visible[-1], options) if name == "server" else nullcontext(None)
         with server as url:
             if url:
@@ -108,10 +108,10 @@ def run_child(job: str, options: argparse.Namespace) -> bool:
         flush=True,
     )
     if code != 0 or not result.exists():
-        log = log_path.read_text()
+        log = log_path.read_text(encoding="utf-8")
         print(log[log.find("Traceback") :][:3000] if "Traceback" in log else log[-2000:], flush=True)
         if name == "server":
-            print("the server:", server_log(model, rank, options).read_text()[-2000:], flush=True)
+            print("the server:", server_log(model, rank, options).read_text(encoding="utf-8")[-2000:], flush=True)
         return False
     return True
 
@@ -123,10 +123,10 @@ def launcher(processes: int, configuration: str, out: Path) -> list[str]:
 
     from mua_rl.accelerate_configs import config_file
 
-    settings = yaml.safe_load(config_file(configuration).read_text())
+    settings = yaml.safe_load(config_file(configuration).read_text(encoding="utf-8"))
     settings["use_cpu"] = not torch.cuda.is_available()
     path = out / f"{configuration}.yaml"
-    path.write_text(yaml.safe_dump(settings))
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
     return [*command, "--num_processes", str(processes), "--main_process_port", str(free_port())]
 
@@ -190,7 +190,7 @@ def serve(model: str, rank: str, device: str, options: argparse.Namespace) -> It
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
     }
-    with open(server_log(model, rank, options), "w") as log:
+    with open(server_log(model, rank, options), "w", encoding="utf-8") as log:
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -212,7 +212,7 @@ def child(options: argparse.Namespace) -> None:
     result = layout_run(*options.child.split(":"), options)
     if processes.is_main():
         path = options.out / f"{file_name(options.child, options)}.json"
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def letters(completions: list, **kwargs: Any) -> list[float]:
@@ -319,7 +319,7 @@ def bytes_of_a_sync(trainer: Any, rank: str) -> int:
 
 def layout_table(out: Path) -> str:
     """Milliseconds a step by phase, speed, reward and memory, one column a run, those of one model side by side."""
-    tables, found = [], [json.loads(path.read_text()) for path in out.glob("layout-*.json")]
+    tables, found = [], [json.loads(path.read_text(encoding="utf-8")) for path in out.glob("layout-*.json")]
     runs = sorted(found, key=lambda r: (list(LAYOUTS).index(r["layout"]), r["weak"]))
     for model, rank in sorted({(run["model"], run["rank"]) for run in runs}):
         group = [run for run in runs if (run["model"], run["rank"]) == (model, rank)]

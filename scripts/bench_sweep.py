@@ -63,14 +63,16 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.child:
         result = together(options, passed) if options.child == TOGETHER else single(int(options.child), options, passed)
-        (options.out / f"{options.child}.json").write_text(json.dumps({**result, **peaks()}, indent=2) + "\n")
+        (options.out / f"{options.child}.json").write_text(
+            json.dumps({**result, **peaks()}, indent=2) + "\n", encoding="utf-8"
+        )
         return
     model_path(options.model)  # an alias is made once, outside of what is timed
     singles = options.k if options.singles is None else min(options.singles, options.k)
     picked = [round(i * (options.k - 1) / max(1, singles - 1)) for i in range(singles)]  # spread over the rates
     results = {name: run_child(name, options.out) for name in (TOGETHER, *map(str, picked))}
     report = compare(results, options, passed)
-    (options.out / "bench_sweep.json").write_text(json.dumps(report, indent=2) + "\n")
+    (options.out / "bench_sweep.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     draw(report, options.out / "bench_sweep.png")
     print(table(report))
 
@@ -92,14 +94,14 @@ def run_child(name: str, out: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", name, *sys.argv[1:]]
     load = os.getloadavg()[0]
     start = time.perf_counter()
-    with open(out / f"{name}.log", "w") as log:
+    with open(out / f"{name}.log", "w", encoding="utf-8") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
     seconds = time.perf_counter() - start
     print(f"{name}: {seconds:.1f} s, exit code {code}", flush=True)
     if code:
-        print("".join((out / f"{name}.log").read_text().splitlines(keepends=True)[-15:]))
+        print("".join((out / f"{name}.log").read_text(encoding="utf-8").splitlines(keepends=True)[-15:]))
         sys.exit(1)
-    return {**json.loads((out / f"{name}.json").read_text()), "wall": seconds, "load before": load}
+    return {**json.loads((out / f"{name}.json").read_text(encoding="utf-8")), "wall": seconds, "load before": load}
 
 
 def together(options: argparse.Namespace, passed: list[str]) -> dict[str, Any]:

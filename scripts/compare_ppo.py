@@ -215,7 +215,7 @@ def read(path: Path) -> list[Result]:
     if not path.exists():
         return []
     types = {field.name: field.type for field in fields(Result)}
-    with open(path) as stream:
+    with open(path, encoding="utf-8") as stream:
         return [Result(**{k: types[k](v) for k, v in row.items()}) for row in csv.DictReader(stream)]  # type: ignore
 
 
@@ -223,7 +223,7 @@ def append(path: Path, result: Result) -> None:
     """Add one line; a run that is cut off loses no earlier one."""
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", newline="") as stream:
+    with open(path, "a", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, [field.name for field in fields(Result)])
         if new:
             writer.writeheader()

@@ -150,7 +150,7 @@ class Queue:
         """Run one job after another until none is left that fits."""
         while job := self.take():
             self.log(job, "begins")
-            with open(self.folder / f"{job.name}.log", "a") as log:
+            with open(self.folder / f"{job.name}.log", "a", encoding="utf-8") as log:
                 began = time.monotonic()
                 code = subprocess.run(command(job, self.folder, self.trial), stdout=log, stderr=log).returncode
             self.log(job, "ended" if code == 0 else f"failed with code {code}", seconds=round(time.monotonic() - began))
@@ -178,7 +178,7 @@ class Queue:
     def log(self, job: Job, event: str, **more: object) -> None:
         """One line for what happened."""
         line = {"at": round(time.monotonic() - self.start), "job": job.name, "event": event, **more}
-        with open(self.folder / "jobs.jsonl", "a") as stream:
+        with open(self.folder / "jobs.jsonl", "a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
         print(line, flush=True)
 
@@ -202,12 +202,12 @@ def status(options: argparse.Namespace) -> None:
     """The last line of every job's log beside what the driver knows."""
     events: dict[str, dict] = {}
     if (options.folder / "jobs.jsonl").exists():
-        for line in (options.folder / "jobs.jsonl").read_text().splitlines():
+        for line in (options.folder / "jobs.jsonl").read_text(encoding="utf-8").splitlines():
             event = json.loads(line)
             events[event["job"]] = event
     for name, event in events.items():
         log = options.folder / f"{name}.log"
-        text = log.read_text(errors="replace") if log.exists() else ""
+        text = log.read_text(errors="replace", encoding="utf-8") if log.exists() else ""
         last = (text.strip().splitlines() or [""])[-1]
         print(f"{event['at']:>5} s {name}: {event['event']} | {last[:150]}")
 

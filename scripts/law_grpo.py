@@ -209,7 +209,7 @@ def main() -> None:
         outcomes: list[Outcome] = [outcome for outcome, _ in trained]
         rows = [Row("grpo", task, base(kind), a, o, machine()) for a, o in zip(arms, outcomes, strict=True)]
         append(options.output, rows)
-        with open(options.output.with_suffix(".jsonl"), "a") as stream:
+        with open(options.output.with_suffix(".jsonl"), "a", encoding="utf-8") as stream:
             for row, (_, history) in zip(rows, trained, strict=True):
                 kept = {key: [round(step[key], 5) for step in history] for key in ("reward", "loss", "grad_norm")}
                 stream.write(json.dumps({"task": task, "base": row.base, **asdict(row.arm), **kept}) + "\n")

@@ -124,7 +124,7 @@ def main() -> None:
 
 def write(path: Path, rows: list[dict]) -> None:
     """A CSV of dictionaries with the columns of the first."""
-    with open(path, "w", newline="") as stream:
+    with open(path, "w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -100,7 +100,7 @@ def pretrain(family: Family, seed: int, episodes: int) -> dict[str, Any]:
         "episodes": episodes,
         "versions": {package: version(package) for package in ("stable-baselines3", "gymnasium", "torch", "mujoco")},
     }
-    (folder / "info.json").write_text(json.dumps(info, indent=2) + "\n")
+    (folder / "info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     return info
 
 

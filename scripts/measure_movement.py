@@ -37,7 +37,7 @@ def main() -> None:
     model = models.load_model(options.model).to(device)
     batch = probe_batch(model, models.load_tokenizer(options.model), get_task(options.task), options.prompts)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    with open(options.output, "w", newline="") as stream:
+    with open(options.output, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["task", "base", "rank", "init", "alpha", "log2_lr", "seed", "steps", "kl", "machine"])
         for search in searches(options.seeds, 1.0):

@@ -51,8 +51,8 @@ def random_model(name: str, out: Path) -> Path | None:
 
         random_llama(name, torch.bfloat16).save_pretrained(folder)
         models.load_tokenizer(models.EMBEDDED).save_pretrained(folder)
-        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         words = tokenizer["model"]["vocab"]
         words |= {f"{i:x} ": i for i in range(len(words), random_config(name).vocab_size)}
-        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     return folder

@@ -95,10 +95,10 @@ def train_full(trials: Sequence[Trial], options: argparse.Namespace) -> list[Tri
         ]
         output = options.work / f"{trial.name}.log"
         start = time.monotonic()
-        with open(output, "w") as log:
+        with open(output, "w", encoding="utf-8") as log:
             code = subprocess.run(command, stdout=log, stderr=log).returncode
         if code not in ENDED:
-            last = output.read_text().splitlines()[-1:] or ["it said nothing"]
+            last = output.read_text(encoding="utf-8").splitlines()[-1:] or ["it said nothing"]
             raise UserError(f"{run.path.name} failed with code {code}: {last[0]} ({output})")
         result = run.result()
         assert result is not None

@@ -33,7 +33,7 @@ def finished_run(args: argparse.Namespace, rank: str, k: float, seed: int) -> di
         shutil.rmtree(run.path, ignore_errors=True)  # of a run that was cut off: it takes minutes, so it starts anew
         flags = ["--model", args.model, "--rank", rank, "--lr", str(2.0**-k), "--seed", str(seed)]
         flags += ["--save_strategy", "no", "--output_dir", str(run.path), *args.flags]
-        with open(args.out / f"{run.path.name}.log", "w") as log:
+        with open(args.out / f"{run.path.name}.log", "w", encoding="utf-8") as log:
             subprocess.run([sys.executable, "-m", "mua_rl.grpo", *flags], stdout=log, stderr=log)
     result = run.result()
     row = {
@@ -67,7 +67,7 @@ def main() -> None:
     grid += [("full", k, seed) for seed in args.seeds for k in args.full]
     with ThreadPoolExecutor(args.parallel) as pool:
         rows = list(pool.map(lambda point: finished_run(args, *point), grid))
-    with open(args.out / "grid.csv", "w", newline="") as stream:
+    with open(args.out / "grid.csv", "w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)

@@ -10,10 +10,10 @@ import time
 import pytest
 
 from mua_rl.errors import UserError
-from mua_rl.rewards import worker_pool
+from mua_rl.rewards import math, worker_pool
 from mua_rl.rewards.faults import GraderFault
-from mua_rl.rewards.math import WORKER_MODULE
-from mua_rl.rewards.worker_pool import WorkerPool, shared_pool
+from mua_rl.rewards.math import WORKER_MODULE, MathVerdict, judge_answers
+from mua_rl.rewards.worker_pool import Failure, WorkerPool, shared_pool
 
 HOSTILE = [
     "9^{9^{9^{9}}}",
@@ -78,6 +78,80 @@ def test_the_pool_serves_on_after_kills(pool):
 
 def test_a_timeout_is_told_from_a_wrong_answer(pool):
     assert pool.ask([("x^2+1", "9^{9^{9^{9}}}"), ("x", "y")]) == ["timeout", "wrong"]
+
+
+def test_a_worker_has_loaded_what_algebra_needs_before_it_serves():
+    """Or its first answer pays: most of a second, and on a busy machine more than the limit."""
+    code = (
+        "import sys, time\n"
+        "from mua_rl.rewards import math_worker\n"
+        "math_worker._WARM_UP = math_worker._WARM_UP[:int(sys.argv[1])]\n"
+        "judge = math_worker.load()\n"
+        "start = time.process_time()\n"
+        "assert judge((r'5\\sqrt{7}', r'\\sqrt{175}')) == 'right'\n"
+        "assert judge((r'\\frac{x}{x+2}', r'1-\\frac{2}{x+2}')) == 'right'\n"
+        "print(time.process_time() - start)\n"
+    )
+    command = [sys.executable, "-c", code]
+    cold, warm = (float(subprocess.run([*command, n], capture_output=True, check=True).stdout) for n in ("0", "99"))
+    assert warm < cold / 2
+
+
+SLOW_ONCE = """
+import pathlib, sys, time
+from mua_rl.rewards.worker_loop import serve
+def load():
+    def answer(request):
+        mark = pathlib.Path(request)
+        tries = len(mark.read_text()) if mark.exists() else 0
+        mark.write_text("x" * (tries + 1))
+        if tries == 0:
+            time.sleep(60)
+        return "here"
+    return answer
+serve(load)
+"""
+
+
+def test_a_request_that_timed_out_is_asked_once_more_of_a_new_worker(monkeypatch, tmp_path):
+    (tmp_path / "slow_once.py").write_text(SLOW_ONCE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    pool = WorkerPool("slow_once", workers=1, seconds=0.5)
+    assert pool.ask([str(tmp_path / "mark")]) == ["here"]
+    assert (tmp_path / "mark").read_text() == "xx"
+    pool.close()
+
+
+class LosingPool:
+    """A pool that loses a request once, and then finds it right."""
+
+    def __init__(self, failure, lost):
+        self.failure, self.lost, self.asked = failure, lost, []
+
+    def ask(self, pairs):
+        replies = [self.failure if i < self.lost and not self.asked else "right" for i in range(len(pairs))]
+        self.asked += pairs
+        return replies
+
+
+@pytest.mark.parametrize("failure", [Failure.TIMEOUT, Failure.KILLED, Failure.MEMORY])
+def test_a_lost_verdict_is_not_remembered(failure):
+    pool, pair = LosingPool(failure, 1), (f"x^2+{failure}", "x")
+    assert judge_answers([pair], pool=pool) == [failure]
+    assert judge_answers([pair], pool=pool) == [MathVerdict.RIGHT]
+    assert judge_answers([pair], pool=pool) == [MathVerdict.RIGHT]
+    assert len(pool.asked) == 2
+
+
+@pytest.mark.parametrize(("lost", "messages"), [(0, 0), (1, 0), (2, 1), (50, 1)])
+def test_more_lost_verdicts_than_one_in_a_hundred_are_told_once(monkeypatch, caplog, lost, messages):
+    monkeypatch.setattr(math, "_losses", math._LossMonitor())
+    pairs = [(f"x^2+{lost}y+{i}", "x") for i in range(100)]
+    for _ in range(2):
+        judge_answers(pairs, pool=LosingPool(Failure.TIMEOUT, lost))
+    told = [record.getMessage() for record in caplog.records if record.name == math.__name__]
+    assert len(told) == messages
+    assert all(f"{lost} of 100 answers" in message for message in told)
 
 
 def test_limits_hold_off_the_main_thread(pool):

@@ -1,7 +1,9 @@
 """The math reward: what is right, what is wrong, and what no policy can get a reward with."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,123 +17,27 @@ from mua_rl.rewards.math import (
     strict_math_reward,
 )
 
-RIGHT = [
-    # GSM8K
-    ("72", "She sold 48+24 = 72 clips.\n#### 72"),
-    ("1000", "#### $1,000.00"),
-    ("18", "The answer is 18 dollars."),
-    (72, "#### 72"),
-    (0.5, "\\boxed{\\frac12}"),
-    ("5", "\\boxed{x = 5}"),
-    ("5", "\\boxed{x = 2 + 3 = 5}"),
-    ("120", "\\boxed{5!=120}"),
-    ("no solution", "\\boxed{No solution}"),
-    ("\\frac{1}{3}", "\\boxed{\\frac{1}{3} \\approx 0.33}"),
-    ("5", "\\boxed{\\left(5\\right)}"),
-    # MATH
-    ("12_8", "\\boxed{12_{8}}"),
-    ("(12)_8", "\\boxed{10 = 12_8}"),
-    ("12_{8}", "\\boxed{12}"),  # the question names the base
-    ("1101_2", "\\boxed{1,101}"),
-    ("DEE_{16}", "\\boxed{\\text{DEE}_{16}}"),
-    ("1E3_{16}", "\\boxed{1E3}"),
-    ("2\\sqrt{3}", "\\boxed{\\sqrt{12}}"),
-    ("$2\\sqrt{3}$", "\\boxed{2\\sqrt3}"),
-    ("x^2+1", "\\boxed{1+x^2}"),
-    ("3x+4y+14=0", "\\boxed{-3x-4y-14=0}"),
-    ("\\frac{\\pi}{2}", "\\boxed{1.570796}"),
-    ("(1,2)", "\\boxed{\\left(1, 2\\right)}"),
-    ("\\{1,2\\}", "\\boxed{\\{2,1\\}}"),
-    ("-2,1", "\\boxed{1,-2}"),
-    ("1 \\pm \\sqrt{19}", "\\boxed{1 \\pm \\sqrt{19}}"),
-    ("[0,1) \\cup (2,\\infty)", "\\boxed{[0,1)\\cup(2,\\infty)}"),
-    ("\\text{Evelyn}", "\\boxed{Evelyn}"),
-    ("\\text{(C)}", "\\boxed{\\text{C}}"),
-    ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "\\boxed{\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}}"),
-    ("2^{10}", "\\boxed{1024}"),
-    ("1-\\frac{1}{\\mathrm{e}}", "\\boxed{1-\\frac1e}"),
-    ("\\emptyset", "\\boxed{\\varnothing}"),
-    ("(1, \\sqrt2)", "\\boxed{\\left\\langle 1, \\sqrt{2} \\right\\rangle}"),
-    ("0.\\overline{3}", "\\boxed{\\frac13}"),
-    ("f'(x) = 2x", "\\boxed{2x}"),
-    ("y'' + y = 0", "\\boxed{y^{\\prime\\prime} + y = 0}"),
-    ("3 feet 4 inches", "\\boxed{3 \\text{ feet and } 4 \\text{ inches}}"),
-    ("\\text{5 red and 3 blue}", "\\boxed{3 blue and 5 red}"),
-    ("7 \\text{ R } 2", "\\boxed{7 r 2}"),
-    ("1 and 2", "\\boxed{2, 1}"),
-    ("2024-01-05", "\\boxed{2024-1-5}"),
-]
-
-WRONG = [
-    ("72", "#### 73"),
-    ("72", "\\boxed{48+24}"),  # the question copied down
-    ("243", "\\boxed{3^5}"),
-    ("120", "\\boxed{5!}"),
-    ("5", "\\boxed{5 \\text{ or } 6}"),
-    ("5", "\\boxed{4, 5}"),
-    ("5", "\\boxed{x >= 5}"),  # a bound is no value
-    ("5", "\\boxed{x<=5}"),
-    ("5", "\\boxed{x != 5}"),
-    ("5", "\\boxed{x \\ne 4 = 5}"),
-    ("5", "\\boxed{5 \\geqslant x = 5}"),
-    ("stop", "\\boxed{post}"),  # words, not products of letters
-    ("HHT", "\\boxed{THH}"),
-    ("\\text{cab}", "\\boxed{abc}"),
-    ("B A C", "\\boxed{A B C}"),  # an order
-    ("12_8", "\\boxed{12_9}"),  # equal to Math-Verify, which leaves subscripts out
-    ("1101_2", "\\boxed{1101_{10}}"),
-    ("12_8", "\\boxed{10}"),  # its value: the question copied down
-    ("12_8", "\\boxed{14_6}"),
-    ("12_8", "\\boxed{x = 11_8, y = 12_8}"),
-    ("12_8", "\\boxed{12_8 = 10}"),
-    ("12_8", "\\boxed{x \\ne 7 = 12_8}"),
-    ("1E3_{16}", "\\boxed{1000}"),
-    ("DEE_{16}", "\\boxed{EDE_{16}}"),
-    ("12", "\\boxed{12_8}"),
-    ("10", "\\boxed{12_8}"),
-    ("5", "\\boxed{x=4 \\text{ or } x=5}"),
-    ("5", "\\boxed{x=4, x=5}"),
-    ("5", "\\boxed{\\pm 5}"),
-    ("5", "\\boxed{5}\\boxed{6}"),
-    ("5", "<answer>it is 5</answer>"),
-    ("0", "\\boxed{10^{-9}}"),
-    ("5", "\\boxed{5 million}"),
-    ("5", "\\boxed{nan}"),
-    ("5", "\\boxed{٥}"),
-    ("2\\sqrt{3}", "\\boxed{2}"),  # what Math-Verify reads from an unwrapped gold
-    ("2\\sqrt{3}", "\\boxed{3.46}"),
-    ("2\\sqrt{3}", "\\boxed{garbage 2\\sqrt{3}}"),
-    ("2\\sqrt{3}", "\\boxed{2\\sqrt{3}, 5}"),
-    ("\\sqrt{2}\\cdot 10^{-9}", "\\boxed{0.0}"),  # equal to Math-Verify
-    ("\\pi \\cdot 10^{-20}", "\\boxed{\\sqrt{2} \\cdot 10^{-20}}"),  # equal to Math-Verify
-    ("(1,2)", "\\boxed{(2,1)}"),
-    ("(0, \\sqrt{2})", "\\boxed{(10^{-9}, 1.414214)}"),
-    ("x+1", "\\boxed{x}"),
-    ("x+1", "\\boxed{\u0661+x}"),
-    ("\\text{Evelyn}", "\\boxed{Bob}"),
-    ("x > 5", "\\boxed{x < 5}"),
-    ("0.\\overline{3}", "\\boxed{0.3}"),
-    # Equal to Math-Verify, which leaves primes out and multiplies words and numbers:
-    ("f'(x)", "\\boxed{f(x)}"),
-    ("y'' + y = 0", "\\boxed{y' + y = 0}"),
-    ("y' = 2y", "\\boxed{y = 2y}"),
-    ("3 feet 4 inches", "\\boxed{4 feet 3 inches}"),
-    ("2 hours 30 minutes", "\\boxed{60 hours minutes}"),
-    ("7 \\text{ R } 2", "\\boxed{2 \\text{ R } 7}"),
-    ("12 remainder 3", "\\boxed{3 remainder 12}"),
-    ("2024-01-05", "\\boxed{2018}"),
-    ("3/4/2024", "\\boxed{6/8/2024}"),
-]
+HERE = Path(__file__).parent
+CASES = [json.loads(line) for line in (HERE / "data" / "math_cases.jsonl").read_text(encoding="utf-8").splitlines()]
+"""Completion, gold, expected score and kind; `differs` names the argument of docs/math_verdicts.md."""
 
 
-@pytest.mark.parametrize(("gold", "completion"), RIGHT)
-def test_right_answers_score_one(gold, completion):
-    assert math_reward(completions=[completion], answer=[gold]) == [1.0]
+@pytest.fixture(scope="module")
+def scores():
+    completions, golds = [case["completion"] for case in CASES], [case["gold"] for case in CASES]
+    return math_reward(completions=completions, answer=golds)
 
 
-@pytest.mark.parametrize(("gold", "completion"), WRONG)
-def test_wrong_answers_score_zero(gold, completion):
-    assert math_reward(completions=[completion], answer=[gold]) == [0.0]
+@pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: f"{index + 1}: {CASES[index]['kind']}")
+def test_every_case_has_its_score(scores, index):
+    assert scores[index] == CASES[index]["expect"], CASES[index]
+
+
+def test_every_gold_of_the_cases_equals_itself():
+    golds = [case["gold"] for case in CASES]
+    assert gold_faults(golds) == [None] * len(golds)
+    itself = [f"\\boxed{{{gold}}}" for gold in golds]
+    assert math_reward(completions=itself, answer=golds) == [1.0] * len(golds)
 
 
 @pytest.mark.parametrize(

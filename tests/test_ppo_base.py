@@ -1,7 +1,10 @@
 """A base policy: zips of SB3 in its variants are read, everything else is refused with a reason."""
 
+import base64
+import json
 import pickle
 import zipfile
+from contextlib import nullcontext
 from dataclasses import replace
 
 import gymnasium
@@ -23,7 +26,7 @@ from mua_rl.ppo.arguments import PPOArguments, parse  # noqa: E402
 from mua_rl.ppo.base import SHIPPED, read_base_policy, shipped_policy  # noqa: E402
 from mua_rl.ppo.envs import build_envs, evaluation_envs, with_statistics  # noqa: E402
 from mua_rl.ppo.evaluation import Returns, evaluate  # noqa: E402
-from mua_rl.ppo.setup import find_base, set_up  # noqa: E402
+from mua_rl.ppo.setup import find_base, set_up, training_envs  # noqa: E402
 from mua_rl.ppo.trainer import PPO  # noqa: E402
 from mua_rl.run.folder import RunFolder  # noqa: E402
 
@@ -140,6 +143,65 @@ def test_observation_statistics_are_found_where_sb3_and_rl_zoo3_put_them(tmp_pat
     assert read_base_policy(tmp_path / "p.zip").vec_normalize == tmp_path / place
 
 
+@pytest.fixture
+def zoo_run(tmp_path):
+    """A run's folder as rl-zoo3 leaves it, with evaluations and checkpoints."""
+    envs = VecNormalize(make_vec_env("Pendulum-v1"))
+    (tmp_path / "Pendulum-v1").mkdir()
+    (tmp_path / "Pendulum-v1" / "config.yml").write_text(ZOO_CONFIG)
+    for name in ("Pendulum-v1.zip", "best_model.zip", "rl_model_500_steps.zip"):
+        save(tmp_path / name, envs)
+    envs.save(str(tmp_path / "Pendulum-v1" / "vecnormalize.pkl"))
+    return tmp_path
+
+
+ZOO_CONFIG = "!!python/object/apply:collections.OrderedDict\n- - - n_envs\n    - 4\n  - - normalize\n    - true\n"
+
+
+@pytest.mark.parametrize("name", ["Pendulum-v1.zip", "best_model.zip", "rl_model_500_steps.zip"])
+def test_every_policy_of_an_rl_zoo3_run_has_the_statistics_of_the_run(zoo_run, name):
+    """rl-zoo3#468, #1556: without them the same weights are a far worse policy."""
+    assert read_base_policy(zoo_run / name).vec_normalize == zoo_run / "Pendulum-v1" / "vecnormalize.pkl"
+
+
+def test_a_checkpoint_has_its_own_statistics_first(zoo_run):
+    own = zoo_run / "rl_model_vecnormalize_500_steps.pkl"
+    own.write_bytes((zoo_run / "Pendulum-v1" / "vecnormalize.pkl").read_bytes())
+    assert read_base_policy(zoo_run / "rl_model_500_steps.zip").vec_normalize == own
+    assert read_base_policy(zoo_run / "best_model.zip").vec_normalize != own
+
+
+def test_statistics_of_another_policy_beside_are_not_taken_and_of_two_runs_not_guessed(zoo_run):
+    save(zoo_run / "other.zip", make_vec_env("Pendulum-v1"))
+    assert read_base_policy(zoo_run / "other.zip").vec_normalize is None
+    (zoo_run / "Other-v1").mkdir()
+    (zoo_run / "Other-v1" / "vecnormalize.pkl").touch()
+    with pytest.raises(UserError, match="name one with --vec_normalize"):
+        read_base_policy(zoo_run / "best_model.zip")
+    assert read_base_policy(zoo_run / "best_model.zip", "none").vec_normalize is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        (ZOO_CONFIG, True),
+        (ZOO_CONFIG.replace("true", "'{''norm_obs'': True, ''norm_reward'': False}'"), True),
+        (ZOO_CONFIG.replace("true", "false"), False),
+        (ZOO_CONFIG.replace("true", "'{''norm_obs'': False, ''norm_reward'': True}'"), False),
+        ("!!python/object/apply:collections.OrderedDict\n- - - n_envs\n    - 4\n", False),
+    ],
+)
+def test_statistics_that_are_missing_are_asked_for(zoo_run, settings, refused):
+    (zoo_run / "Pendulum-v1" / "vecnormalize.pkl").unlink()
+    (zoo_run / "Pendulum-v1" / "config.yml").write_text(settings)
+    base = read_base_policy(zoo_run / "best_model.zip")
+    automatic = PPOArguments(env_id="Pendulum-v1", n_envs=1)
+    with pytest.raises(UserError, match="statistics are not there") if refused else nullcontext():
+        training_envs(automatic, base)
+    training_envs(replace(automatic, vec_normalize="none"), base)
+    training_envs(replace(automatic, vec_normalize="new"), base)
+
+
 def test_other_algorithms_and_files_are_refused(tmp_path):
     for algorithm in (stable_baselines3.A2C, stable_baselines3.DQN):
         save(tmp_path / "other.zip", algorithm=algorithm)
@@ -251,3 +313,29 @@ def test_a_sweep_is_no_policy_to_start_from(tmp_path):
     sweep.start({"algo": "ppo"})
     with pytest.raises(UserError, match="is a sweep, which holds no policy: name a run"):
         find_base(PPOArguments(), str(sweep.path))
+
+
+def test_a_zip_from_the_days_of_gym_is_read_with_its_spaces(tmp_path):
+    """Gym is not installed here; its zips name its spaces, which Gymnasium has."""
+    envs = VecNormalize(make_vec_env("Pendulum-v1"))
+    save(tmp_path / "new.zip", envs)
+    with zipfile.ZipFile(tmp_path / "new.zip") as new, zipfile.ZipFile(tmp_path / "p.zip", "w") as old:
+        data = json.loads(new.read("data"))
+        data["observation_space"][":serialized:"] = base64.b64encode(as_gym(envs.observation_space)).decode()
+        data["action_space"][":serialized:"] = base64.b64encode(as_gym(envs.action_space)).decode()
+        old.writestr("data", json.dumps(data))
+        for name in set(new.namelist()) - {"data"}:
+            old.writestr(name, new.read(name))
+    del envs.norm_obs_keys  # newer than Gym
+    (tmp_path / "vecnormalize.pkl").write_bytes(as_gym(envs))
+    base = read_base_policy(tmp_path / "p.zip")
+    assert base.observation_space == envs.observation_space and base.action_space == envs.action_space
+    training = with_statistics(make_vec_env("Pendulum-v1"), base.vec_normalize)
+    assert evaluation_envs(make_vec_env("Pendulum-v1"), training).obs_rms.count == envs.obs_rms.count
+
+
+def as_gym(value):
+    """Its pickle with Gym's names, which protocol 2 has between a `c` and the ends of lines."""
+    pickled = pickle.dumps(value, protocol=2)
+    assert b"cgymnasium." in pickled
+    return pickled.replace(b"cgymnasium.", b"cgym.")

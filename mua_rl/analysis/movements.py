@@ -25,7 +25,7 @@ def read_movements(paths: Sequence[Path | str]) -> Movements:
     logs: dict[tuple[str, str], dict[AdapterSpec, list[float]]] = defaultdict(lambda: defaultdict(list))
     for path in paths:
         try:
-            with open(path, newline="") as stream:
+            with open(path, newline="", encoding="utf-8") as stream:
                 for line in csv.DictReader(stream):
                     curve = AdapterSpec.parse(int(line["rank"]) if line["rank"] else None, line["init"], line["alpha"])
                     log2_kl, log2_steps = math.log2(float(line["kl"])), math.log2(int(line["steps"]))

@@ -138,7 +138,7 @@ def write_report(
         if table:
             tables.append(table)
             parts.append(table.markdown())
-    (out / FILE_NAME).write_text("\n\n".join(parts) + "\n")
+    (out / FILE_NAME).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return tables
 
 

@@ -128,7 +128,7 @@ def check_adapter(folder: str) -> int:
         UserError: There is none.
     """
     try:
-        config = json.loads((Path(folder) / "adapter_config.json").read_text())
+        config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
         return int(max([config["r"], *config.get("rank_pattern", {}).values()]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} holds no LoRA adapter ({type(error).__name__}: adapter_config.json).") from None

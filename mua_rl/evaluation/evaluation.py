@@ -130,7 +130,7 @@ def load_evaluation(folder: Path) -> Evaluation:
         UserError: The folder holds none, or an unfinished one.
     """
     try:
-        settings = json.loads((folder / "settings.json").read_text())
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"{folder} holds no evaluation (no settings.json).") from None
     if not (folder / "summary.json").exists():
@@ -205,7 +205,7 @@ def _open_folder(folder: Path, settings: Settings) -> None:
         _write_json(path, asdict(settings))
         return
     try:
-        before = json.loads(path.read_text())
+        before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise UserError(f"{path} is not JSON: remove it, or take another folder.") from None
     now = asdict(settings)

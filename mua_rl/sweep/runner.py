@@ -113,7 +113,7 @@ class Single:
             shutil.rmtree(folder.path, ignore_errors=True)  # cut off before there was anything to go on from
             flags = ["--config", str(self.config), *trial_flags(trial), "--output_dir", str(folder.path)]
         log = folder.path.with_name(f"{folder.path.name}.log")
-        with open(log, "a") as output:
+        with open(log, "a", encoding="utf-8") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", f"mua_rl.{self.request.sweep.algo}", *flags],
                 stdin=subprocess.DEVNULL,
@@ -131,7 +131,7 @@ class Single:
             finally:
                 _end(process)
         if process.returncode not in ENDED:
-            last = " | ".join(log.read_text().strip().splitlines()[-3:])
+            last = " | ".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:])
             raise UserError(f"the run {folder.path.name} failed with code {process.returncode} (see {log}): {last}")
         return ""
 

@@ -228,7 +228,7 @@ class _ProcessLock:
     def acquire(self) -> bool:
         """Wait for it."""
         self.threads.acquire()
-        self.file = open(self.path, "w")  # noqa: SIM115  # closed by release
+        self.file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115  # closed by release
         fcntl.flock(self.file, fcntl.LOCK_EX)
         return True
 

@@ -95,7 +95,7 @@ class Heartbeat:
 
 def _place() -> str:
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
@@ -104,7 +104,7 @@ def _place() -> str:
 def _start_of(pid: int) -> str:
     """When a process began, in the kernel's ticks; "" where there is none, or only its zombie."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return ""
     state, started = fields[0], fields[19]

@@ -115,7 +115,7 @@ def enter_namespaces(readable: list[str]) -> bool:
 
 def unused_host_id() -> int:
     """First of two consecutive user ids that no account has, inside what this process's user namespace maps."""
-    with open("/proc/self/uid_map") as file:
+    with open("/proc/self/uid_map", encoding="utf-8") as file:
         extents = [tuple(map(int, line.split())) for line in file]
     first, _, count = max(extents, key=lambda extent: extent[2])
     offset = os.getpid() * 2

@@ -101,7 +101,7 @@ def _isolate(config: dict[str, Any], control: socket.socket) -> Callable[[], Non
     if not seccomp.supported():
         raise isolation.Unavailable(f"no seccomp filter for {os.uname().machine}: x86_64 and aarch64 are known")
     program = seccomp.build_filter()
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="utf-8") as file:
         file.write("1000")  # when memory runs out, the kernel is to take sandboxes, not the trainer
     if config["isolation"] == "process":
         own_id = isolation.unused_host_id() if os.geteuid() == 0 else None
