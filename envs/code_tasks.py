@@ -24,6 +24,7 @@ from mua_rl.envs.tasks import Task, register_task
 from mua_rl.errors import UserError
 from mua_rl.rewards.code import CodeReward, grade_code
 from mua_rl.rewards.completions import completion_text
+from mua_rl.rewards.extract_code import continues
 from mua_rl.rewards.faults import BadRow
 from mua_rl.rewards.sandbox.row import parse_row
 from mua_rl.rewards.sandbox.settings import Settings
@@ -35,15 +36,14 @@ _NO_PROGRAM = "```python\npass\n```"
 _COLUMNS = ("tests", "entry_point", "prelude", "setup")
 
 
-def function_body(completion: Any, prelude: str | None) -> str:
+def function_body(completion: Any, prelude: str | None, entry_point: str | None = None) -> str:
     """The completion up to the first line that leaves the function whose beginning is `prelude`.
 
     A model without a chat template goes on after the function's end until its tokens run out, often in mid-line, which
     would make a right function a syntax error. Text that does not continue `prelude` (a code block) is left as it is.
     """
     text = completion_text(completion)
-    first_line = next((line for line in text.splitlines() if line.strip()), "")
-    if not prelude or first_line[:1] not in (" ", "\t"):
+    if not continues(text, prelude, entry_point):
         return text
     kept = []
     for line in text.splitlines(keepends=True):
@@ -67,9 +67,10 @@ class FunctionReward(CodeReward):
         **columns: Any,
     ) -> list[float | None]:
         """As `CodeReward`, on `function_body` of each completion."""
-        preludes = list(prelude) if prelude is not None else [None] * len(completions)
-        bodies = [function_body(*pair) for pair in zip(completions, preludes, strict=True)]
-        return super().__call__(prompts, bodies, tests, entry_point, preludes, *args, **columns)
+        missing = [None] * len(completions)
+        cells = zip(completions, prelude or missing, entry_point or missing, strict=True)
+        bodies = [function_body(*cell) for cell in cells]
+        return super().__call__(prompts, bodies, tests, entry_point, prelude, *args, **columns)
 
 
 def code_task(
