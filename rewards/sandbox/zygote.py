@@ -17,13 +17,14 @@ import os
 import pkgutil
 import select
 import signal
+import site
 import socket
 import struct
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from mua_rl.rewards.sandbox import candidate, isolation, seccomp, tester
+from mua_rl.rewards.sandbox import candidate, isolation, script, seccomp, tester
 
 # What solutions import; anything else of the standard library is read from the disk, in each execution.
 _PRELOADED = (
@@ -63,6 +64,7 @@ def main() -> None:
 def _preload(config: dict[str, Any]) -> None:
     for name in _PRELOADED:
         importlib.import_module(name)
+    site.setquit()  # `exit` and `quit`, which an interpreter without its site module lacks
     sys.path.extend(config["search_paths"])
     for name in config["modules"]:
         importlib.import_module(name)
@@ -233,6 +235,6 @@ def _run_child(role: bytes, fds: list[int], confine: Callable[[], None]) -> None
     with os.fdopen(_FIRST_FD, "rb") as file:
         job = json.loads(file.read())
     if role == b"S":
-        candidate.run_script(job, stdin_fd=_FIRST_FD + 1, stdout_fd=_FIRST_FD + 2)
+        script.run_script(job, stdin_fd=_FIRST_FD + 1, stdout_fd=_FIRST_FD + 2)
     elif role == b"C":
         candidate.serve_calls(job, channel_fd=_FIRST_FD + 1)
