@@ -17,9 +17,11 @@ from typing import Any
 from datasets import Dataset
 
 from mua_rl.envs.rows import Row, RowFault, column, convert_rows, keep_good_rows, part_of_file, read_split, to_dataset
+from mua_rl.envs.sandbox_options import sandbox_settings
 from mua_rl.envs.tasks import Task, register_task
 from mua_rl.errors import UserError
 from mua_rl.rewards.math import gold_faults, math_reward, strict_math_reward
+from mua_rl.rewards.sandbox.settings import Settings
 
 
 @register_task("jsonl")
@@ -27,27 +29,28 @@ def jsonl(argument: str | None = None, bad_rows: str = "skip", isolation: str = 
     """Rows of the user's own."""
     if argument is None:
         raise UserError("the task jsonl needs a path: --task jsonl:/path/to/rows.jsonl")
-    if not Path(argument).expanduser().exists():
-        raise UserError(f"there is no file or folder {argument}.")
+    path, settings = sandbox_settings(argument, Settings(isolation=isolation))
+    if path is None or not Path(path).expanduser().exists():
+        raise UserError(f"there is no file or folder {path or argument}.")
     name = f"jsonl:{argument}"
-    if _has_tests(argument):
+    if _has_tests(path):
         # Imported here: answers alone need no sandbox.
         from mua_rl.envs.code_tasks import code_dataset, code_task
 
         def code_split(held_out: bool, conversational: bool) -> Dataset:
-            rows = convert_rows(_split(argument, held_out), lambda row: _code_row(row, conversational))
-            return code_dataset(rows, name, bad_rows, isolation)
+            rows = convert_rows(_split(path, held_out), lambda row: _code_row(row, conversational))
+            return code_dataset(rows, name, bad_rows, settings)
 
         return code_task(
             name,
             lambda conversational: code_split(False, conversational),
             lambda conversational: code_split(True, conversational),
-            isolation,
+            settings,
         )
     return Task(
         name=name,
-        train=lambda conversational: _math_split(argument, False, name, bad_rows, conversational),
-        held_out=lambda conversational: _math_split(argument, True, name, bad_rows, conversational),
+        train=lambda conversational: _math_split(path, False, name, bad_rows, conversational),
+        held_out=lambda conversational: _math_split(path, True, name, bad_rows, conversational),
         rewards=(math_reward,),
         correct=math_reward,
         strict=strict_math_reward,

@@ -8,7 +8,9 @@ A spec is a name, and for some tasks a colon and an argument:
 | `differences` | differences, which the embedded model has not learnt; embedded |
 | `one-liners` | one-line Python functions with tests; embedded |
 | `gsm8k`, `math`, `mbpp`, `humaneval` | the published datasets from the hub |
+| `mbppplus`, `humanevalplus`, `apps`, `taco`, `livecodebench` | published datasets of code, in the hub's formats |
 | `gsm8k:PATH`, `math:PATH`, … | the same from a local folder or file (JSONL, JSON, parquet), or from the hub id PATH |
+| `mbpp:PATH,seconds=10,modules=numpy+scipy` | a code task with options of its sandbox |
 | `jsonl:PATH` | rows of `prompt` and `answer`, or of `prompt` and `tests`, of your own |
 | `reasoning-gym:NAME`, `reasoning-gym:NAME,key=value,…` | a generator of that library, scored by its own scorer |
 | `path/to/file.py:NAME` | a task of your own: what `@register_task("NAME")` decorates in that file |
@@ -42,6 +44,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from mua_rl.envs.sandbox_options import split_options
 from mua_rl.errors import Unscored, UserError, one_line
 
 RewardFunc = Callable[..., list[float | None]]
@@ -88,10 +91,16 @@ _BUILT_IN = {
     "reasoning-gym": "mua_rl.envs.reasoning_tasks",
     "humaneval": "mua_rl.envs.code_tasks",
     "mbpp": "mua_rl.envs.code_tasks",
+    "humanevalplus": "mua_rl.envs.code_tasks",
+    "mbppplus": "mua_rl.envs.code_tasks",
+    "apps": "mua_rl.envs.contest_tasks",
+    "taco": "mua_rl.envs.contest_tasks",
+    "livecodebench": "mua_rl.envs.contest_tasks",
     "one-liners": "mua_rl.envs.code_tasks",
     "jsonl": "mua_rl.envs.jsonl_tasks",
 }
-_READ_FILES = ("gsm8k", "math", "mbpp", "humaneval", "jsonl")  # their argument may be a path
+_CODE_FILES = ("mbpp", "humaneval", "mbppplus", "humanevalplus", "apps", "taco", "livecodebench", "jsonl")
+_READ_FILES = ("gsm8k", "math", *_CODE_FILES)  # their argument may be a path
 _TASKS: dict[str, Callable[..., Task]] = {}
 
 
@@ -221,8 +230,9 @@ def with_whole_path(spec: str) -> str:
     if found and (path := Path(f"{file}.py")).exists():
         return f"{path.resolve()}:{name}"
     name, _, argument = spec.partition(":")
-    if name in _READ_FILES and argument and (path := Path(argument).expanduser()).exists():
-        return f"{name}:{path.resolve()}"
+    where, options = split_options(argument) if name in _CODE_FILES else (argument, "")
+    if name in _READ_FILES and where and (path := Path(where).expanduser()).exists():
+        return f"{name}:{path.resolve()}{options and ','}{options}"
     return spec
 
 

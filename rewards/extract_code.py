@@ -50,10 +50,9 @@ def extract_code(completion: Any, prelude: str = "", entry_point: str = "") -> s
     code = _best_block(blocks, name) if blocks else _unfenced(text, prelude)
     if code is None or not code.strip():
         return None
-    if not prelude or _defines(code, name):
-        return _without_indentation(code)
-    if name and _defines(_without_indentation(code), name):
-        return _without_indentation(code)
+    program = _without_indentation(code)
+    if not prelude or _defines(program, name):
+        return program
     body = _as_body(code, name, prelude)
     return code if body is None else prelude.rstrip(" ") + body
 
@@ -65,6 +64,8 @@ def continues(text: str, prelude: str | None, entry_point: str | None = None) ->
     if _is_prose(first.lstrip()):
         return False
     exact, expected = _body_indentation(prelude)
+    if not expected:  # the prelude has begun no function
+        return False
     return (exact and _indentation(first) == expected) or not _defines(_without_indentation(text), entry_point or "")
 
 
@@ -82,8 +83,8 @@ def _best_block(blocks: list[Block], name: str) -> str | None:
     candidates = [
         block.code for label in ("", "python") for block in blocks if block.label == label and block.code.strip()
     ]
-    defining = [code for code in candidates if _defines(_without_indentation(code), name)]
-    return (defining or candidates or [None])[-1]
+    defining = [code for code in candidates if name and _definition(name, r"[ \t]*+").search(code)]
+    return defining[-1] if defining else candidates[-1] if candidates else None
 
 
 def _unfenced(text: str, prelude: str) -> str | None:
@@ -122,8 +123,12 @@ def _starts_like_code(line: str) -> bool:
 
 
 def _defines(code: str, name: str) -> bool:
-    pattern = rf"^(?:(?:async\s+def|def|class)\s+{re.escape(name)}\b|{re.escape(name)}\s*(?::[^=\n]*)?=)"
-    return bool(name) and re.search(pattern, code, re.M) is not None
+    return bool(name) and _definition(name).search(code) is not None
+
+
+def _definition(name: str, indentation: str = "") -> re.Pattern[str]:
+    name = re.escape(name)
+    return re.compile(rf"^{indentation}(?:(?:async\s+def|def|class)\s+{name}\b|{name}\s*(?::[^=\n]*)?=)", re.M)
 
 
 def _without_indentation(code: str) -> str:
@@ -146,7 +151,7 @@ def _as_body(code: str, name: str, prelude: str) -> str | None:
         if depth < width <= least or not later:
             return _indented_first_line(code, width)
         return textwrap.indent(textwrap.dedent(code), " " * width) if least >= depth else code
-    if not name or re.search(rf"^\s*(?:async\s+def|def|class)\s+{re.escape(name)}\b", code, re.M):
+    if not name or _definition(name, r"[ \t]*+").search(code):
         return None
     opens = first.rstrip().endswith((":", "(", "[", "{", ",", "\\"))
     if least and (not opens or later[0] > width):  # only the first line has lost its indentation

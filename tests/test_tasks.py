@@ -36,8 +36,9 @@ def score(task, split, completions):
 
 def test_every_built_in_task_is_listed_and_unknown_ones_are_refused():
     names = {"arithmetic", "gsm8k", "math", "reasoning-gym", "humaneval", "mbpp", "one-liners", "jsonl"}
+    names |= {"apps", "taco", "livecodebench", "humanevalplus", "mbppplus"}
     assert names <= set(task_names())
-    with pytest.raises(UserError, match="there is no task 'nope'; the tasks are: arithmetic"):
+    with pytest.raises(UserError, match="there is no task 'nope'; the tasks are: apps, arithmetic"):
         get_task("nope")
 
 

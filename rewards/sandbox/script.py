@@ -26,7 +26,7 @@ def run_script(job: dict[str, Any], stdin_fd: int, stdout_fd: int) -> None:
     os.dup2(stdin_fd, 0)
     os.dup2(stdout_fd, 1)
     os.closerange(stdin_fd, stdout_fd + 1)
-    builtins.open = io.open = _open  # type: ignore[assignment]
+    builtins.open = io.open = _open
     module = candidate.new_module("__main__")
     status = 0
     try:
