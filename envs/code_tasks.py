@@ -23,7 +23,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from mua_rl.envs.rows import Row, column, convert_rows, keep_good_rows, read_split, to_dataset
+from mua_rl.envs.row_files import read_split
+from mua_rl.envs.rows import Row, column, convert_rows, keep_good_rows, to_dataset
 from mua_rl.envs.sandbox_options import sandbox_settings
 from mua_rl.envs.tasks import Task, register_task
 from mua_rl.errors import UserError

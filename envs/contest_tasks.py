@@ -21,7 +21,8 @@ from typing import Any, Final
 from datasets import Dataset
 
 from mua_rl.envs.code_tasks import code_dataset, code_task, no_training_rows
-from mua_rl.envs.rows import Row, RowFault, column, convert_rows, read_split
+from mua_rl.envs.row_files import read_split
+from mua_rl.envs.rows import Row, RowFault, column, convert_rows
 from mua_rl.envs.sandbox_options import sandbox_settings
 from mua_rl.envs.tasks import Task, register_task
 from mua_rl.rewards.sandbox.settings import Settings

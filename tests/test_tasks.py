@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from mua_rl.envs import tasks
-from mua_rl.envs.rows import read_split
+from mua_rl.envs.row_files import read_split
 from mua_rl.envs.tasks import checked, get_task, register_task, task_names
 from mua_rl.errors import UserError
 from mua_rl.run.folder import with_whole_paths
