@@ -176,6 +176,36 @@ def own_code(what: str) -> Iterator[None]:
         raise UserError(f"{what} failed: {reason} ({last.filename}:{last.lineno}).") from error
 
 
+RESERVED_COLUMNS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+"""Arguments by which TRL's trainer and our evaluations hand rewards something else than a column."""
+
+
+def load_split(task: Task, held_out: bool, conversational: bool) -> Dataset:
+    """The rows of one split of a task.
+
+    Args:
+        task: Any task, perhaps somebody's own.
+        held_out: Which split.
+        conversational: Whether prompts are to be chat messages.
+
+    Raises:
+        UserError: The task fails, or gives no rows with a prompt, or a column whose name rewards get something else by.
+    """
+    with own_code(f"the task {task.name}"):
+        rows = (task.held_out if held_out else task.train)(conversational)
+    what = f"the {'held-out' if held_out else 'train'} split of the task {task.name}"
+    if not isinstance(rows, Dataset):
+        raise UserError(f"{what} is a {type(rows).__name__}, not a Dataset.")
+    if "prompt" not in rows.column_names or len(rows) == 0:
+        raise UserError(f"{what} has no rows with a column 'prompt'.")
+    if taken := [name for name in RESERVED_COLUMNS if name in rows.column_names]:
+        raise UserError(
+            f"{what} has a column {taken[0]!r}, and rewards get something else by that name: rename the column "
+            f"(rows.rename_column({taken[0]!r}, ...)), or remove it."
+        )
+    return rows
+
+
 def as_completions(prompts: Sequence, texts: Sequence[str]) -> list:
     """A policy's answers as rewards get them in training: where prompts are chat messages, as messages too."""
     if isinstance(prompts[0], str):

@@ -49,7 +49,8 @@ from mua_rl.grpo.stacked.settings import check, check_attention, check_dropout, 
 from mua_rl.grpo.stacked.stack import LoRAStack
 from mua_rl.grpo.stacked.state import StackedTrial
 from mua_rl.grpo.trainer import RunCallback
-from mua_rl.lm.heldout import HeldOutResult, end_ids, is_conversational, prompt_ids, score
+from mua_rl.lm.heldout import HeldOutResult, end_ids, score
+from mua_rl.lm.text import is_conversational, prompt_ids
 from mua_rl.rollouts.memory import PolicySize
 from mua_rl.rollouts.sync import leave_uncompiled
 from mua_rl.run.trial import Trial, TrialResult
