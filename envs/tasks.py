@@ -45,7 +45,7 @@ from typing import Any
 from datasets import Dataset
 
 from mua_rl.envs.sandbox_options import split_options
-from mua_rl.errors import Unscored, UserError, one_line
+from mua_rl.errors import UserError, one_line
 
 RewardFunc = Callable[..., list[float | None]]
 """TRL's reward signature: `f(prompts, completions, **columns) -> list of one score per completion`."""
@@ -238,20 +238,6 @@ def checked(reward: RewardFunc, task: str) -> RewardFunc:
         return scores
 
     return score
-
-
-def is_scored(rewards: Sequence[float | None]) -> bool:
-    """Whether the mean rewards of a run's steps have a number among them; true of no steps."""
-    return not rewards or any(reward is not None and not math.isnan(reward) for reward in rewards)
-
-
-def unscored(task: Task, steps: int) -> Unscored:
-    """What to say of a run in which no completion had a score."""
-    names = ", ".join(getattr(reward, "__name__", "a reward without a name") for reward in task.rewards)
-    return Unscored(
-        f"no completion had a score in any of {steps} steps, so nothing was learnt, and there is no LR record: see why "
-        f"the rewards of the task {task.name} ({names}) give None; --log_completions shows what they were given."
-    )
 
 
 def with_whole_path(spec: str) -> str:

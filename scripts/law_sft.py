@@ -28,7 +28,7 @@ from mua_rl.arms.grpo import prompt_order
 from mua_rl.arms.stacked import LoRAStack
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import exit_on_user_error
-from mua_rl.heldout import is_conversational, prompt_ids
+from mua_rl.lm.text import is_conversational, prompt_ids
 from mua_rl.record import machine
 from mua_rl.sweep.rows import Row, append
 

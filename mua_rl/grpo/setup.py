@@ -108,6 +108,8 @@ def prepare(arguments: GRPOArguments, adapter_arguments: AdapterArguments) -> Se
     tokenizer = load_tokenizer(arguments)
     model, base = load_base(arguments, adapter_arguments.start_from)
     rows = splits(task, is_conversational(tokenizer), arguments.held_out_problems)
+    assert arguments.generation_batch_size and arguments.num_generations
+    check_number(rows[0], arguments.generation_batch_size // arguments.num_generations)
     check_template(tokenizer, rows, **arguments.template)
     check_vocabulary(model, tokenizer, rows)
     configuration = adapter.configuration(model, optimizer=str(getattr(arguments.optim, "value", arguments.optim)))
@@ -141,6 +143,19 @@ def splits(task: Task, conversational: bool, held_out_problems: int | None) -> t
     if held_out_problems is not None:
         held_out_rows = held_out_rows.select(range(min(held_out_problems, len(held_out_rows))))
     return train_rows, held_out_rows
+
+
+def check_number(rows: Dataset, prompts: int) -> None:
+    """Refuse training rows that do not fill one step: TRL's sampler leaves out what does not.
+
+    Raises:
+        UserError: There are fewer rows than prompts in a step.
+    """
+    if len(rows) < prompts:
+        raise UserError(
+            f"the task has {len(rows)} training rows, fewer than the {prompts} prompts of a step: give more rows, or "
+            "make steps smaller with --completions_per_step (prompts times --num_generations)."
+        )
 
 
 def check_vocabulary(
