@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -44,7 +43,7 @@ def prompt_ids(tokenizer: Any, prompts: Sequence, **options: Any) -> list[list[i
         turn = {"continue_final_message" if begun else "add_generation_prompt": True}
         try:
             rendered = tokenizer.apply_chat_template([prompts[i] for i in numbers], return_dict=True, **turn, **options)
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
+        except Exception as error:  # a template is a program of its own, and may raise anything
             roles = ", ".join(message["role"] for message in prompts[numbers[0]])
             raise UserError(
                 f"the model's chat template refuses prompts such as the first one ({roles}): {one_line(error)}. Give "
