@@ -102,7 +102,7 @@ SEEN: list = []
 
 @register_task("begun")
 def begun():
-    rows = Dataset.from_dict({"prompt": [[USER, BEGUN]] * 16})
+    rows = Dataset.from_dict({"prompt": [[USER, BEGUN]] * 32})
     return Task("begun", lambda c: rows, lambda c: rows, (seen,), seen, max_completion_length=4)
 
 
