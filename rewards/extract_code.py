@@ -2,6 +2,7 @@
 
 import re
 import textwrap
+from functools import lru_cache
 from typing import Any, Final
 
 from mua_rl.rewards.completions import completion_text
@@ -10,6 +11,10 @@ from mua_rl.rewards.fenced_blocks import Block, fenced_blocks
 _END_OF_THOUGHT: Final = "</think>"
 _ANSWER_TAGS: Final = (("<answer>", "</answer>"), ("<code>", "</code>"), ("[PYTHON]", "[/PYTHON]"))
 _CODE_STARTS: Final = ("def ", "class ", "import ", "from ", "async def ", "@", "if __name__")
+_DEFINED: Final = re.compile(
+    r"^[ \t]*+(?:(?:async[ \t]+)?(?:def|class)[ \t]+|(?=\w++[ \t]*+(?::[^=\n]*+)?=(?!=)))([^\W\d]\w*+)", re.M
+)
+_CALLED: Final = re.compile(r"([^\W\d]\w*+)[ \t]*+\(")
 _COMPOUND_STARTS: Final = ("for ", "while ", "with ", "if ", "try:")
 _ASSIGNMENT_OR_CALL: Final = re.compile(
     r"[^\W\d][\w.]*+(\(|(\[[^\]]*\])?(\s*,\s*\*?[^\W\d][\w.]*+)*+(:\s*\w[\w.]*+(\[[^\]=]*\])?)?\s*([-+*/%@&|^<>]{0,2})=[^=])"
@@ -24,13 +29,13 @@ _PROSE: Final = re.compile(  # words in a row, a list item, a tag, text in bold 
 )
 
 
-def extract_code(completion: Any, prelude: str = "", entry_point: str = "") -> str | None:
+def extract_code(completion: Any, prelude: str = "", entry_point: str = "", tests: tuple[str, ...] = ()) -> str | None:
     """The program that a completion means, or None.
 
     The order, after dropping everything up to the last `</think>`:
 
     1. Of the fenced blocks labelled as Python (`fenced_blocks`; one that is never closed counts), or else of those
-       without a label, the last that defines `entry_point`.
+       without a label, the last that defines `entry_point`, or, where the row has none, something that `tests` call.
     2. Else the last fenced block labelled as Python, or else the last without a label.
     3. Else, if nothing is fenced, the text between answer tags, or all of it, without prose before and after it, if it
        has a line that starts like Python, or if it continues `prelude`.
@@ -43,11 +48,13 @@ def extract_code(completion: Any, prelude: str = "", entry_point: str = "") -> s
         completion: A string, a list of messages, or anything.
         prelude: The code of the row's prompt, if it has any.
         entry_point: The function or class that the tests call, or an expression for it.
+        tests: Python tests of a row without an entry point.
     """
     text = completion_text(completion).rpartition(_END_OF_THOUGHT)[2]
     name = entry_point.split("(")[0].split(".")[0].strip()
     blocks = _started_block(text, prelude) + fenced_blocks(text)
-    code = _best_block(blocks, name) if blocks else _unfenced(text, prelude)
+    names = frozenset([name]) if name else _called(tests)
+    code = _best_block(blocks, names) if blocks else _unfenced(text, prelude)
     if code is None or not code.strip():
         return None
     program = _without_indentation(code)
@@ -79,12 +86,17 @@ def _started_block(text: str, prelude: str) -> list[Block]:
     return [Block("python", head + "\n")] if _starts_like_code(first) or continues(head, prelude) else []
 
 
-def _best_block(blocks: list[Block], name: str) -> str | None:
+def _best_block(blocks: list[Block], names: frozenset[str]) -> str | None:
     candidates = [
         block.code for label in ("", "python") for block in blocks if block.label == label and block.code.strip()
     ]
-    defining = [code for code in candidates if name and _definition(name, r"[ \t]*+").search(code)]
+    defining = [code for code in candidates if names and not names.isdisjoint(_DEFINED.findall(code))]
     return defining[-1] if defining else candidates[-1] if candidates else None
+
+
+@lru_cache(1024)  # completions of one prompt share their row
+def _called(tests: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(name for test in tests for name in _CALLED.findall(test))
 
 
 def _unfenced(text: str, prelude: str) -> str | None:

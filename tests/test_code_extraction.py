@@ -143,6 +143,25 @@ def test_the_last_block_that_defines_the_entry_point_counts(completion: str, cod
 
 
 @pytest.mark.parametrize(
+    "usage",
+    [
+        "print(f(1))",
+        "assert f(1) == 2",
+        "f(1)",
+        "result = f(1)\nprint(result)",
+        "x = 1\nwhile f(x) == 2: pass",
+        "f == 1",
+    ],
+)
+@pytest.mark.parametrize("definition", ["def f(x):\n    return 2\n", "f = lambda x: 2\n", "class f(int): pass\n"])
+def test_without_an_entry_point_what_the_tests_call_goes_before_its_use(definition: str, usage: str) -> None:
+    completion = f"```python\n{definition}```\nFor example:\n```python\n{usage}\n```"
+    assert extract_code(completion, tests=("assert f(1) == 2", "assert sorted(f(2))")) == definition
+    assert extract_code(completion, tests=("assert g(1) == 2",)) == usage + "\n"
+    assert extract_code(completion) == usage + "\n"
+
+
+@pytest.mark.parametrize(
     ("text", "goes_on"),
     [
         ("    return x", True),
