@@ -14,7 +14,7 @@ _CODE_STARTS: Final = ("def ", "class ", "import ", "from ", "async def ", "@", 
 _DEFINED: Final = re.compile(
     r"^[ \t]*+(?:(?:async[ \t]+)?(?:def|class)[ \t]+|(?=\w++[ \t]*+(?::[^=\n]*+)?=(?!=)))([^\W\d]\w*+)", re.M
 )
-_CALLED: Final = re.compile(r"([^\W\d]\w*+)[ \t]*+\(")
+_CALLED: Final = re.compile(r"\b([^\W\d]\w*+)[ \t]*+\(")
 _COMPOUND_STARTS: Final = ("for ", "while ", "with ", "if ", "try:")
 _ASSIGNMENT_OR_CALL: Final = re.compile(
     r"[^\W\d][\w.]*+(\(|(\[[^\]]*\])?(\s*,\s*\*?[^\W\d][\w.]*+)*+(:\s*\w[\w.]*+(\[[^\]=]*\])?)?\s*([-+*/%@&|^<>]{0,2})=[^=])"
