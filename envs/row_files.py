@@ -56,6 +56,8 @@ def read_split(
             return _read_saved_split(path, split_names)
         folder = path / config if config and (path / config).is_dir() else path
         for name in split_names:
+            if is_one_table(folder / name):
+                return _read_table(folder / name)
             files = _split_files(folder, name)
             if files:
                 return [row for file in files for row in _read_file(file)]
@@ -130,7 +132,7 @@ def _split_files(folder: Path, name: str) -> list[Path]:
         files = sorted(file for file in parent.glob(f"{name}*") if _is_of_split(file, name))
         if files:
             return files
-    return sorted((folder / name).rglob("*.json")) if (folder / name).is_dir() else []
+    return sorted(file for file in (folder / name).rglob("*") if file.name.endswith(_SUFFIXES))
 
 
 def _is_of_split(file: Path, name: str) -> bool:

@@ -54,6 +54,15 @@ def test_splits_of_a_folder_are_read_by_their_names(tmp_path, form):
     assert task.held_out(False)["answer"] == ["6", "8"]
 
 
+@pytest.mark.parametrize("form", ["saved", "arrow"])
+def test_a_split_may_be_a_folder_of_its_own(tmp_path, form):
+    Dataset.from_list(ROWS[:3]).save_to_disk(tmp_path / "train")
+    if form == "arrow":
+        (tmp_path / "train" / "state.json").unlink()
+        (tmp_path / "train" / "dataset_info.json").unlink()
+    assert get_task(f"jsonl:{tmp_path}").train(False)["answer"] == ["0", "2", "4"]
+
+
 def test_a_saved_dataset_of_published_rows_is_a_task_too(tmp_path):
     rows = [{"question": f"{i}?", "answer": f"So #### {i}"} for i in range(3)]
     DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(tmp_path)

@@ -52,9 +52,8 @@ def test_an_answer_that_a_row_has_begun_is_gone_on_with(tokenizer):
 )
 def test_a_template_that_refuses_the_rows_is_one_line_with_the_cure(tokenizer, template, prompt, message):
     tokenizer.chat_template = template
-    rows = [Dataset.from_dict({"prompt": [[USER]]}), Dataset.from_dict({"prompt": [prompt]})]
     with pytest.raises(UserError, match=message) as error:
-        check_template(tokenizer, rows)
+        check_template(tokenizer, ["text", [USER], prompt])
     assert "\n" not in str(error.value)
 
 

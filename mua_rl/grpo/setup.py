@@ -110,7 +110,7 @@ def prepare(arguments: GRPOArguments, adapter_arguments: AdapterArguments) -> Se
     rows = splits(task, is_conversational(tokenizer), arguments.held_out_problems)
     assert arguments.generation_batch_size and arguments.num_generations
     check_number(rows[0], arguments.generation_batch_size // arguments.num_generations)
-    check_template(tokenizer, rows, **arguments.template)
+    check_template(tokenizer, (prompt for split in rows for prompt in split["prompt"]), **arguments.template)
     check_vocabulary(model, tokenizer, rows)
     configuration = adapter.configuration(model, optimizer=str(getattr(arguments.optim, "value", arguments.optim)))
     rate = resolve_learning_rate(adapter_arguments, configuration, base, "grpo")

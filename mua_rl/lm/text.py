@@ -1,10 +1,9 @@
 """Prompts as the token ids that a policy is asked, and its token ids as the text that rewards get."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from mua_rl.errors import UserError, one_line
@@ -54,14 +53,14 @@ def prompt_ids(tokenizer: Any, prompts: Sequence, **options: Any) -> list[list[i
     return [ids[i] for i in range(len(prompts))]
 
 
-def check_template(tokenizer: Any, rows_of_splits: Sequence[Dataset], **options: Any) -> None:
+def check_template(tokenizer: Any, prompts: Iterable[Any], **options: Any) -> None:
     """Refuse a chat template that refuses the prompts, by one prompt of each sequence of roles.
 
     Raises:
         UserError: It does.
     """
-    prompts = [prompt for rows in rows_of_splits for prompt in rows["prompt"] if not isinstance(prompt, str)]
-    kinds = {tuple(message["role"] for message in prompt): prompt for prompt in prompts}
+    chats = (prompt for prompt in prompts if not isinstance(prompt, str))
+    kinds = {tuple(message["role"] for message in prompt): prompt for prompt in chats}
     for prompt in kinds.values():
         prompt_ids(tokenizer, [prompt], **options)
 
