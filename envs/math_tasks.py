@@ -13,7 +13,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from mua_rl.envs.rows import Row, RowFault, column, convert_rows, keep_good_rows, read_split
+from mua_rl.envs.row_files import read_split
+from mua_rl.envs.rows import Row, RowFault, column, convert_rows, keep_good_rows, to_dataset
 from mua_rl.envs.tasks import Task, register_task
 from mua_rl.rewards.extract_math import extract_answer
 from mua_rl.rewards.format import THINK_ANSWER_INSTRUCTION, WatchedFormatReward
@@ -44,18 +45,37 @@ def math_dataset(
         task, bad_rows: As for `keep_good_rows`.
         conversational: Whether prompts are messages.
     """
-    problems = keep_good_rows(
-        convert_rows(rows, read),
-        lambda candidates: gold_faults([row.columns["answer"] for row in candidates]),
-        task,
-        bad_rows,
-    )
-    return Dataset.from_dict(
-        {
-            "prompt": [math_prompt(row.columns["question"], conversational) for row in problems],
-            "answer": [str(row.columns["answer"]) for row in problems],
-        }
-    )
+    problems = keep_rows_with_golds(convert_rows(rows, read), task, bad_rows)
+    prompts = [math_prompt(row.columns["question"], conversational) for row in problems]
+    return to_dataset({"prompt": prompts, "answer": gold_column(problems)}, task)
+
+
+def golds(row: Row) -> list[Any]:
+    """The gold answers in a row's column `answer`: one, or a list of several, any of which is right.
+
+    Raises:
+        RowFault: There is none.
+    """
+    answer = column(row, "answer", (str, int, float, list))
+    answers = answer if isinstance(answer, list) else [answer]
+    return [column(Row({"answer": one}, row.place), "answer", (str, int, float)) for one in answers]
+
+
+def keep_rows_with_golds(rows: Sequence[Row], task: str, bad_rows: str) -> list[Row]:
+    """The rows all of whose gold answers (`golds`) can be read and equal themselves."""
+
+    def check(candidates: Sequence[Row]) -> list[str | None]:
+        faults = iter(gold_faults([gold for row in candidates for gold in row.columns["answer"]]))
+        of_rows = [[next(faults) for _ in row.columns["answer"]] for row in candidates]
+        return [next((fault for fault in of_row if fault is not None), None) for of_row in of_rows]
+
+    return keep_good_rows(rows, check, task, bad_rows)
+
+
+def gold_column(rows: Sequence[Row]) -> list[str] | list[list[str]]:
+    """The column `answer` of a dataset: texts, or, if any row has several gold answers, lists of them."""
+    answers = [list(map(str, row.columns["answer"])) for row in rows]
+    return [answer[0] for answer in answers] if all(len(answer) == 1 for answer in answers) else answers
 
 
 def math_task(
@@ -107,19 +127,19 @@ def math(argument: str | None = None, bad_rows: str = "skip") -> Task:
 
 
 def gsm8k_problem(row: Row) -> dict[str, Any]:
-    """Question and gold answer of a GSM8K row."""
+    """Question and gold answer, in a list, of a GSM8K row."""
     _, mark, gold = column(row, "answer").rpartition("####")
     if not mark:
         raise RowFault("column 'answer' has no '####' before the final answer")
-    return {"question": column(row, "question"), "answer": gold.strip()}
+    return {"question": column(row, "question"), "answer": [gold.strip()]}
 
 
 def math_problem(row: Row) -> dict[str, Any]:
-    """Question and gold answer of a MATH row."""
+    """Question and gold answers of a MATH row."""
     question = column(row, "problem")
     if "answer" in row.columns:
-        return {"question": question, "answer": column(row, "answer", (str, int, float))}
+        return {"question": question, "answer": golds(row)}
     extract = extract_answer(column(row, "solution"))
     if extract is None or extract.marker != "boxed":
         raise RowFault("column 'solution' has no finished \\boxed{}")
-    return {"question": question, "answer": extract.text}
+    return {"question": question, "answer": [extract.text]}

@@ -8,7 +8,9 @@ A spec is a name, and for some tasks a colon and an argument:
 | `differences` | differences, which the embedded model has not learnt; embedded |
 | `one-liners` | one-line Python functions with tests; embedded |
 | `gsm8k`, `math`, `mbpp`, `humaneval` | the published datasets from the hub |
+| `mbppplus`, `humanevalplus`, `apps`, `taco`, `livecodebench` | published datasets of code, in the hub's formats |
 | `gsm8k:PATH`, `math:PATH`, … | the same from a local folder or file (JSONL, JSON, parquet), or from the hub id PATH |
+| `mbpp:PATH,seconds=10,modules=numpy+scipy` | a code task with options of its sandbox |
 | `jsonl:PATH` | rows of `prompt` and `answer`, or of `prompt` and `tests`, of your own |
 | `reasoning-gym:NAME`, `reasoning-gym:NAME,key=value,…` | a generator of that library, scored by its own scorer |
 | `path/to/file.py:NAME` | a task of your own: what `@register_task("NAME")` decorates in that file |
@@ -42,7 +44,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from mua_rl.errors import Unscored, UserError, one_line
+from mua_rl.envs.sandbox_options import split_options
+from mua_rl.errors import UserError, one_line
 
 RewardFunc = Callable[..., list[float | None]]
 """TRL's reward signature: `f(prompts, completions, **columns) -> list of one score per completion`."""
@@ -88,10 +91,16 @@ _BUILT_IN = {
     "reasoning-gym": "mua_rl.envs.reasoning_tasks",
     "humaneval": "mua_rl.envs.code_tasks",
     "mbpp": "mua_rl.envs.code_tasks",
+    "humanevalplus": "mua_rl.envs.code_tasks",
+    "mbppplus": "mua_rl.envs.code_tasks",
+    "apps": "mua_rl.envs.contest_tasks",
+    "taco": "mua_rl.envs.contest_tasks",
+    "livecodebench": "mua_rl.envs.contest_tasks",
     "one-liners": "mua_rl.envs.code_tasks",
     "jsonl": "mua_rl.envs.jsonl_tasks",
 }
-_READ_FILES = ("gsm8k", "math", "mbpp", "humaneval", "jsonl")  # their argument may be a path
+_CODE_FILES = ("mbpp", "humaneval", "mbppplus", "humanevalplus", "apps", "taco", "livecodebench", "jsonl")
+_READ_FILES = ("gsm8k", "math", *_CODE_FILES)  # their argument may be a path
 _TASKS: dict[str, Callable[..., Task]] = {}
 
 
@@ -167,6 +176,36 @@ def own_code(what: str) -> Iterator[None]:
         raise UserError(f"{what} failed: {reason} ({last.filename}:{last.lineno}).") from error
 
 
+RESERVED_COLUMNS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+"""Arguments by which TRL's trainer and our evaluations hand rewards something else than a column."""
+
+
+def load_split(task: Task, held_out: bool, conversational: bool) -> Dataset:
+    """The rows of one split of a task.
+
+    Args:
+        task: Any task, perhaps somebody's own.
+        held_out: Which split.
+        conversational: Whether prompts are to be chat messages.
+
+    Raises:
+        UserError: The task fails, or gives no rows with a prompt, or a column whose name rewards get something else by.
+    """
+    with own_code(f"the task {task.name}"):
+        rows = (task.held_out if held_out else task.train)(conversational)
+    what = f"the {'held-out' if held_out else 'train'} split of the task {task.name}"
+    if not isinstance(rows, Dataset):
+        raise UserError(f"{what} is a {type(rows).__name__}, not a Dataset.")
+    if "prompt" not in rows.column_names or len(rows) == 0:
+        raise UserError(f"{what} has no rows with a column 'prompt'.")
+    if taken := [name for name in RESERVED_COLUMNS if name in rows.column_names]:
+        raise UserError(
+            f"{what} has a column {taken[0]!r}, and rewards get something else by that name: rename the column "
+            f"(rows.rename_column({taken[0]!r}, ...)), or remove it."
+        )
+    return rows
+
+
 def as_completions(prompts: Sequence, texts: Sequence[str]) -> list:
     """A policy's answers as rewards get them in training: where prompts are chat messages, as messages too."""
     if isinstance(prompts[0], str):
@@ -201,28 +240,15 @@ def checked(reward: RewardFunc, task: str) -> RewardFunc:
     return score
 
 
-def is_scored(rewards: Sequence[float | None]) -> bool:
-    """Whether the mean rewards of a run's steps have a number among them; true of no steps."""
-    return not rewards or any(reward is not None and not math.isnan(reward) for reward in rewards)
-
-
-def unscored(task: Task, steps: int) -> Unscored:
-    """What to say of a run in which no completion had a score."""
-    names = ", ".join(getattr(reward, "__name__", "a reward without a name") for reward in task.rewards)
-    return Unscored(
-        f"no completion had a score in any of {steps} steps, so nothing was learnt, and there is no LR record: see why "
-        f"the rewards of the task {task.name} ({names}) give None; --log_completions shows what they were given."
-    )
-
-
 def with_whole_path(spec: str) -> str:
     """A spec that means the same from any folder: the path in it, if there is one, made absolute."""
     file, found, name = spec.rpartition(".py:")
     if found and (path := Path(f"{file}.py")).exists():
         return f"{path.resolve()}:{name}"
     name, _, argument = spec.partition(":")
-    if name in _READ_FILES and argument and (path := Path(argument).expanduser()).exists():
-        return f"{name}:{path.resolve()}"
+    where, options = split_options(argument) if name in _CODE_FILES else (argument, "")
+    if name in _READ_FILES and where and (path := Path(where).expanduser()).exists():
+        return f"{name}:{path.resolve()}{options and ','}{options}"
     return spec
 
 

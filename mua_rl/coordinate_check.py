@@ -26,11 +26,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from mua_rl.adapter.adapters import Adapter, fan_in
-from mua_rl.envs.tasks import get_task
+from mua_rl.envs.tasks import get_task, load_split
 from mua_rl.errors import UserError
 from mua_rl.exits import run_command
 from mua_rl.lm import models
-from mua_rl.lm.heldout import complete, is_conversational, prompt_ids
+from mua_rl.lm.heldout import complete
+from mua_rl.lm.text import is_conversational, prompt_ids
 from mua_rl.lr.record import check_learning_rate
 from mua_rl.lr.rules import Configuration, best_lr_order, lr_ratio
 from mua_rl.probes.coordinate_report import FIXED, TOLERANCE, TRANSFERRED, Row, figure, lines, table, write_csv
@@ -229,7 +230,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     adapters = [[scheme_adapter(s, rank, args.target_modules) for rank in ranks] for s in dict.fromkeys(args.schemes)]
     model, tokenizer = models.load_model(args.model).to(args.device), models.load_tokenizer(args.model)
     configs = [at_width(model.config, width) for width in widths]
-    prompts = get_task(args.task).train(is_conversational(tokenizer))["prompt"]
+    prompts = load_split(get_task(args.task), False, is_conversational(tokenizer))["prompt"]
     groups = [
         sample_group(model, tokenizer, prompts[seed % len(prompts)], args.group, args.length, seed) for seed in seeds
     ]

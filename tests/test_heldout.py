@@ -17,7 +17,8 @@ from mua_rl.grpo.arguments import parse
 from mua_rl.grpo.setup import prepare
 from mua_rl.grpo.stacked.trainer import SideBySide
 from mua_rl.lm import models
-from mua_rl.lm.heldout import HeldOutResult, complete, end_ids, generate, held_out, prompt_ids, score
+from mua_rl.lm.heldout import HeldOutResult, complete, end_ids, generate, held_out, score
+from mua_rl.lm.text import prompt_ids
 from mua_rl.probes.movement import probe_batch
 from mua_rl.run.folder import RunFolder
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from mua_rl.envs import tasks
-from mua_rl.envs.rows import read_split
+from mua_rl.envs.row_files import read_split
 from mua_rl.envs.tasks import checked, get_task, register_task, task_names
 from mua_rl.errors import UserError
 from mua_rl.run.folder import with_whole_paths
@@ -36,8 +36,9 @@ def score(task, split, completions):
 
 def test_every_built_in_task_is_listed_and_unknown_ones_are_refused():
     names = {"arithmetic", "gsm8k", "math", "reasoning-gym", "humaneval", "mbpp", "one-liners", "jsonl"}
+    names |= {"apps", "taco", "livecodebench", "humanevalplus", "mbppplus"}
     assert names <= set(task_names())
-    with pytest.raises(UserError, match="there is no task 'nope'; the tasks are: arithmetic"):
+    with pytest.raises(UserError, match="there is no task 'nope'; the tasks are: apps, arithmetic"):
         get_task("nope")
 
 

@@ -12,7 +12,8 @@ from torch import nn
 from mua_rl.adapter.adapters import fingerprint
 from mua_rl.errors import UserError
 from mua_rl.lm import models
-from mua_rl.lm.heldout import generate, is_conversational
+from mua_rl.lm.heldout import generate
+from mua_rl.lm.text import begins_answer, check_template, completion_texts, is_conversational, prompt_ids
 from mua_rl.lr.record import FILE_NAME, LRRecord
 from mua_rl.rollouts.lora_engine import engine_rank
 from mua_rl.run.folder import CONFIG, RunFolder
@@ -116,9 +117,13 @@ class VLLMEngine:
             )
             for i in range(len(prompts))
         ]
-        ask = self._llm.chat if self.conversational else self._llm.generate
-        outputs = ask(list(prompts), parameters, lora_request=self._lora, use_tqdm=False)
-        return [[completion.text for completion in output.outputs] for output in outputs]
+        tokenizer = self._llm.get_tokenizer()
+        check_template(tokenizer, prompts)
+        ask, asked = (self._llm.chat if self.conversational else self._llm.generate), list(prompts)
+        if any(map(begins_answer, prompts)):  # `chat` would open a second turn
+            ask, asked = self._llm.generate, [{"prompt_token_ids": ids} for ids in prompt_ids(tokenizer, prompts)]
+        outputs = ask(asked, parameters, lora_request=self._lora, use_tqdm=False)
+        return [completion_texts(tokenizer, [one.token_ids for one in output.outputs]) for output in outputs]
 
 
 def check_adapter(folder: str) -> int:

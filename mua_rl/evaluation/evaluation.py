@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mua_rl.envs.tasks import RewardFunc, Task, as_completions, checked
+from mua_rl.envs.tasks import RewardFunc, Task, as_completions, checked, load_split
 from mua_rl.errors import UserError
 from mua_rl.evaluation.engines import Engine
 from mua_rl.evaluation.statistics import Estimate, PairedDifference, mean_estimate, paired_difference, pass_at_k
@@ -94,9 +94,9 @@ def evaluate(task: Task, engine: Engine, settings: Settings, folder: Path) -> Ev
     """Answer and score the held-out problems that `folder` does not have yet, and write the summary.
 
     Raises:
-        UserError: The folder holds an evaluation with other settings, or of other problems.
+        UserError: The folder holds an evaluation with other settings, or of other problems; the task fails.
     """
-    rows = task.held_out(engine.conversational)
+    rows = load_split(task, True, engine.conversational)
     if settings.limit is not None:
         rows = rows.select(range(min(settings.limit, len(rows))))
     _open_folder(folder, settings)

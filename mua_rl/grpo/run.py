@@ -10,10 +10,10 @@ import torch
 from rich.markup import escape
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, get_scheduler
 
-from mua_rl.envs.tasks import unscored
-from mua_rl.errors import EngineFailed, UserError, one_line
+from mua_rl.errors import EngineFailed, Unscored, UserError, one_line
 from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.checkpoint import check_checkpoint
+from mua_rl.grpo.scored import unscored
 from mua_rl.grpo.setup import Setup, prepare
 from mua_rl.grpo.trainer import BeginCallback, GRPOTrainer, ProgressBar, RunCallback
 from mua_rl.lm.heldout import HeldOutResult, gather, held_out
@@ -130,9 +130,9 @@ class GRPOLearner:
         """See `Learner.record`."""
         return lr_record(self.arguments, self.setup, metric, self.steps)
 
-    def unscored(self) -> UserError | None:
+    def unscored(self, metrics: list[dict[str, Any]]) -> Unscored | None:
         """See `Learner.unscored`."""
-        return unscored(self.setup.task, self.steps)
+        return unscored(self.setup.task, self.arguments, self.steps, [line for line in metrics if "reward" in line])
 
     def remarks(self) -> list[str]:
         """See `Learner.remarks`."""

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_liger_kernel_available
 
 from mua_rl.adapter.adapters import Adapter
-from mua_rl.envs.tasks import Task, get_task, own_code
+from mua_rl.envs.tasks import Task, get_task, load_split
 from mua_rl.errors import UserError
 from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.base import load_base, load_tokenizer
-from mua_rl.lm.heldout import is_conversational, prompt_ids
+from mua_rl.lm.text import check_template, is_conversational, prompt_ids
 from mua_rl.lr.rules import Configuration
 from mua_rl.lr.transfer import LearningRate
 from mua_rl.rollouts.sync import plan_engine
@@ -108,6 +108,9 @@ def prepare(arguments: GRPOArguments, adapter_arguments: AdapterArguments) -> Se
     tokenizer = load_tokenizer(arguments)
     model, base = load_base(arguments, adapter_arguments.start_from)
     rows = splits(task, is_conversational(tokenizer), arguments.held_out_problems)
+    assert arguments.generation_batch_size and arguments.num_generations
+    check_number(rows[0], arguments.generation_batch_size // arguments.num_generations)
+    check_template(tokenizer, (prompt for split in rows for prompt in split["prompt"]), **arguments.template)
     check_vocabulary(model, tokenizer, rows)
     configuration = adapter.configuration(model, optimizer=str(getattr(arguments.optim, "value", arguments.optim)))
     rate = resolve_learning_rate(adapter_arguments, configuration, base, "grpo")
@@ -134,18 +137,25 @@ def splits(task: Task, conversational: bool, held_out_problems: int | None) -> t
         held_out_problems: How many rows; `None`: all.
 
     Raises:
-        UserError: The task fails, or gives no rows with a prompt.
+        UserError: As `load_split`.
     """
-    with own_code(f"the task {task.name}"):
-        train_rows, held_out_rows = task.train(conversational), task.held_out(conversational)
-    for split, rows in (("train", train_rows), ("held-out", held_out_rows)):
-        if not isinstance(rows, Dataset):
-            raise UserError(f"the {split} split of the task {task.name} is a {type(rows).__name__}, not a Dataset.")
-        if "prompt" not in rows.column_names or len(rows) == 0:
-            raise UserError(f"the {split} split of the task {task.name} has no rows with a column 'prompt'.")
+    train_rows, held_out_rows = (load_split(task, held_out, conversational) for held_out in (False, True))
     if held_out_problems is not None:
         held_out_rows = held_out_rows.select(range(min(held_out_problems, len(held_out_rows))))
     return train_rows, held_out_rows
+
+
+def check_number(rows: Dataset, prompts: int) -> None:
+    """Refuse training rows that do not fill one step: TRL's sampler leaves out what does not.
+
+    Raises:
+        UserError: There are fewer rows than prompts in a step.
+    """
+    if len(rows) < prompts:
+        raise UserError(
+            f"the task has {len(rows)} training rows, fewer than the {prompts} prompts of a step: give more rows, or "
+            "make steps smaller with --completions_per_step (prompts times --num_generations)."
+        )
 
 
 def check_vocabulary(

@@ -17,6 +17,7 @@ from trl.trainer import grpo_trainer as trl_grpo_trainer
 
 from mua_rl.adapter.groups import learning_rates, named_groups
 from mua_rl.errors import Diverged
+from mua_rl.lm.text import begins_answer, completion_texts, prompt_ids
 from mua_rl.rollouts.correction import CorrectedGRPOTrainer
 from mua_rl.rollouts.sync import replaced
 from mua_rl.run import processes
@@ -60,6 +61,19 @@ class GRPOTrainer(CorrectedGRPOTrainer):
             # accelerate would have gradients summed over the processes, and log-probs returned, in bf16.
             policy = plugin.mixed_precision_policy
             plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+
+    def _tokenize_prompts(self, prompts: list) -> tuple:
+        """As TRL's, which would close an answer that a row has begun, and open a second one."""
+        if self.environment_factories is None and not self._is_vlm and any(map(begins_answer, prompts)):
+            options = {"chat_template": self.chat_template, "tools": self.tools or None}
+            options |= cast(dict, self.chat_template_kwargs)
+            return prompt_ids(self.processing_class, prompts, **options), None, {}
+        return super()._tokenize_prompts(prompts)
+
+    def _generate(self, prompts: list) -> Any:
+        """As TRL's, which would take tags that are special tokens out of the text that rewards get."""
+        with replaced(self.processing_class, "batch_decode", lambda ids, **_: completion_texts(self._tokenizer, ids)):
+            return super()._generate(prompts)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Named groups instead of the Trainer's two anonymous ones; the schedule multiplies each group's own peak."""

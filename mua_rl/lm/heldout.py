@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mua_rl.envs.tasks import Task, as_completions, checked
+from mua_rl.lm.text import completion_texts, prompt_ids
 from mua_rl.run.processes import gathered
 
 
@@ -47,24 +48,6 @@ class HeldOutResult:
         if self.strict_scores:
             metrics["held_out/strict_accuracy"] = sum(self.strict_scores) / len(self.strict_scores)
         return metrics
-
-
-def is_conversational(tokenizer: Any) -> bool:
-    """Whether the policy wants prompts as chat messages."""
-    return tokenizer.chat_template is not None
-
-
-def prompt_ids(tokenizer: Any, prompts: Sequence, **options: Any) -> list[list[int]]:
-    """Token ids of prompts (strings, or lists of messages) as a policy is asked them.
-
-    Args:
-        options: Of the chat template.
-    """
-    if isinstance(prompts[0], str):
-        return tokenizer(list(prompts))["input_ids"]
-    return tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True, **options)[
-        "input_ids"
-    ]
 
 
 def end_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -140,7 +123,7 @@ def generate(
         for start in tqdm(range(0, len(prompts), batch_size), desc="held-out", leave=False, disable=None):
             asked = prompt_ids(tokenizer, prompts[start : start + batch_size], **(template or {}))
             answers = complete(model, tokenizer, asked, max_new_tokens, temperature)
-            completions += tokenizer.batch_decode(answers, skip_special_tokens=True)
+            completions += completion_texts(tokenizer, answers)
     model.train(was_training)
     return completions
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from mua_rl.errors import UserError
+from mua_rl.errors import Unscored, UserError
 from mua_rl.lr.record import LRRecord, package_versions
 from mua_rl.ppo.arguments import PPOArguments
 from mua_rl.ppo.checkpoint import Checkpoints, load_checkpoint
@@ -88,7 +88,7 @@ class PPOLearner:
         """See `Learner.record`."""
         return lr_record(self.arguments, self.setup, metric)
 
-    def unscored(self) -> UserError | None:
+    def unscored(self, metrics: list[dict[str, Any]]) -> Unscored | None:
         """See `Learner.unscored`: no episode need end while a policy learns."""
         return None
 

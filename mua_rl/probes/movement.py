@@ -19,9 +19,10 @@ from trl.trainer.utils import pad, selective_log_softmax
 
 from mua_rl.adapter.adapters import Adapter
 from mua_rl.adapter.groups import named_groups
-from mua_rl.envs.tasks import Task, as_completions
+from mua_rl.envs.tasks import Task, as_completions, load_split
 from mua_rl.errors import Diverged, UserError
-from mua_rl.lm.heldout import complete, end_ids, is_conversational, prompt_ids
+from mua_rl.lm.heldout import complete, end_ids
+from mua_rl.lm.text import completion_texts, is_conversational, prompt_ids
 
 _ROWS_AT_ONCE = 48
 
@@ -63,9 +64,9 @@ def probe_batch(
     Prompts whose answers all have one reward tell nothing; up to ten times as many are asked until there are enough.
 
     Raises:
-        UserError: No prompt has answers of different rewards.
+        UserError: The task fails, or no prompt has answers of different rewards.
     """
-    rows = task.train(is_conversational(tokenizer)).shuffle(seed=seed)
+    rows = load_split(task, False, is_conversational(tokenizer)).shuffle(seed=seed)
     device = next(model.parameters()).device
     ends = torch.tensor(end_ids(model, tokenizer), device=device)
     asked, answers, advantages = [], [], []
@@ -76,7 +77,7 @@ def probe_batch(
         out = complete(model, tokenizer, repeated, new_tokens or task.max_completion_length, temperature=1.0)
         columns = {name: [v for v in values for _ in range(group)] for name, values in piece.items()}
         columns["prompts"] = columns.pop("prompt")
-        texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+        texts = completion_texts(tokenizer, out)
         rewards = task.rewards[0](completions=as_completions(columns["prompts"], texts), **columns)
         scores = torch.tensor([float(reward or 0.0) for reward in rewards]).view(-1, group)
         spread = scores.std(1, keepdim=True)

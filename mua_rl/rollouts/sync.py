@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -371,13 +370,13 @@ def _base_folder(generation: VLLMGeneration) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
-    """Within the block, `module.name` is `value`: TRL makes its engine by name and takes none that is made already.
+def replaced(owner: object, name: str, value: Any) -> Iterator[None]:
+    """Within the block, `owner.name` is `value`: TRL makes its engine by name and takes none that is made already.
 
     Raises:
-        AttributeError: The module has no such name any more (TRL has moved the seam).
+        AttributeError: The owner has no such name any more (TRL has moved the seam).
     """
-    with mock.patch.object(module, name, value):
+    with mock.patch.object(owner, name, value):
         yield
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from mua_rl.errors import Diverged, PolicyWorse, UserError
+from mua_rl.errors import Diverged, PolicyWorse, Unscored
 from mua_rl.lr.record import LRRecord
 from mua_rl.lr.transfer import LearningRate, gives_full_finetuning
 from mua_rl.run import plots, processes
@@ -86,8 +86,8 @@ class Learner(Protocol):
     def record(self, metric: dict[str, Any]) -> LRRecord:
         """The LR record of the run, which has ended well."""
 
-    def unscored(self) -> UserError | None:
-        """What to say where no step had a training reward; `None`: that is no fault."""
+    def unscored(self, metrics: list[dict[str, Any]]) -> Unscored | None:
+        """What to say where, by the lines of metrics, no step could teach anything; `None`: one could."""
 
     def remarks(self) -> list[str]:
         """Further lines for a run that ended well: where the policy is, say."""
@@ -109,7 +109,7 @@ def live(run: RunFolder, learner: Learner, checkpoint: Path | None = None) -> Tr
 
     Raises:
         Diverged: Training left the finite numbers; the folder says so.
-        UserError: No step had a training reward; the folder says so.
+        Unscored: No step could teach anything; the folder says so.
     """
     start = _Start(run, learner)
     try:
@@ -123,9 +123,8 @@ def live(run: RunFolder, learner: Learner, checkpoint: Path | None = None) -> Tr
     after = learner.measure()
     learner.save(run)
     result = processes.on_main(lambda: _close(run, learner, start, after, seconds))
-    unscored = learner.unscored() if result.status is Status.UNSCORED else None
-    if unscored:
-        raise unscored
+    if result.status is Status.UNSCORED:
+        raise Unscored(result.reason)
     return result
 
 
@@ -173,8 +172,8 @@ def _close(run: RunFolder, learner: Learner, start: _Start, after: Measurement, 
     run.log(learner.steps, {names.score_key: after.score, **after.metrics})
     rewards = run.rewards(names.reward_key)
     result = TrialResult.of_training(after.score, after.standard_error, start.before, rewards, learner.steps, seconds)
-    if learner.unscored() and rewards and all(map(math.isnan, rewards)):
-        result = result.with_status(Status.UNSCORED, str(learner.unscored()))
+    if unscored := learner.unscored(run.metrics()):
+        result = result.with_status(Status.UNSCORED, str(unscored))
     if result.status is not Status.UNSCORED:
         curves = {names.reward_key: names.reward, names.score_key: names.score}
         plots.learning_curve(run.metrics(), run.path / CURVE, learner.title, curves, names.step)

@@ -68,7 +68,7 @@ class Status(StrEnum):
     STOPPED = "stopped"
     """The trial was ended early, since it was hopeless."""
     UNSCORED = "unscored"
-    """No reward gave a score in the whole run."""
+    """No step could teach anything: no reward gave a score, for example."""
 
 
 @dataclass(frozen=True)

@@ -1,54 +1,25 @@
-"""The side of the untrusted code: load a program, then answer calls on it, or run it as a script.
+"""The side of the untrusted code: load a program, then answer calls on it (`script` runs it as a script).
 
 Nothing here decides anything: the code under test can change all of it, and gains nothing but wrong answers.
 """
 
-import atexit
 import builtins
 import os
 import socket
 import sys
-import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from mua_rl.rewards.sandbox import wire
 
-OUT_OF_MEMORY_STATUS = 77
-"""Exit status of a script that ended with a MemoryError; it serves the verdict's reason only."""
-
-
-def run_script(job: dict[str, Any], stdin_fd: int, stdout_fd: int) -> None:
-    """Run `job["source"]` as `python solution.py` would, on the given standard input and output; never returns."""
-    os.dup2(stdin_fd, 0)
-    os.dup2(stdout_fd, 1)
-    os.closerange(stdin_fd, stdout_fd + 1)
-    module = _new_module("__main__")
-    status = 0
-    try:
-        _load(job, module)
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except MemoryError:
-        status = OUT_OF_MEMORY_STATUS
-    except BaseException:
-        status = 1
-    try:
-        threading._shutdown()  # type: ignore[attr-defined]  # as at interpreter exit: wait for threads, run exit hooks
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-    except BaseException:
-        status = status or 1
-    os._exit(status & 0xFF)
-
 
 def serve_calls(job: dict[str, Any], channel_fd: int) -> None:
     """Load `job["source"]`, then do what the tests ask of it until they hang up."""
-    module = _new_module("solution")
+    module = new_module("solution")
     server = _Server(wire.Channel(channel_fd), module)
     try:
-        _load(job, module, server.after_prelude)
+        load(job, module, server.after_prelude)
     except BaseException as error:
         server.send_error(error)
         return
@@ -75,14 +46,14 @@ def rehearse() -> None:
     del sys.modules["solution"]
 
 
-def _new_module(name: str) -> types.ModuleType:
+def new_module(name: str) -> types.ModuleType:
     module = types.ModuleType(name)
     module.__dict__["__builtins__"] = builtins
     sys.modules[name] = module
     return module
 
 
-def _load(job: dict[str, Any], module: types.ModuleType, after_prelude: Callable[[], None] = lambda: None) -> None:
+def load(job: dict[str, Any], module: types.ModuleType, after_prelude: Callable[[], None] = lambda: None) -> None:
     # Compiled apart, so that a `from __future__` in the source is still its first statement.
     if job["prelude"]:
         exec(compile(job["prelude"], "<prelude>", "exec"), module.__dict__)

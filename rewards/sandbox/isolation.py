@@ -18,7 +18,7 @@ NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x4000000, 0x8000000, 
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = (
     1, 2, 4, 8, 32, 4096, 16384, 1 << 18,
 )  # fmt: skip
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS, _PR_SET_NO_NEW_PRIVS = 1, 4, 8, 38
 _MNT_DETACH: Final = 2
 _LANDLOCK_READ: Final = 1 << 2 | 1 << 3  # read files, list folders
 _SYS_PIVOT_ROOT: Final = {"x86_64": 155, "aarch64": 41}
@@ -31,6 +31,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 # Made here, in the zygote, since every child would have to make them anew.
 _CAPABILITY_HEADER = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
 _NO_CAPABILITIES = (ctypes.c_uint32 * 6)()
+_READING_CAPABILITIES: Final = (1 << 2, 1 << 1)  # CAP_DAC_READ_SEARCH; CAP_DAC_OVERRIDE, which is all that Docker gives
 libc.capset, libc.prctl, libc.unshare, libc.setns  # noqa: B018  (looked up on first use)
 
 
@@ -260,9 +261,25 @@ def forbid_system_calls(program: seccomp.Program) -> None:
     seccomp.load_filter(libc, program)
 
 
-def drop_to(host_id: int | None) -> None:
-    """Without namespaces: as root, become the user `host_id`."""
-    if host_id is not None:
-        os.setgroups([])
-        os.setresgid(host_id, host_id, host_id)
-        os.setresuid(host_id, host_id, host_id)
+def reading_capability() -> int:
+    """The least that this process has of what lets it read other users' files, as a capability's bit; 0 for nothing."""
+    held = (ctypes.c_uint32 * 6)()
+    _call("capget", _CAPABILITY_HEADER, held)
+    return next((bit for bit in _READING_CAPABILITIES if held[1] & bit), 0)
+
+
+def drop_to(host_id: int | None, capability: int = 0) -> None:
+    """Without namespaces: as root, become the user `host_id`.
+
+    Args:
+        host_id: Nobody's id, or `None` for one who is not root.
+        capability: The one to keep (`reading_capability`), where `host_id` may not read the interpreter. Then
+            `confine_reads` must hold: it alone says which files can be opened.
+    """
+    if host_id is None:
+        return
+    _call("prctl", _PR_SET_KEEPCAPS, 1, 0, 0, 0)
+    os.setgroups([])
+    os.setresgid(host_id, host_id, host_id)
+    os.setresuid(host_id, host_id, host_id)
+    _call("capset", _CAPABILITY_HEADER, (ctypes.c_uint32 * 6)(capability, capability))

@@ -20,6 +20,8 @@ class Row:
             it, the program's names are those that the tests use and do not define.
         prelude: Code that the program may rely on (the code of its prompt). Both sides run it, apart from each other.
         setup: Code that only the tests rely on.
+        may_be_wrapped: Whether the results of "calls" are lists of one that may stand for their items, as in APPS: a
+            program is right with either, if it keeps to it.
     """
 
     kind: str
@@ -27,6 +29,7 @@ class Row:
     entry_point: str = ""
     prelude: str = ""
     setup: str = ""
+    may_be_wrapped: bool = False
 
 
 def parse_row(tests: Any, entry_point: Any = None, prelude: Any = None, setup: Any = None) -> Row:
@@ -84,15 +87,17 @@ def _from_columns(tests: dict[str, Any], texts: dict[str, Any]) -> Row:
         return Row("stdio", tuple((_text(i), _text(o)) for i, o in zip(inputs, outputs, strict=True)), **texts)
     texts["entry_point"] = texts["entry_point"] or tests["fn_name"]
     # APPS wraps the results of most rows in lists of one; where one is no such list, all of the row's are bare.
-    if all(isinstance(output, (list, tuple)) and len(output) == 1 for output in outputs):
-        outputs = [output[0] for output in outputs]
-    return _calls(list(zip(inputs, outputs, strict=True)), texts)
+    may_be_wrapped = all(isinstance(output, (list, tuple)) and len(output) == 1 for output in outputs)
+    return _calls(list(zip(inputs, outputs, strict=True)), texts, may_be_wrapped)
 
 
-def _calls(pairs: list[Any], texts: dict[str, Any]) -> Row:
+def _calls(pairs: list[Any], texts: dict[str, Any], may_be_wrapped: bool = False) -> Row:
     if not texts["entry_point"]:
         raise BadRow("tests of arguments and results need an entry_point")
-    return Row("calls", tuple((json.dumps(args), json.dumps(result)) for args, result in pairs), **texts)
+    if not all(isinstance(args, (list, tuple)) for args, _ in pairs):
+        raise BadRow("the arguments of a call are not a list")
+    tests = tuple((json.dumps(args), json.dumps(result)) for args, result in pairs)
+    return Row("calls", tests, **texts, may_be_wrapped=may_be_wrapped)
 
 
 def _text(value: Any) -> str:

@@ -21,8 +21,8 @@ from typing import Any, Final
 from mua_rl.errors import UserError
 from mua_rl.rewards.faults import BadRow, GraderFault
 from mua_rl.rewards.sandbox import stdio
-from mua_rl.rewards.sandbox.candidate import OUT_OF_MEMORY_STATUS
 from mua_rl.rewards.sandbox.row import Row
+from mua_rl.rewards.sandbox.script import OUT_OF_MEMORY_STATUS
 from mua_rl.rewards.sandbox.settings import Settings
 from mua_rl.rewards.sandbox.verdict import Reason, Verdict
 
@@ -183,13 +183,19 @@ class Worker:
     def run(self, source: str, row: Row, fraction: bool = False, seconds: float | None = None) -> Verdict:
         """Grade a program, within `seconds` (default: those of the settings).
 
+        One that SIGKILL has ended has a second try: it may have come from outside, as when memory runs out.
+
         Raises:
             BadRow: The row's tests cannot be run.
             Died: A zygote is gone; this worker is of no more use.
         """
-        seconds = seconds or self.settings.seconds
-        if row.kind == "stdio":
-            return self._run_scripts(source, row, fraction, seconds)
+        grade = self._run_scripts if row.kind == "stdio" else self._run_tests
+        verdict = grade(source, row, fraction, seconds or self.settings.seconds)
+        if verdict.reason is Reason.KILLED and verdict.detail.endswith(_describe(signal.SIGKILL)):
+            verdict = grade(source, row, fraction, seconds or self.settings.seconds)
+        return verdict
+
+    def _run_tests(self, source: str, row: Row, fraction: bool, seconds: float) -> Verdict:
         ours, result = os.pipe()
         program_end, tests_end = socket.socketpair()
         program_fds = [_memory_file({"prelude": row.prelude, "source": source}), program_end.detach()]
@@ -228,8 +234,10 @@ class Worker:
 
     def _run_scripts(self, source: str, row: Row, fraction: bool, seconds: float) -> Verdict:
         passed, failure = 0, None
+        end = time.monotonic() + self.settings.total_seconds
         for given, expected in row.tests:
-            outcome = self._run_script(source, row.prelude, given, expected, seconds)
+            left = end - time.monotonic()
+            outcome = self._run_script(source, row.prelude, given, expected, min(seconds, left))
             if outcome.ok:
                 passed += 1
                 continue
@@ -259,7 +267,9 @@ class Worker:
         if timed_out or status is None:
             return Verdict(Reason.TIMEOUT, detail="time limit")
         if status:
-            return Verdict(_ended(status), detail=_describe(status))
+            reason = _ended(status)
+            failed = reason is Reason.KILLED and os.WIFEXITED(status)  # an exception, or an exit status of its own
+            return Verdict(Reason.ERROR if failed else reason, detail=_describe(status))
         return Verdict(Reason.PASSED, 1) if stdio.same_output(text, expected) else Verdict(Reason.WRONG)
 
     def _wait_for_exit(self, deadline: float) -> int | None:

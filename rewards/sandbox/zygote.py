@@ -14,15 +14,17 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import select
 import signal
+import site
 import socket
 import struct
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from mua_rl.rewards.sandbox import candidate, isolation, seccomp, tester
+from mua_rl.rewards.sandbox import candidate, isolation, script, seccomp, tester
 
 # What solutions import; anything else of the standard library is read from the disk, in each execution.
 _PRELOADED = (
@@ -32,11 +34,7 @@ _PRELOADED = (
     "threading", "time", "types", "typing", "unicodedata", "unittest", "zlib",
 )  # fmt: skip
 
-_NOT_LOADED = {"antigravity", "idlelib", "lib2to3", "this", "tkinter", "turtle", "turtledemo"}
-_LESS_USED = (
-    "concurrent.futures", "email.message", "importlib.metadata", "unittest.mock", "urllib.parse", "urllib.request",
-    "xml.dom.minidom", "xml.etree.ElementTree",
-)  # fmt: skip
+_NOT_LOADED = {"__main__", "antigravity", "idlelib", "test", "tests", "this", "tkinter", "turtle", "turtledemo"}
 
 _FIRST_FD = 3  # where a child finds what it was given
 _SPARE_FD = 48  # above all that a zygote has open, below RLIMIT_NOFILE
@@ -66,17 +64,23 @@ def main() -> None:
 def _preload(config: dict[str, Any]) -> None:
     for name in _PRELOADED:
         importlib.import_module(name)
-    if config["isolation"] == "process" and os.geteuid() == 0 and not _open_to_all(os.path.dirname(os.__file__)):
-        # An interpreter under /root: once the children have an id of their own, they cannot load anything more.
-        names = [name for name in sys.stdlib_module_names if not name.startswith("_") and name not in _NOT_LOADED]
-        for name in [*names, *_LESS_USED]:
-            with contextlib.suppress(ImportError):
-                importlib.import_module(name)
+    site.setquit()  # `exit` and `quit`, which an interpreter without its site module lacks
     sys.path.extend(config["search_paths"])
     for name in config["modules"]:
         importlib.import_module(name)
     for key in [name for name in sys.modules if name.split(".")[0] == "__main__"]:
         del sys.modules[key]
+
+
+def _load_with_submodules(name: str) -> None:
+    if name.rpartition(".")[2] in _NOT_LOADED:
+        return
+    try:
+        module = importlib.import_module(name)
+    except Exception:  # it belongs to another system, or lacks a library
+        return
+    for submodule in pkgutil.iter_modules(getattr(module, "__path__", ())):
+        _load_with_submodules(f"{name}.{submodule.name}")
 
 
 def _open_to_all(folder: str) -> bool:
@@ -106,11 +110,18 @@ def _isolate(config: dict[str, Any], control: socket.socket) -> Callable[[], Non
     if config["isolation"] == "process":
         own_id = isolation.unused_host_id() if os.geteuid() == 0 else None
         isolation.hide_memory()
-        config["reads_confined"] = isolation.confine_reads(_readable_folders(config))
+        folders = _readable_folders(config)
+        config["reads_confined"] = isolation.confine_reads(folders)
+        capability = 0
+        if own_id and not all(map(_open_to_all, folders)):  # an interpreter under /root, mode 0700
+            capability = isolation.reading_capability() if config["reads_confined"] else 0
+            if not capability:  # children will not be able to load anything more
+                for name in [*sys.stdlib_module_names, *config["modules"]]:
+                    _load_with_submodules(name)
         isolation.set_limits(config["memory_bytes"], config["threads"] if own_id else None)
 
         def confine_process() -> None:
-            isolation.drop_to(own_id)
+            isolation.drop_to(own_id, capability)
             isolation.limit_cpu_time(config["cpu_seconds"])
             isolation.forbid_system_calls(program)
 
@@ -224,6 +235,6 @@ def _run_child(role: bytes, fds: list[int], confine: Callable[[], None]) -> None
     with os.fdopen(_FIRST_FD, "rb") as file:
         job = json.loads(file.read())
     if role == b"S":
-        candidate.run_script(job, stdin_fd=_FIRST_FD + 1, stdout_fd=_FIRST_FD + 2)
+        script.run_script(job, stdin_fd=_FIRST_FD + 1, stdout_fd=_FIRST_FD + 2)
     elif role == b"C":
         candidate.serve_calls(job, channel_fd=_FIRST_FD + 1)

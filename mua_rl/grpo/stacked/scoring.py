@@ -12,6 +12,7 @@ from mua_rl.errors import UserError
 from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.stacked.generation import Answers
 from mua_rl.grpo.stacked.objective import completion_weights, group_advantages
+from mua_rl.lm.text import completion_texts
 
 Metrics = dict[str, float]
 
@@ -98,9 +99,7 @@ class Scoring:
         """The text of each trial's completions."""
         tokens, lengths = answers.tokens.tolist(), answers.lengths.tolist()
         return [
-            self.tokenizer.batch_decode(
-                [row[:length] for row, length in zip(rows, ends, strict=True)], skip_special_tokens=True
-            )
+            completion_texts(self.tokenizer, [row[:length] for row, length in zip(rows, ends, strict=True)])
             for rows, ends in zip(tokens, lengths, strict=True)
         ]
 

@@ -24,11 +24,12 @@ from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 from mua_rl.adapter.adapters import LoRA, TargetModules, adapter_for
 from mua_rl.adapter.groups import learning_rates
-from mua_rl.envs.tasks import get_task, is_scored, unscored
+from mua_rl.envs.tasks import get_task
 from mua_rl.errors import UserError
 from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.base import load_base, load_tokenizer
-from mua_rl.grpo.setup import check_vllm, check_vocabulary, splits
+from mua_rl.grpo.scored import unscored
+from mua_rl.grpo.setup import check_number, check_vllm, check_vocabulary, splits
 from mua_rl.grpo.stacked.checkpoint import Checkpoints
 from mua_rl.grpo.stacked.engine import EngineSettings, StackedEngine, engine, gpu_share
 from mua_rl.grpo.stacked.generation import Answers, Decoder
@@ -49,7 +50,8 @@ from mua_rl.grpo.stacked.settings import check, check_attention, check_dropout, 
 from mua_rl.grpo.stacked.stack import LoRAStack
 from mua_rl.grpo.stacked.state import StackedTrial
 from mua_rl.grpo.trainer import RunCallback
-from mua_rl.lm.heldout import HeldOutResult, end_ids, is_conversational, prompt_ids, score
+from mua_rl.lm.heldout import HeldOutResult, end_ids, score
+from mua_rl.lm.text import is_conversational, prompt_ids
 from mua_rl.rollouts.memory import PolicySize
 from mua_rl.rollouts.sync import leave_uncompiled
 from mua_rl.run.trial import Trial, TrialResult
@@ -180,7 +182,7 @@ class SideBySide:
             has diverged; it leaves the batch, as does one that `keep_going` ends.
 
         Raises:
-            UserError: No reward gave a score in all that time.
+            Unscored: No step of any trial could teach anything.
         """
         start = time.perf_counter()
         taken, before = self._begin(checkpoints)
@@ -196,8 +198,9 @@ class SideBySide:
             self._drop(before, keep_going)
             if checkpoints:
                 checkpoints.save(step, before, self.states, self.ended, self.stack)
-        if not is_scored([metrics["reward"] for state in self.states for metrics in state.history]):
-            raise unscored(self.task, self.arguments.max_steps)
+        history = [metrics for state in self.states for metrics in state.history]
+        if fault := unscored(self.task, self.arguments, self.arguments.max_steps, history):
+            raise fault
         start = time.perf_counter()
         results = self.measure()
         self._charge(start)
@@ -439,8 +442,7 @@ def prompt_order(rows: Dataset, prompts: int, steps: int, seed: int, shuffle: bo
     Raises:
         UserError: There are fewer rows than prompts in a step.
     """
-    if len(rows) < prompts:
-        raise UserError(f"the task has {len(rows)} training rows, fewer than the {prompts} prompts of a step.")
+    check_number(rows, prompts)
     sampler = RepeatSampler(rows, mini_repeat_count=1, batch_size=prompts, shuffle=shuffle, seed=seed)
     taken = 0
     while taken < steps:
