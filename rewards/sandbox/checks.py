@@ -4,9 +4,11 @@ Decided by the row's text alone, before any program is involved: a row whose tes
 """
 
 import ast
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from typing import Any
 
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _FIXTURES = {"setUp", "tearDown", "setUpClass", "tearDownClass", "asyncSetUp", "asyncTearDown"}
 _METHOD_FIXTURES = {"setup_method", "teardown_method", "setup_class", "teardown_class"}
@@ -22,6 +24,25 @@ _UNPICKLING = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 _SEEN_PATCHES = ("builtins.input", "builtins.print", "sys.stdin", "sys.stdout")
 
 
+@functools.lru_cache(256)
+def nodes(tree: ast.AST) -> list[ast.AST]:
+    """All nodes of a row's text; several questions are asked of them."""
+    return list(ast.walk(tree))
+
+
+@functools.lru_cache(256)
+def _by_kind(tree: ast.AST) -> dict[type, list[Any]]:
+    kinds: dict[type, list[Any]] = {}
+    for node in nodes(tree):
+        kinds.setdefault(type(node), []).append(node)
+    return kinds
+
+
+def of_kind(tree: ast.AST, *kinds: type) -> list[Any]:
+    """The nodes of a row's text that are of these kinds."""
+    return [node for kind in kinds for node in _by_kind(tree).get(kind, ())]
+
+
 def is_check(node: ast.AST) -> bool:
     """Whether this very node fails a test if something is wrong."""
     if isinstance(node, (ast.Assert, ast.Raise)):
@@ -31,15 +52,15 @@ def is_check(node: ast.AST) -> bool:
 
 def holds_check(node: ast.AST) -> bool:
     """Whether a check is in `node`."""
-    return any(is_check(inner) for inner in ast.walk(node))
+    return any(map(is_check, of_kind(node, ast.Assert, ast.Raise, ast.Call)))
 
 
-def calls(nodes: list[ast.stmt], names: set[str]) -> bool:
-    """Whether a function of `names` is called in `nodes`."""
+def calls(statements: list[ast.stmt], names: set[str]) -> bool:
+    """Whether a function of `names` is called in `statements`."""
     return any(
-        isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name) and inner.func.id in names
-        for node in nodes
-        for inner in ast.walk(node)
+        isinstance(inner.func, ast.Name) and inner.func.id in names
+        for node in statements
+        for inner in of_kind(node, ast.Call)
     )
 
 
@@ -65,25 +86,34 @@ def lone_expression(tree: ast.Module) -> ast.expr | None:
     return None
 
 
-def pending_checks(trees: list[ast.Module]) -> Callable[[str, int, int], bool]:
-    """For `with` blocks: whether a check is still to come at an exception's line. Files are `file_name(index)`."""
-    blocks: dict[tuple[str, int], list[ast.stmt]] = {}
-    functions = {n.name for tree in trees for n in ast.walk(tree) if isinstance(n, _Function)}
-    for index, tree in enumerate(trees):
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.With, ast.AsyncWith)):
-                blocks[file_name(index), node.lineno] = node.body
+def unit_checks(tree: ast.Module, functions: set[str]) -> bool:
+    """Whether one test of a list checks something."""
+    return holds_check(tree) or lone_expression(tree) is not None or calls(tree.body, functions)
 
-    def has_checks(file: str, line: int, error_line: int) -> bool:
-        body = blocks.get((file, line))
-        if body is None:
-            return True  # not in a block of the tests: in an ExitStack, say
+
+def _prepares(node: ast.stmt) -> bool:
+    return is_definition(node) or isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Pass))
+
+
+class PendingChecks:
+    """For `with` blocks: whether a check is still to come at an exception's line. Files are `file_name(index)`."""
+
+    def __init__(self, trees: list[ast.Module]) -> None:
+        self._trees = trees
+
+    def __call__(self, file: str, line: int, error_line: int) -> bool:
+        for index, tree in enumerate(self._trees):
+            for block in of_kind(tree, ast.With, ast.AsyncWith):
+                if (file_name(index), block.lineno) == (file, line):
+                    return self._checks(block.body, error_line)
+        return True  # not in a block of the tests: in an ExitStack, say
+
+    def _checks(self, body: list[ast.stmt], error_line: int) -> bool:
         pending = [node for node in body if (node.end_lineno or node.lineno) >= error_line]
         # A raise of the tests is what such a block is there to suppress.
-        found = [inner for node in pending for inner in ast.walk(node) if is_check(inner)]
+        found = [inner for node in pending for inner in nodes(node) if is_check(inner)]
+        functions = {n.name for tree in self._trees for n in of_kind(tree, *_FUNCTIONS)}
         return calls(pending, functions) or any(not isinstance(inner, ast.Raise) for inner in found)
-
-    return has_checks
 
 
 def file_name(index: int) -> str:
@@ -94,6 +124,10 @@ def file_name(index: int) -> str:
 def fault(trees: list[ast.Module], entry_point: str, setup: ast.Module | None = None) -> str | None:
     """Why not all of these tests would run or check something; `None` if they would."""
     every = [*trees, setup] if setup is not None else trees
+    functions = {n.name for tree in every for n in of_kind(tree, *_FUNCTIONS)}
+    for number, tree in enumerate(trees if len(trees) > 1 else [], 1):
+        if not unit_checks(tree, functions) and not all(map(_prepares, tree.body)):
+            return f"test {number} of the list checks nothing"
     return next(
         (reason for rule in (_unsafe, _unused, _changed, _repeated) for tree in every for reason in rule(tree)), None
     ) or next(_unrun(every, entry_point), None)
@@ -105,11 +139,10 @@ def _name(node: ast.AST) -> str:
 
 def _unsafe(tree: ast.Module) -> Iterator[str]:
     """Text of the program's must not be evaluated where the verdict is made."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in _UNPICKLING:
+    for node in of_kind(tree, ast.ImportFrom):
+        if (node.module or "").split(".")[0] in _UNPICKLING:
             yield f"the tests unpickle ({node.module}), which could run the program's data"
-        if not isinstance(node, ast.Call):
-            continue
+    for node in of_kind(tree, ast.Call):
         name = _name(node.func)
         owner = _name(node.func.value) if isinstance(node.func, ast.Attribute) else ""
         constant = bool(node.args) and isinstance(node.args[0], ast.Constant)
@@ -129,25 +162,27 @@ def _unused(tree: ast.Module) -> Iterator[str]:
     """Comparisons that nobody looks at."""
     if lone_expression(tree) is not None:
         return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assert) and isinstance(node.test, ast.Tuple) and node.test.elts:
+    for node in of_kind(tree, ast.Assert):
+        if isinstance(node.test, ast.Tuple) and node.test.elts:
             yield f"line {node.lineno} asserts a tuple, which always holds"
-        if isinstance(node, ast.Expr):
-            value: ast.AST = node.value
-            if isinstance(value, ast.Call) and _name(value.func) == "print" and len(value.args) == 1:
-                value = value.args[0]
-            if isinstance(value, ast.Compare):
-                yield f"line {node.lineno} compares without an assert"
+    expected_to_raise = {
+        id(inner) for node in of_kind(tree, ast.With, ast.Try) for inner in node.body if isinstance(inner, ast.Expr)
+    }
+    for node in of_kind(tree, ast.Expr):
+        value: ast.AST = node.value
+        if isinstance(value, ast.Call) and _name(value.func) == "print" and len(value.args) == 1:
+            value = value.args[0]
+        if isinstance(value, ast.Compare) and id(node) not in expected_to_raise:
+            yield f"line {node.lineno} compares without an assert"
 
 
 def _changed(tree: ast.Module) -> Iterator[str]:
     """What decides in another runner whether and how tests run."""
-    for node in ast.walk(tree):
-        if isinstance(node, (*_FUNCTIONS, ast.ClassDef)):
-            for decorator in node.decorator_list:
-                name = _name(decorator.func if isinstance(decorator, ast.Call) else decorator)
-                if name in _CHANGING_DECORATORS:
-                    yield f"{node.name} is decorated with {name}, which is not supported"
+    for node in of_kind(tree, *_FUNCTIONS, ast.ClassDef):
+        for decorator in node.decorator_list:
+            name = _name(decorator.func if isinstance(decorator, ast.Call) else decorator)
+            if name in _CHANGING_DECORATORS:
+                yield f"{node.name} is decorated with {name}, which is not supported"
     for statement in tree.body:
         names = [statement.name] if isinstance(statement, _FUNCTIONS) else []
         if isinstance(statement, ast.Assign):
@@ -156,30 +191,22 @@ def _changed(tree: ast.Module) -> Iterator[str]:
             yield f"{name} of the tests would not be called"
 
 
-_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-
-
 def _repeated(tree: ast.Module) -> Iterator[str]:
     """Definitions that a later one of the same name hides."""
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef)):
-            seen: set[str] = set()
-            for inner in node.body:
-                if isinstance(inner, (*_FUNCTIONS, ast.ClassDef)) and not inner.decorator_list:
-                    if inner.name in seen and holds_check(inner):
-                        yield f"{inner.name} is defined twice: the first would not run"
-                    seen.add(inner.name)
+    for node in of_kind(tree, ast.Module, ast.ClassDef):
+        seen: set[str] = set()
+        for inner in node.body:
+            if isinstance(inner, (*_FUNCTIONS, ast.ClassDef)) and not inner.decorator_list:
+                if inner.name in seen and holds_check(inner):
+                    yield f"{inner.name} is defined twice: the first would not run"
+                seen.add(inner.name)
 
 
 def _unrun(trees: list[ast.Module], entry_point: str) -> Iterator[str]:
     """Functions and methods with checks in them that nothing calls."""
+    used = {_name(node) for tree in trees for node in of_kind(tree, ast.Name, ast.Attribute)}
     for tree in trees:
-        names = [_name(node) for node in ast.walk(tree) if isinstance(node, (ast.Name, ast.Attribute))]
-        for other in trees:
-            if other is not tree:
-                names += [_name(node) for node in ast.walk(other) if isinstance(node, (ast.Name, ast.Attribute))]
-        collector = _Collector(set(names), entry_point)
-        yield from collector.unrun(tree, None)
+        yield from _Collector(used, entry_point).unrun(tree, None)
 
 
 class _Collector:
@@ -190,6 +217,8 @@ class _Collector:
 
     def unrun(self, parent: ast.AST, owner: ast.ClassDef | None) -> Iterator[str]:
         for node in ast.iter_child_nodes(parent):
+            if isinstance(node, ast.expr):
+                continue
             if isinstance(node, ast.ClassDef):
                 if any(_name(base).endswith("TestCase") or _name(base) in self._cases for base in node.bases):
                     self._cases.add(node.name)
@@ -223,9 +252,9 @@ class _Collector:
                     return f"{owner.name} has an __init__, so that pytest leaves it out"
             if fixture or (node.name.startswith("__") and owner.name in self._used):
                 return None
-            if collected and isinstance(node, ast.AsyncFunctionDef) and owner.name in self._cases:
-                if not any(_name(base).startswith("IsolatedAsyncio") for base in owner.bases):
-                    return f"{name} is async in a class that does not wait for it"
+            waited_for = any(_name(base).startswith("IsolatedAsyncio") for base in owner.bases)
+            if collected and isinstance(node, ast.AsyncFunctionDef) and owner.name in self._cases and not waited_for:
+                return f"{name} is async in a class that does not wait for it"
             required -= not any(_name(d) == "staticmethod" for d in node.decorator_list)
         if not collected:
             return None if node.name in self._used else f"{name} checks something, and nothing calls it"

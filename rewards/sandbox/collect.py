@@ -1,7 +1,6 @@
 """The tests in a row's Python text, in the order in which they run."""
 
 import ast
-import asyncio.coroutines
 import inspect
 import types
 import unittest
@@ -17,7 +16,7 @@ def estimate(trees: list[ast.Module]) -> int:
     """How many tests `code_tests` will find, as far as the text shows; at least 1."""
     if len(trees) > 1:
         return len(trees)
-    names = [n.name for n in ast.walk(trees[0]) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    names = [n.name for n in checks.of_kind(trees[0], ast.FunctionDef, ast.AsyncFunctionDef)]
     functions = sum(name.startswith("test") for name in names) + ("check" in names)
     return max(1, functions + sum(checks.statement_checks(node, set(names)) for node in trees[0].body))
 
@@ -26,9 +25,10 @@ def code_tests(entry_point: str, trees: list[ast.Module], namespace: dict[str, A
     """One test for each text if there are several, else for each top-level statement that checks something; then
     `check(candidate)`, the methods of unittest and pytest classes, and functions called `test…`."""
     if len(trees) > 1:
-        units = [(_asserted(tree), True, index) for index, tree in enumerate(trees)]
+        functions = {n.name for tree in trees for n in checks.of_kind(tree, ast.FunctionDef, ast.AsyncFunctionDef)}
+        units = [(_asserted(tree), checks.unit_checks(tree, functions), index) for index, tree in enumerate(trees)]
     else:
-        functions = {n.name for n in ast.walk(trees[0]) if isinstance(n, ast.FunctionDef)}
+        functions = {n.name for n in checks.of_kind(trees[0], ast.FunctionDef)}
         units = [([node], checks.statement_checks(node, functions), 0) for node in trees[0].body]
     for nodes, counts, index in units:
         yield counts, _runner(nodes, namespace, index)
@@ -69,6 +69,8 @@ def _waiting(function: Callable[[], Any]) -> Test:
     def run() -> None:
         result = function()
         if inspect.iscoroutine(result):
+            import asyncio  # here, since it would make every process larger, and so slower to fork
+
             asyncio.run(result)
 
     return run

@@ -13,7 +13,15 @@ RAISABLE: dict[str, type[BaseException]] = {
 }
 """Builtin exceptions that a program may raise in the tests: StopIteration, for one, would silently end a loop."""
 
-_NEVER = {"solution", "__main__", "unittest", "pytest", "_pytest", "doctest", "mua_rl"}  # the latter steer the running of tests
+_NEVER = {
+    "solution",
+    "__main__",
+    "unittest",
+    "pytest",
+    "_pytest",
+    "doctest",
+    "mua_rl",
+}  # the latter steer the running of tests
 
 
 def nearest_builtin(kind: type) -> str:

@@ -33,7 +33,7 @@ def library_names(names: list[str], root: str, trees: list[ast.Module]) -> dict[
         LookupError: Of a module that the sandbox does not have.
     """
     others = [name for name in names if name != root]
-    if not root and len(others) < 2:
+    if not others or (not root and len(others) < 2):
         return {}
     modules = {_root(n) for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
     helpers = _used_together(trees, {*others, root})

@@ -16,7 +16,6 @@ from fractions import Fraction
 from pathlib import PosixPath, PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
 from typing import Any
-from uuid import UUID
 
 from mua_rl.rewards.sandbox.channel import TooLarge, WireError
 
@@ -35,7 +34,7 @@ TYPES: dict[str, type] = {
     for t in (
         int, float, complex, bool, str, bytes, bytearray, list, tuple, dict, set, frozenset, range, object, slice,
         memoryview, type, type(None), type(...), Counter, OrderedDict, defaultdict, deque, array, date, datetime, time,
-        timedelta, timezone, Decimal, Fraction, UUID, PosixPath, PurePosixPath, PureWindowsPath, SimpleNamespace,
+        timedelta, timezone, Decimal, Fraction, PosixPath, PurePosixPath, PureWindowsPath, SimpleNamespace,
     )
 }  # fmt: skip
 TYPE_NAMES = {t: name for name, t in TYPES.items()}
@@ -63,6 +62,8 @@ def encode(value: Any, other: Encode, depth: int = 0) -> Any:
         return encoder(value, other, depth)
     if isinstance(value, type) and value in TYPE_NAMES:
         return {"y": TYPE_NAMES[value]}
+    if kind.__module__ == "uuid" and kind.__name__ == "UUID":
+        return {"U": value.hex}
     if kind.__module__ == "numpy" and _is_numpy_number(value):
         return {"N": [value.dtype.str, value.tobytes().hex()]}
     return other(value, depth)
@@ -115,7 +116,6 @@ _ENCODERS: dict[type, Callable[[Any, Any, int], dict[str, Any]]] = {
     PosixPath: _encode_path,
     PurePosixPath: _encode_path,
     PureWindowsPath: _encode_path,
-    UUID: lambda v, other, depth: {"U": v.hex},
     type({}.keys()): lambda v, other, depth: {"V": ["k", encode_items(v, other, depth)]},
     type({}.values()): lambda v, other, depth: {"V": ["v", encode_items(v, other, depth)]},
     type({}.items()): lambda v, other, depth: {"V": ["i", [encode_items(pair, other, depth) for pair in v]]},
@@ -165,6 +165,12 @@ def _text(content: Any) -> str:
     return content
 
 
+def _uuid(content: Any) -> Any:
+    from uuid import UUID  # here, since few need it
+
+    return UUID(hex=_text(content))
+
+
 def _numpy_number(content: Any) -> Any:
     dtype, data = content
     numpy = sys.modules.get("numpy")  # there if the pool was given it
@@ -198,7 +204,7 @@ _DECODERS: dict[str, Callable[[Any, Any], Any]] = {
     "l": lambda c, other: timedelta(*c),
     "u": lambda c, other: timezone(*decode_items(c, other)),
     "P": lambda c, other: _PATHS[c[0]](_text(c[1])),
-    "U": lambda c, other: UUID(hex=_text(c)),
+    "U": lambda c, other: _uuid(c),
     "V": _view,
     "N": lambda c, other: _numpy_number(c),
     "y": lambda c, other: TYPES[c],

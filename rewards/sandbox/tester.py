@@ -87,7 +87,7 @@ def _leaves_no_trace(texts: tuple[str, ...]) -> bool:
             tree = _parse(text)
         except _RowFault:
             return False
-        for node in ast.walk(tree):
+        for node in checks.nodes(tree):
             if isinstance(node, (ast.Attribute, ast.Subscript)) and not isinstance(node.ctx, ast.Load):
                 owner = node.value
                 if not isinstance(owner, ast.Name) or (isinstance(node, ast.Attribute) and owner.id != "self"):
@@ -236,7 +236,7 @@ def _checked(texts: tuple[str, ...], setup: str, root: str) -> tuple[list[ast.Mo
     reason = checks.fault(trees, root, _parse(setup) if setup else None)
     if reason:
         raise _RowFault(reason)
-    return trees, checks.pending_checks(trees)
+    return trees, checks.PendingChecks(trees)
 
 
 def _options(texts: list[str]) -> list[str]:
