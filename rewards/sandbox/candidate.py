@@ -51,9 +51,9 @@ def serve_calls(job: dict[str, Any], channel_fd: int) -> None:
     try:
         _load(job, module, server.after_prelude)
     except BaseException as error:
-        server.send_error(error)
+        server.send_error(error)  # in answer to the first request, whichever it is
         return
-    server.loaded()
+    server.after_source()
     server.serve()
 
 

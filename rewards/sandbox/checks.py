@@ -133,6 +133,18 @@ def fault(trees: list[ast.Module], entry_point: str, setup: ast.Module | None = 
     ) or next(_unrun(every, entry_point), None)
 
 
+def uses(trees: list[ast.Module], entry_point: str) -> bool:
+    """Whether the entry point is named in the tests, or looked at in `check(candidate)`."""
+    if any(node.id == entry_point for tree in trees for node in of_kind(tree, ast.Name)):
+        return True
+    for tree in trees:
+        for check in of_kind(tree, ast.FunctionDef):
+            parameter = check.args.args[0].arg if check.name == "check" and check.args.args else None
+            if entry_point and any(node.id == parameter for node in of_kind(check, ast.Name)):
+                return True
+    return False
+
+
 def _name(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
 

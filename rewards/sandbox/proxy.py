@@ -72,17 +72,15 @@ class Remote:
         self.uses = 0  # how often the tests turned to the program
         self.write: Callable[[str], Any] | None = None  # for what the program prints, if the tests look at it
 
-    def wait_until_loaded(self) -> None:
-        """Raises what the program raised while it was being loaded."""
-        with self._lock:
-            self._reply()
-
     def bind(self, names: list[str], options: list[str]) -> dict[str, Any]:
         """Those of `names` that the program defines: data and mirrors.
 
         Args:
             names: Of the program.
             options: "output" to be handed what the program prints, "input" to be asked for what it reads.
+
+        Raises:
+            BaseException: What the program raised while it was being loaded.
         """
         found = self._request("bind", (tuple(names), tuple(options)))
         if type(found) is not tuple or len(found) != len(names):
@@ -243,7 +241,8 @@ class Remote:
             self._channel.send(f'["{kind}",{self._twins.pack(content)}]')
             self._twins.commit()
         except wire.Closed:
-            self._abort(HungUp("killed", "the program's process ended"))
+            if kind != "bind":  # it may have said why before it ended
+                self._abort(HungUp("killed", "the program's process ended"))
 
     def _receive(self) -> list[Any]:
         try:

@@ -52,11 +52,10 @@ class Server:
         """Note the classes that the prelude has defined: their instances cross by value, also if redefined later."""
         self._prelude_names = {name for name, value in vars(self._module).items() if isinstance(value, type)}
 
-    def loaded(self) -> None:
-        """Say that the program is there."""
+    def after_source(self) -> None:
+        """Note which classes of the prelude the program has defined anew."""
         found = ((name, vars(self._module).get(name)) for name in self._prelude_names)
         self._classes.update((name, value) for name, value in found if isinstance(value, type))
-        self.send("r", None)
 
     def serve(self) -> None:
         """Answer until the tests hang up."""

@@ -159,8 +159,6 @@ class _Report:
     def end(self) -> None:
         if not self._count:
             raise _RowFault("there are no tests in this row")
-        if not self._failed and self.remote is not None and not self.remote.uses:
-            raise _RowFault("the tests never use the program")
         self._write(["end"])
 
     def fault(self, message: str) -> None:
@@ -208,11 +206,12 @@ def _prepare(job: dict[str, Any], channel: wire.Channel, report: _Report) -> Ite
         raise _RowFault(str(error)) from error
     namespace.update(known)
     names = [name for name in names if name not in known]
+    if job["kind"] == "code" and not names and not checks.uses(trees, root):
+        raise _RowFault("the tests never use the program")
     remote = report.remote = Remote(channel, report.abort, classes, pending_checks)
     remote.write = lambda text: sys.stdout.write(text)
     alternatives = [root, "Solution"] if job["kind"] == "calls" else [root]
     try:
-        remote.wait_until_loaded()
         bound = remote.bind([name for name in alternatives if name] + names, _options(texts))
     except BaseException as error:
         report.bad(*_reason(error))
@@ -221,7 +220,6 @@ def _prepare(job: dict[str, Any], channel: wire.Channel, report: _Report) -> Ite
         report.bad("error", f"the program does not define {root}")
         raise _Finished
     namespace.update(bound)
-    remote.uses += len(names)
     if job["kind"] == "calls":
         report.total(len(job["tests"]))
         entry_point = job["entry_point"] if root in bound else f"Solution().{job['entry_point']}"
