@@ -10,6 +10,7 @@ from typing import Any
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
+_ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign)
 _FIXTURES = {"setUp", "tearDown", "setUpClass", "tearDownClass", "asyncSetUp", "asyncTearDown"}
 _METHOD_FIXTURES = {"setup_method", "teardown_method", "setup_class", "teardown_class"}
 _MODULE_FIXTURES = {
@@ -72,7 +73,7 @@ def statement_checks(node: ast.stmt, functions: set[str]) -> bool:
     """Whether a top-level statement is a test."""
     if is_definition(node):
         return False
-    return holds_check(node) or (isinstance(node, ast.Expr) and calls([node], functions))
+    return holds_check(node) or (not isinstance(node, _ASSIGNMENTS) and calls([node], functions))
 
 
 def lone_expression(tree: ast.Module) -> ast.expr | None:
@@ -92,7 +93,7 @@ def unit_checks(tree: ast.Module, functions: set[str]) -> bool:
 
 
 def _prepares(node: ast.stmt) -> bool:
-    return is_definition(node) or isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Pass))
+    return is_definition(node) or isinstance(node, (*_ASSIGNMENTS, ast.Pass))
 
 
 class PendingChecks:

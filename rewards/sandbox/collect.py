@@ -28,7 +28,7 @@ def code_tests(entry_point: str, trees: list[ast.Module], namespace: dict[str, A
         functions = {n.name for tree in trees for n in checks.of_kind(tree, ast.FunctionDef, ast.AsyncFunctionDef)}
         units = [(_asserted(tree), checks.unit_checks(tree, functions), index) for index, tree in enumerate(trees)]
     else:
-        functions = {n.name for n in checks.of_kind(trees[0], ast.FunctionDef)}
+        functions = {n.name for n in checks.of_kind(trees[0], ast.FunctionDef, ast.AsyncFunctionDef)}
         units = [([node], checks.statement_checks(node, functions), 0) for node in trees[0].body]
     for nodes, counts, index in units:
         yield counts, _runner(nodes, namespace, index)

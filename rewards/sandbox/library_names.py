@@ -11,15 +11,17 @@ from typing import Any
 
 _ALIASES = {"np": "numpy", "pd": "pandas", "plt": "matplotlib.pyplot", "dt": "datetime"}
 _MODULES = ("math", "collections", "itertools", "functools", "operator", "statistics", "heapq", "bisect", "string",
-            "copy", "random", "datetime", "fractions", "decimal", "typing", "io", "cmath", "re", "json", "unittest",
-            "unittest.mock", "contextlib", "dataclasses", "enum", "pathlib", "time", "numbers", "array",
+            "copy", "random", "datetime", "fractions", "decimal", "typing", "io", "cmath", "re", "types", "json",
+            "unittest", "unittest.mock", "contextlib", "dataclasses", "enum", "pathlib", "time", "numbers", "array",
             "numpy", "numpy.testing", "pytest")  # fmt: skip
 _CERTAIN = {
     "isclose", "allclose", "deepcopy", "defaultdict", "namedtuple", "permutations", "combinations", "islice", "pi",
     "inf", "nan", "approx", "timedelta", "reduce", "partial", "cmp_to_key", "redirect_stdout", "patch", "raises",
     "array_equal", "assert_allclose", "assert_array_equal", "assert_almost_equal",
+    "Counter", "OrderedDict", "ChainMap", "Decimal", "Fraction", "StringIO", "BytesIO", "Path", "PurePath", "Enum",
+    "IntEnum", "TestCase", "Mock", "MagicMock", "SimpleNamespace",
 }  # fmt: skip
-"""Lower-case names that mean the library's whenever tests use them beside what they test."""
+"""Names that mean the library's whenever tests use them beside what they test."""
 
 
 def library_names(names: list[str], root: str, trees: list[ast.Module]) -> dict[str, Any]:
@@ -42,10 +44,8 @@ def library_names(names: list[str], root: str, trees: list[ast.Module]) -> dict[
     for name in others:
         if name in modules and (name in _ALIASES or name in sys.stdlib_module_names) and not name.startswith("_"):
             found[name] = _import(_ALIASES.get(name, name), name)
-        elif name[:1].isupper() or name in _CERTAIN or name in helpers:
+        elif name in _CERTAIN or (name in helpers and not name[:1].isupper()) or _is_hint(name, called):
             for module in _MODULES:
-                if module == "typing" and name in called:
-                    continue
                 loaded = sys.modules.get(module)
                 if loaded is not None and name in getattr(loaded, "__all__", vars(loaded)) and hasattr(loaded, name):
                     found[name] = getattr(loaded, name)
@@ -56,6 +56,10 @@ def library_names(names: list[str], root: str, trees: list[ast.Module]) -> dict[
     if not root and len(found) == len(others):
         return {}
     return found
+
+
+def _is_hint(name: str, called: set[str]) -> bool:
+    return name[:1].isupper() and name in sys.modules["typing"].__all__ and name not in called
 
 
 def _import(module: str, name: str) -> Any:

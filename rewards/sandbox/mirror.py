@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mua_rl.rewards.sandbox import operations
 
 if TYPE_CHECKING:
-    from mua_rl.rewards.sandbox.proxy import Remote
+    from mua_rl.rewards.sandbox.proxy import Leaving, Remote
 
 
 class Mirror(type):
@@ -262,8 +262,19 @@ def _contains(self: Any, value: Any) -> bool:
 
 
 def _exit(self: Any, *exception: Any) -> Any:
-    remote, number = handle_of(self)  # type: ignore[misc]
-    return remote.leave(number, exception, sys._getframe(1))
+    remote, _ = handle_of(self)  # type: ignore[misc]
+    with remote.leave(exception, sys._getframe(1)) as leaving:
+        return leaving.allows(operate(self, "exit", *exception))
+
+
+def _aexit(self: Any, *exception: Any) -> Any:
+    remote, _ = handle_of(self)  # type: ignore[misc]
+    return _left(self, exception, remote.leave(exception, sys._getframe(1)))
+
+
+async def _left(self: Any, exception: tuple[Any, ...], leaving: "Leaving") -> bool:
+    with leaving:
+        return leaving.allows(await operate(self, "aexit", *exception))
 
 
 def _await(self: Any) -> Any:
@@ -273,6 +284,7 @@ def _await(self: Any) -> Any:
 
 _OTHERS: dict[str, Callable[..., Any]] = {
     "call": _call, "iter": _iter, "next": _next, "contains": _contains, "exit": _exit, "await": _await,
+    "aexit": _aexit,
 }  # fmt: skip
 
 

@@ -40,6 +40,13 @@ TYPES: dict[str, type] = {
 TYPE_NAMES = {t: name for name, t in TYPES.items()}
 _PATHS = {t.__name__: t for t in (PosixPath, PurePosixPath, PureWindowsPath)}
 
+BASES: dict[type, Callable[[Any], Any]] = {
+    int: int.__int__, float: float.__float__, complex: complex.__complex__, str: str.__str__, bytes: bytes.__bytes__,
+    tuple: lambda value: tuple.__getitem__(value, slice(None)),
+    frozenset: lambda value: frozenset(frozenset.__iter__(value)),
+}  # fmt: skip
+"""Types whose subclasses cross as values, and how to get the value past the subclass's own methods."""
+
 Encode = Callable[[Any, int], Any]
 Decode = Callable[[str, Any], Any]
 

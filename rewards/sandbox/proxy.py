@@ -8,11 +8,11 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mua_rl.rewards.sandbox import errors, mirror, operations, wire
+from mua_rl.rewards.sandbox import errors, mirror, operations, plain, wire
 from mua_rl.rewards.sandbox.channel import TooLarge, WireError
 
 _BUILTIN_NAMES = {id(value): name for name, value in vars(builtins).items() if callable(value)}
-_BASES: dict[str, type] = {t.__name__: t for t in (int, float, complex, str, bytes, tuple, frozenset)}
+_BASES = {t.__name__: t for t in plain.BASES}
 _CHANGING: dict[str, type] = {t.__name__: t for t in (list, dict, set, bytearray)}
 
 
@@ -105,6 +105,10 @@ class Remote:
         """End the run: the program is asked something that does not cross."""
         return self._abort(HungUp("not_carried", reason))
 
+    def has_seen(self, error: BaseException) -> bool:
+        """Whether an exception of the tests went through the program."""
+        return any(error is other for other in self._raised)
+
     # What mirrors do.
 
     def operate(
@@ -148,29 +152,15 @@ class Remote:
             raise TypeError("unhashable object of the program")
         return value
 
-    def leave(self, number: int, exception: tuple[Any, ...], frame: types.FrameType) -> Any:
-        """The program's `__exit__`. It can swallow or replace an exception of a block, but no failed or coming check.
-
-        Raises:
-            BaseException: The block's own, if the block has more to check.
-        """
+    def leave(self, exception: tuple[Any, ...], frame: types.FrameType) -> "Leaving":
+        """What watches over the program's `__exit__`, called with `exception` in a block of `frame`."""
         error = exception[1]
         if error is None:
-            return self.operate("exit", number, exception)
-        line = error.__traceback__.tb_lineno if error.__traceback__ is not None else 0
+            return Leaving(self, None, checks=False)
         if isinstance(error, AssertionError):
             self.lost_check = self.lost_check or error
-        checks = self._has_checks(frame.f_code.co_filename, frame.f_lineno, line)
-        try:
-            result = self.operate("exit", number, exception)
-        except BaseException:
-            if checks:
-                raise error from None
-            raise
-        if result and (checks or isinstance(error, AssertionError)):
-            self.note("its __exit__ suppressed an exception in a block with checks still to come")
-            return False
-        return bool(result)
+        line = error.__traceback__.tb_lineno if error.__traceback__ is not None else 0
+        return Leaving(self, error, self._has_checks(frame.f_code.co_filename, frame.f_lineno, line))
 
     def wait_for(self, number: int) -> Iterator[None]:
         """`__await__`: the program's event loop and the tests' take turns."""
@@ -272,7 +262,7 @@ class Remote:
             if kind == "k":
                 self._serve_callback(content)
             elif kind == "x" and isinstance(content, BaseException):
-                if not any(content is error for error in self._raised):
+                if not self.has_seen(content):
                     content.from_program = True  # type: ignore[attr-defined]
                 raise content
             elif kind == "stop" and stop is not None:
@@ -344,7 +334,7 @@ class Remote:
         if isinstance(value, type) and issubclass(value, BaseException):
             return self._encode_error_class(value)
         if callable(value):
-            return {"k": self._callback(value)}
+            return {"k": [self._callback(value), *_description(value)]}
         if hasattr(type(value), "__next__"):
             return {"g": self._callback(functools.partial(_pull, value))}
         for base in (bool, *_BASES.values(), *_CHANGING.values()):
@@ -385,10 +375,8 @@ class Remote:
             return getattr(builtins, content)
         if tag == "T" and type(content) is int and 0 <= content < len(self._raised):
             return self._raised[content]
-        if tag == "L" and type(content) is list and len(content) == 2:
-            kind = errors.library_class(*content)
-            if kind is not None:
-                return kind
+        if tag == "L" and type(content) is list and len(content) == 3:
+            return errors.library_class(*content[:2]) or errors.RAISABLE.get(content[2], RuntimeError)
         if tag == "h" and type(content) is list and len(content) == 3:
             return self._proxy(*content)
         if tag == "v" and type(content) is list and len(content) == 3:
@@ -426,8 +414,6 @@ class Remote:
     def _class(self, content: Any) -> type:
         if type(content) is dict and content.keys() == {"n"}:
             kind: Any = errors.RAISABLE.get(content["n"], RuntimeError)
-        elif type(content) is dict and content.keys() == {"L"}:
-            kind = errors.library_class(*content["L"][:2]) or errors.RAISABLE.get(content["L"][2], RuntimeError)
         else:
             kind = self._twins.decode(content)
         if not isinstance(kind, type):
@@ -481,6 +467,40 @@ class Remote:
             origin = self._twins.decode(cause)
             error.__cause__ = origin if isinstance(origin, BaseException) else None
         return error
+
+
+class Leaving:
+    """A block of the tests that an exception ends: the program can swallow or replace that, but no coming check."""
+
+    def __init__(self, remote: Remote, error: BaseException | None, checks: bool) -> None:
+        self._remote = remote
+        self._error = error
+        self._checks = checks
+
+    def __enter__(self) -> "Leaving":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and self._error is not None and self._checks:
+            raise self._error from None
+
+    def allows(self, result: Any) -> bool:
+        """Whether the exception is swallowed, as the program wants it."""
+        if self._error is None or not result:
+            return False
+        if self._checks or isinstance(self._error, AssertionError):
+            self._remote.note("its __exit__ suppressed an exception in a block with checks still to come")
+            return False
+        return True
+
+
+def _description(function: Any) -> list[Any]:
+    """Name, docstring and parameters of a function of the tests, for decorators of the program."""
+    if not isinstance(function, (types.FunctionType, types.MethodType)):
+        return [None, None, None]
+    parameters = inspect.signature(function).parameters.values()
+    rows = [[each.name, int(each.kind), each.default is not each.empty] for each in parameters]
+    return [function.__name__, function.__doc__, rows]
 
 
 def _pull(iterator: Iterator[Any]) -> tuple[bool, Any]:

@@ -12,11 +12,11 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mua_rl.rewards.sandbox import errors, operations, wire
+from mua_rl.rewards.sandbox import errors, operations, plain, wire
 from mua_rl.rewards.sandbox.channel import TooLarge, WireError
 
 _BUILTIN_NAMES = {id(value): name for name, value in vars(builtins).items() if callable(value)}
-_VALUE_BASES: tuple[Any, ...] = (int, float, complex, str, bytes, tuple, frozenset)
+_VALUE_BASES = tuple(plain.BASES)
 _CONTAINER_BASES: tuple[Any, ...] = (list, dict, set, bytearray)
 _STEP_SECONDS = 0.002  # how long the program's event loop runs before that of the tests has its turn
 
@@ -192,7 +192,7 @@ class Server:
             return self._encode_error(value)
         base = next((c for c in _VALUE_BASES if issubclass(kind, c)), None)
         if base is not None:
-            return {"v": [self._number(value), self._mirror(kind), self._twins.encode(base.__new__(base, value))]}
+            return {"v": [self._number(value), self._mirror(kind), self._twins.encode(plain.BASES[base](value))]}
         base = next((c for c in _CONTAINER_BASES if issubclass(kind, c)), None)
         # A class of the program has methods that the tests may want.
         if base is not None and kind.__module__ != "solution":
@@ -237,7 +237,7 @@ class Server:
             return {"T": self._from_tests[id(error)][0]}
         kind = self._encode_class(type(error))
         try:
-            arguments = self._twins.encode(tuple(error.args))
+            arguments = self._twins.encode(_arguments(error))
         except Exception:
             arguments = {"t": []}
         try:
@@ -264,10 +264,11 @@ class Server:
         if tag == "o":
             known = next((stub for _, number, stub in self._stubs.values() if number == content), None)
             return known or self._keep("o", content, object())
-        stub = self._stub(content)
         if tag == "k":
+            stub = self._stub(content[0])
+            _describe(stub, *content[1:])
             return stub
-        return self._keep("k", content, _pulled(stub))
+        return self._keep("k", content, _pulled(self._stub(content)))
 
     def _keep(self, tag: str, number: int, stub: Any) -> Any:
         self._stubs[id(stub)] = (tag, number, stub)
@@ -322,6 +323,27 @@ def _pulled(pull: Callable[[], tuple[bool, Any]]) -> Iterator[Any]:
         if not more:
             return
         yield value
+
+
+def _describe(stub: Any, name: str | None, doc: str | None, parameters: list[Any] | None) -> None:
+    """Give a stub what decorators look at."""
+    if name is not None and parameters is not None:
+        stub.__name__ = stub.__qualname__ = name
+        stub.__doc__ = doc
+        stub.__signature__ = inspect.Signature(
+            [
+                inspect.Parameter(
+                    n, inspect._ParameterKind(kind), default=None if optional else inspect.Parameter.empty
+                )
+                for n, kind, optional in parameters
+            ]
+        )
+
+
+def _arguments(error: BaseException) -> tuple[Any, ...]:
+    if isinstance(error, OSError) and error.filename is not None and len(error.args) == 2:
+        return (*error.args, error.filename)  # which its arguments do not keep
+    return tuple(error.args)
 
 
 def _is_error(kind: type) -> bool:

@@ -22,9 +22,8 @@ from mua_rl.rewards.sandbox.channel import Closed as Closed
 from mua_rl.rewards.sandbox.channel import WireError
 
 to_json = json.JSONEncoder(separators=(",", ":")).encode
-_BASES: tuple[type, ...] = (int, float, complex, str, bytes, tuple, frozenset)
 _CHANGING: tuple[type, ...] = (list, dict, set, bytearray)
-_WITHOUT_TWINS: tuple[type, ...] = (type, Enum, BaseException, *_BASES)
+_WITHOUT_TWINS: tuple[type, ...] = (type, Enum, BaseException, *plain.BASES)
 _SWEPT_REFERENCES = 2  # what sys.getrefcount counts for an object that only its row of the table holds
 
 
@@ -81,14 +80,15 @@ class Twins:
             encoded = plain.encode(value, self._encode)
             for number in known:
                 twin = self._table[number]
-                if sys.getrefcount(twin.value) == _SWEPT_REFERENCES:  # nobody on this side can use it any more
+                unused = sys.getrefcount(twin.value) == _SWEPT_REFERENCES  # nobody here can reach it any more
+                self._encode_row(number, twin)
+                if unused and number not in self._rows:  # nor has changed it while somebody could
                     self._forget(number)
                     self._released.append(number)
-                else:
-                    self._encode_row(number, twin)
             while self._queue:
                 number = self._queue.popleft()
-                self._encode_row(number, self._table[number])
+                if number in self._table:
+                    self._encode_row(number, self._table[number])
         except BaseException:
             self.take_back()
             raise
@@ -131,8 +131,8 @@ class Twins:
             if self._classes.get(kind.__name__) is kind and not isinstance(value, BaseException):
                 if isinstance(value, Enum):
                     return {"E": [kind.__name__, value.name]}
-                base = next(base for base in _BASES if isinstance(value, base))
-                content = plain.encode(base.__new__(base, value), self._encode, depth)
+                base = next(base for base in plain.BASES if isinstance(value, base))
+                content = plain.encode(plain.BASES[base](value), self._encode, depth)
                 return {"I": [kind.__name__, content, plain.encode_pairs(_attributes(value), self._encode, depth)]}
             return self._encode_unknown(value)
         twin = self._table[number]
@@ -265,7 +265,7 @@ class Twins:
 
     def _subvalue(self, kind: type, content: Any, attributes: Any) -> Any:
         """A value of a prelude class whose base does not change, such as a named tuple."""
-        base = next((base for base in _BASES if issubclass(kind, base)), None)
+        base = next((base for base in plain.BASES if issubclass(kind, base)), None)
         value = plain.decode(content, self._decode)
         if base is None or type(value) is not base or issubclass(kind, Enum):
             raise WireError("not its base's value")
