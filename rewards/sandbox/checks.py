@@ -168,7 +168,7 @@ def _unsafe(tree: ast.Module) -> Iterator[str]:
         if name in ("patch", "object", "dict", "setattr") and (name == "patch" or owner in ("patch", "monkeypatch")):
             target = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else ast.unparse(node)
             if target not in _SEEN_PATCHES and not ast.unparse(node).startswith("patch.object(sys, 'std"):
-                yield f"the tests patch {target}, which the program's process does not see"
+                yield f"the tests patch {target!s}, which the program's process does not see"
 
 
 def _unused(tree: ast.Module) -> Iterator[str]:

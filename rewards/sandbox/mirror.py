@@ -77,7 +77,7 @@ def attribute(value: Any, name: str) -> Any:
     result = operate(value, "getattr", name) if name in operations.ATTRIBUTES else None
     if type(result) not in operations.ATTRIBUTES.get(name, ()):
         raise AttributeError(name)
-    if name == "__annotations__" and any(not isinstance(hint, type) for hint in result.values()):
+    if isinstance(result, dict) and name == "__annotations__" and not all(isinstance(v, type) for v in result.values()):
         raise AttributeError(name)  # text, which typing.get_type_hints would evaluate
     return result
 
@@ -337,7 +337,8 @@ def make_class(
             namespace["__module__"] = _Told("__module__", "solution")
             namespace["__dict__"] = _Told("__dict__", {})
             if prelude:
-                namespace["__class__"] = property(lambda self: prelude[0])
+                derived = type(prelude[0])(name, (prelude[0],), {})  # isinstance asks for it
+                namespace["__class__"] = property(lambda self: derived)
     mirror = type.__new__(_meta_class(frozenset(class_abilities)), name, tuple(own), namespace)
     for base in prelude:
         if hasattr(base, "register"):  # an ABC

@@ -3,6 +3,7 @@
 import builtins
 import functools
 import inspect
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -58,6 +59,7 @@ class Remote:
         self._bases: dict[type, str] = {}
         self._callbacks: list[Callable[..., Any]] = []
         self._callback_numbers: dict[int, int] = {}
+        self._given: set[str] = set()  # builtin functions that the tests have handed to the program
         self._coroutines: dict[int, tuple[Any, int]] = {}
         self._sentinels: dict[int, object] = {}
         self._raised: list[BaseException] = []  # by functions of the tests, while the program was calling them
@@ -132,10 +134,10 @@ class Remote:
     def combine(self, operation: str, number: int, other: Any) -> Any:
         """An operator between an object that the tests made and a value of theirs: an object again, or nothing."""
         value = self.operate(operation, number, (other,))
-        if value is NotImplemented or mirror.handle_of(value) is None:
+        if mirror.handle_of(value) is None or not isinstance(value, mirror.Proxy):
             self.cannot(f"{operation} of its object and a value of the tests gives plain data")
         self.made.add(self._number(value))
-        if operation not in operations.IN_PLACE:
+        if operation not in ("iadd", "imul", "iand", "ior"):  # those of a collection
             self.told.add(self._number(value))
         return value
 
@@ -273,17 +275,18 @@ class Remote:
                 self._abort(HungUp("error", "protocol"))
 
     def _serve_callback(self, content: Any) -> None:
-        number, args, kwargs = content if type(content) is tuple and len(content) == 3 else (None, None, None)
+        whole = type(content) is tuple and len(content) == 3
+        number, args, kwargs = content if whole else (-1, (), None)
         if type(args) is not tuple or type(kwargs) is not tuple:
             self._abort(HungUp("error", "protocol: not a call"))
         try:
-            names = dict(kwargs)
+            names = dict(kwargs)  # type: ignore[arg-type]
             function = self._patched(number) if type(number) is str else self._callbacks[number]
         except (TypeError, ValueError, LookupError, AttributeError):
             self._abort(HungUp("error", "protocol: no such callback"))
         self._serving += 1
         try:
-            reply = ("r", function(*args, **names))
+            reply: tuple[str, Any] = ("r", function(*args, **names))
         except Exception as error:
             if isinstance(error, AssertionError) and not getattr(error, "from_program", False):
                 self.lost_check = self.lost_check or error
@@ -297,8 +300,6 @@ class Remote:
 
     def _patched(self, name: str) -> Callable[..., Any]:
         """What the tests have put in the place of the functions that the program reads and writes with."""
-        import sys
-
         places = {
             "input": (builtins, "input"), "print": (builtins, "print"), "readline": (sys.stdin, "readline"),
             "read": (sys.stdin, "read"),
@@ -323,6 +324,7 @@ class Remote:
         if id(value) in self._coroutines:
             return {"H": self._coroutines[id(value)][1]}
         if id(value) in _BUILTIN_NAMES:
+            self._given.add(_BUILTIN_NAMES[id(value)])
             return {"n": _BUILTIN_NAMES[id(value)]}
         if isinstance(value, BaseException):
             return self._encode_error(value)
@@ -371,8 +373,8 @@ class Remote:
             return self._callbacks[content]
         if tag == "o" and type(content) is int and content in self._sentinels:
             return self._sentinels[content]
-        if tag == "n" and type(content) is str and hasattr(builtins, content):
-            return getattr(builtins, content)
+        if tag == "n" and type(content) is str and (content in self._given or content in errors.RAISABLE):
+            return getattr(builtins, content)  # none that the tests did not hand out: one could be eval
         if tag == "T" and type(content) is int and 0 <= content < len(self._raised):
             return self._raised[content]
         if tag == "L" and type(content) is list and len(content) == 3:
@@ -427,13 +429,13 @@ class Remote:
             cls = self._class(kind)
             if not issubclass(cls, mirror.Proxy):
                 raise WireError("not a proxy's class")
-            proxy = object.__new__(cls)
+            proxy: Any = object.__new__(cls)
             object.__setattr__(proxy, "__handle__", (self, number))
             self._hashes[number] = value if type(value) is int else id(proxy) if value is True else None
             if cls.__name__ == "coroutine" and hasattr(cls, "__await__"):
                 coroutine = _awaited(proxy)
                 self._coroutines[id(coroutine)] = (coroutine, number)
-                proxy = coroutine  # type: ignore[assignment]
+                proxy = coroutine
             self._proxies[number] = proxy
         return self._proxies[number]
 
@@ -441,14 +443,16 @@ class Remote:
         if type(number) is not int:
             raise WireError("not a number")
         if number not in self._proxies:
-            cls, value = self._class(kind), self._twins.decode(content)
+            cls: Any = self._class(kind)
+            value = self._twins.decode(content)
             if (
                 not issubclass(cls, mirror.Value)
                 or not isinstance(value, cls.__mro__[-2])
                 or type(value) not in _BASES.values()
             ):
                 raise WireError("not its base's value")
-            self._proxies[number] = type(value).__new__(cls, value)
+            make: Any = type(value).__new__
+            self._proxies[number] = make(cls, value)
             object.__setattr__(self._proxies[number], "__handle__", (self, number))
         return self._proxies[number]
 

@@ -228,7 +228,8 @@ class Twins:
         kind = self._classes[tag[2:]]
         if issubclass(kind, _WITHOUT_TWINS):
             raise WireError("not an object")
-        return next((base for base in _CHANGING if issubclass(kind, base)), object).__new__(kind)
+        base: Any = next((base for base in _CHANGING if issubclass(kind, base)), object)
+        return base.__new__(kind)
 
     def _fill(self, value: Any, tag: str, content: Any) -> None:
         if tag[:2] == "p:":
@@ -269,7 +270,8 @@ class Twins:
         value = plain.decode(content, self._decode)
         if base is None or type(value) is not base or issubclass(kind, Enum):
             raise WireError("not its base's value")
-        value = base.__new__(kind, value)
+        make: Any = base.__new__
+        value = make(kind, value)
         _set_attributes(value, plain.decode_pairs(attributes, self._decode))
         return value
 
