@@ -7,6 +7,7 @@ its class derives from a builtin one. Arithmetic with the tests' values reaches 
 from a class they name, and must give such an object again.
 """
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable
@@ -303,6 +304,7 @@ def make_class(
     bases: list[type],
     abilities: set[str],
     class_abilities: set[str],
+    fields: list[str] | None = None,
 ) -> type:
     """A mirror of the program's class `number`.
 
@@ -310,6 +312,7 @@ def make_class(
         bases: Mirrors of its bases, exceptions, prelude classes, and the builtin type that it derives from.
         abilities: Operations that its objects can do.
         class_abilities: Those that the class itself can do, such as `iter` of an enumeration.
+        fields: Of a dataclass.
     """
     prelude = [base for base in bases if not isinstance(base, Mirror) and base.__module__ not in ("builtins",)]
     prelude = [base for base in prelude if not issubclass(base, BaseException)]
@@ -339,6 +342,10 @@ def make_class(
             if prelude:
                 derived = type(prelude[0])(name, (prelude[0],), {})  # isinstance asks for it
                 namespace["__class__"] = property(lambda self: derived)
+    if fields is not None:
+        like = type(name, (), {"__annotations__": dict.fromkeys(fields, object)})
+        like = dataclasses.dataclass(init=False, repr=False, eq=False)(like)
+        namespace["__dataclass_fields__"] = like.__dataclass_fields__  # type: ignore[attr-defined]
     mirror = type.__new__(_meta_class(frozenset(class_abilities)), name, tuple(own), namespace)
     for base in prelude:
         if hasattr(base, "register"):  # an ABC
@@ -350,5 +357,7 @@ def make_class(
 def _meta_class(abilities: frozenset[str]) -> type[Mirror]:
     if not abilities:
         return Mirror
-    methods = {operations.METHODS[a]: _NAMESPACE[a] for a in abilities - {"call", "eq"}}
+    methods = {operations.METHODS[a]: _NAMESPACE[a] for a in abilities - {"call", "eq", "class_getitem"}}
+    if "class_getitem" in abilities:
+        methods["__getitem__"] = lambda cls, key: cls
     return type("Mirror", (Mirror,), methods)

@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mua_rl.rewards.sandbox import errors, mirror, operations, plain, wire
+from mua_rl.rewards.sandbox import borrowed, errors, mirror, operations, plain, wire
 from mua_rl.rewards.sandbox.channel import TooLarge, WireError
 
 _BUILTIN_NAMES = {id(value): name for name, value in vars(builtins).items() if callable(value)}
@@ -59,6 +59,7 @@ class Remote:
         self._bases: dict[type, str] = {}
         self._callbacks: list[Callable[..., Any]] = []
         self._callback_numbers: dict[int, int] = {}
+        self._borrowed: dict[int, Any] = {}  # objects of the tests, by the number of what does their operations
         self._given: set[str] = set()  # builtin functions that the tests have handed to the program
         self._coroutines: dict[int, tuple[Any, int]] = {}
         self._sentinels: dict[int, object] = {}
@@ -106,6 +107,10 @@ class Remote:
     def cannot(self, reason: str) -> Any:
         """End the run: the program is asked something that does not cross."""
         return self._abort(HungUp("not_carried", reason))
+
+    def seed(self, *values: Any) -> None:
+        """Seed the program's `random` as the tests seed theirs."""
+        self._request("seed", (0, values, ()))
 
     def has_seen(self, error: BaseException) -> bool:
         """Whether an exception of the tests went through the program."""
@@ -335,6 +340,8 @@ class Remote:
             return {"o": id(value)}
         if isinstance(value, type) and issubclass(value, BaseException):
             return self._encode_error_class(value)
+        if borrowed.can_be_borrowed(value):
+            return {"lent": [self._lent(value), borrowed.abilities(value)]}
         if callable(value):
             return {"k": [self._callback(value), *_description(value)]}
         if hasattr(type(value), "__next__"):
@@ -342,7 +349,7 @@ class Remote:
         for base in (bool, *_BASES.values(), *_CHANGING.values()):
             if isinstance(value, base):
                 return self._twins.encode(base(value))
-        raise WireError(f"{type(value).__name__} object; define its class in the prelude")
+        raise WireError(f"{type(value).__name__} object")
 
     def _encode_error(self, error: BaseException) -> dict[str, Any]:
         named = self._encode_error_class(type(error))
@@ -360,6 +367,13 @@ class Remote:
             return {"L": [kind.__module__, kind.__qualname__]}
         return {"n": errors.nearest_builtin(kind)}
 
+    def _lent(self, value: Any) -> int:
+        number = next((n for n, other in self._borrowed.items() if other is value), None)
+        if number is None:
+            number = self._callback(borrowed.lend(value))
+            self._borrowed[number] = value
+        return number
+
     def _callback(self, function: Callable[..., Any]) -> int:
         number = self._callback_numbers.setdefault(id(function), len(self._callbacks))
         if number == len(self._callbacks):
@@ -371,6 +385,8 @@ class Remote:
             return self._mirror(content)
         if tag == "k" and type(content) is int and 0 <= content < len(self._callbacks):
             return self._callbacks[content]
+        if tag == "lent" and type(content) is int and content in self._borrowed:
+            return self._borrowed[content]
         if tag == "o" and type(content) is int and content in self._sentinels:
             return self._sentinels[content]
         if tag == "n" and type(content) is str and (content in self._given or content in errors.RAISABLE):
@@ -393,19 +409,20 @@ class Remote:
             raise WireError("not a class")
         if number in self._mirrors:
             return self._mirrors[number]
-        if type(content) is not list or len(content) != 7:
+        if type(content) is not list or len(content) != 8:
             raise WireError("no such class")
-        _, name, doc, bases, abilities, class_abilities, base = content
+        _, name, doc, bases, abilities, class_abilities, base, fields = content
         if type(name) is not str or type(doc) not in (str, type(None)) or type(bases) is not list:
             raise WireError("not a class")
         kinds = [self._class(each) for each in bases]
         if base in _BASES and not any(issubclass(kind, _BASES[base]) for kind in kinds):
             kinds.append(_BASES[base])
-        allowed = operations.METHODS.keys()
+        able = operations.METHODS.keys() & set(abilities)
+        class_able = {*operations.METHODS, "class_getitem"} & set(class_abilities)
+        if fields is not None and not all(type(field) is str and field.isidentifier() for field in fields):
+            raise WireError("not fields")
         try:
-            kind = mirror.make_class(
-                self, number, name, doc, kinds, allowed & set(abilities), allowed & set(class_abilities)
-            )
+            kind = mirror.make_class(self, number, name, doc, kinds, able, class_able, fields)
         except (TypeError, ValueError) as error:
             raise WireError(f"a class cannot be mirrored: {error}") from error
         if base in _CHANGING:

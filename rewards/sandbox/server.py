@@ -7,12 +7,13 @@ import builtins
 import inspect
 import io
 import os
+import random
 import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mua_rl.rewards.sandbox import errors, operations, plain, wire
+from mua_rl.rewards.sandbox import borrowed, errors, operations, plain, wire
 from mua_rl.rewards.sandbox.channel import TooLarge, WireError
 
 _BUILTIN_NAMES = {id(value): name for name, value in vars(builtins).items() if callable(value)}
@@ -94,6 +95,8 @@ class Server:
                 return next(value)
             except StopIteration as error:
                 raise _Stop from error
+        if operation == "seed":
+            return random.seed(*args)
         if operation == "base":
             return _base_value(value)
         if operation == "signature":
@@ -231,7 +234,10 @@ class Server:
         base = next((c.__name__ for c in (*_VALUE_BASES, *_CONTAINER_BASES) if issubclass(kind, c)), None)
         doc = kind.__doc__ if type(kind.__doc__) is str else None
         abilities, class_abilities = _abilities(inspect.getmro(kind)), _abilities(inspect.getmro(type(kind)))
-        return {"C": [number, kind.__name__, doc, bases, abilities, class_abilities, base]}
+        if hasattr(kind, "__class_getitem__"):
+            class_abilities.append("class_getitem")
+        fields = list(kind.__dataclass_fields__) if hasattr(kind, "__dataclass_fields__") else None
+        return {"C": [number, kind.__name__, doc, bases, abilities, class_abilities, base, fields]}
 
     def _encode_error(self, error: BaseException) -> Any:
         if id(error) in self._from_tests:
@@ -266,6 +272,11 @@ class Server:
         if tag == "o":
             known = next((stub for _, number, stub in self._stubs.values() if number == content), None)
             return known or self._keep("o", content, object())
+        if tag == "lent":
+            known = next((stub for t, number, stub in self._stubs.values() if (t, number) == ("lent", content[0])), None)
+            if known is not None:
+                return known
+            return self._keep("lent", content[0], borrowed.stand_in(self._stub(content[0]), content[1]))
         if tag == "k":
             stub = self._stub(content[0])
             _describe(stub, *content[1:])

@@ -92,7 +92,7 @@ def _leaves_no_trace(texts: tuple[str, ...]) -> bool:
                 owner = node.value
                 if not isinstance(owner, ast.Name) or (isinstance(node, ast.Attribute) and owner.id != "self"):
                     return False
-            if isinstance(node, ast.Attribute) and node.attr.startswith("__"):
+            if isinstance(node, ast.Attribute) and (node.attr.startswith("__") or node.attr == "seed"):
                 return False
             if isinstance(node, ast.Name) and (node.id in _REACHING_OUT or node.id.startswith("__")):
                 return False
@@ -221,6 +221,9 @@ def _prepare(job: dict[str, Any], channel: wire.Channel, report: _Report) -> Ite
         report.bad("error", f"the program does not define {root}")
         raise _Finished
     namespace.update(bound)
+    if any(_seeds(tree) for tree in trees):
+        seed = random.seed
+        random.seed = lambda *values: (seed(*values), remote.seed(*values))[0]
     if job["kind"] == "calls":
         report.total(len(job["tests"]))
         entry_point = job["entry_point"] if root in bound else f"Solution().{job['entry_point']}"
@@ -236,6 +239,12 @@ def _checked(texts: tuple[str, ...], setup: str, root: str) -> tuple[list[ast.Mo
     if reason:
         raise _RowFault(reason)
     return trees, checks.PendingChecks(trees)
+
+
+def _seeds(tree: ast.Module) -> bool:
+    return any(
+        isinstance(call.func, ast.Attribute) and call.func.attr == "seed" for call in checks.of_kind(tree, ast.Call)
+    )
 
 
 def _options(texts: list[str]) -> list[str]:
