@@ -14,6 +14,7 @@ from mua_rl.rewards.sandbox import operations
 
 _FILES = (io.StringIO, io.BytesIO)
 _ROW_MODULES = ("__main__", "tests")
+_CONFIGURING = ("assert", "configure_mock", "reset_mock", "attach_mock", "mock_add_spec")
 _TEXTS = ("str", "repr", "hash")
 
 
@@ -38,7 +39,7 @@ def lend(value: Any) -> Callable[..., Any]:
     def perform(operation: str, *args: Any, **kwargs: Any) -> Any:
         if operation in ("getattr", "setattr"):
             name, *content = args
-            if type(name) is not str or name.startswith(("_", "assert")):
+            if type(name) is not str or name.startswith(("_", *_CONFIGURING)):
                 raise AttributeError(name)
             if operation == "getattr":
                 return getattr(value, name)

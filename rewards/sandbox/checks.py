@@ -181,10 +181,14 @@ def _unused(tree: ast.Module) -> Iterator[str]:
     expected_to_raise = {
         id(inner) for node in of_kind(tree, ast.With, ast.Try) for inner in node.body if isinstance(inner, ast.Expr)
     }
+    waiting = {node.name for node in of_kind(tree, ast.AsyncFunctionDef)}
+    waiting |= {node.name for node in of_kind(tree, ast.FunctionDef) if _yields(node)}
     for node in of_kind(tree, ast.Expr):
         value: ast.AST = node.value
         if isinstance(value, ast.Call) and _name(value.func) == "print" and len(value.args) == 1:
             value = value.args[0]
+        if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id in waiting:
+            yield f"line {node.lineno} calls {value.func.id}, whose body does not run so"
         if isinstance(value, ast.Compare) and id(node) not in expected_to_raise:
             yield f"line {node.lineno} compares without an assert"
 
@@ -227,6 +231,7 @@ class _Collector:
         self._used = used
         self._entry_point = entry_point
         self._cases: set[str] = set()
+        self._inner: set[str] = set()  # classes within something else, which are not collected
 
     def unrun(self, parent: ast.AST, owner: ast.ClassDef | None) -> Iterator[str]:
         for node in ast.iter_child_nodes(parent):
@@ -235,6 +240,8 @@ class _Collector:
             if isinstance(node, ast.ClassDef):
                 if any(_name(base).endswith("TestCase") or _name(base) in self._cases for base in node.bases):
                     self._cases.add(node.name)
+                if isinstance(parent, (*_FUNCTIONS, ast.ClassDef)):
+                    self._inner.add(node.name)
                 yield from self.unrun(node, node)
             elif isinstance(node, _FUNCTIONS):
                 if _own_checks(node):
@@ -263,6 +270,7 @@ class _Collector:
                 fixture = node.name in _METHOD_FIXTURES and owner.name.startswith("Test")
                 if owner.name.startswith("Test") and any(getattr(n, "name", "") == "__init__" for n in owner.body):
                     return f"{owner.name} has an __init__, so that pytest leaves it out"
+            collected = collected and owner.name not in self._inner
             if fixture or (node.name.startswith("__") and owner.name in self._used):
                 return None
             waited_for = any(_name(base).startswith("IsolatedAsyncio") for base in owner.bases)
@@ -275,18 +283,26 @@ class _Collector:
             return None
         if required > 0:
             return f"{name} takes arguments: fixtures are not supported"
-        if any(isinstance(inner, (ast.Yield, ast.YieldFrom)) for inner in ast.walk(node)):
+        if owner is None and node.decorator_list:
+            return f"{name} is decorated: what would run is not known"
+        if _yields(node):
             return f"{name} is a generator, whose body would not run"
         return None
 
 
+def _yields(node: _Function) -> bool:
+    return any(isinstance(inner, (ast.Yield, ast.YieldFrom)) for inner in _own_nodes(node))
+
+
 def _own_checks(node: _Function) -> bool:
     """Whether a function checks something outside of functions within it."""
+    return any(is_check(inner) and not isinstance(inner, ast.Raise) for inner in _own_nodes(node))
+
+
+def _own_nodes(node: _Function) -> Iterator[ast.AST]:
     waiting: list[Any] = list(node.body)
     while waiting:
         inner = waiting.pop()
-        if is_check(inner) and not isinstance(inner, ast.Raise):
-            return True
+        yield inner
         if not isinstance(inner, (*_FUNCTIONS, ast.ClassDef, ast.Lambda)):
             waiting += ast.iter_child_nodes(inner)
-    return False

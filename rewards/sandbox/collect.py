@@ -33,7 +33,8 @@ def code_tests(entry_point: str, trees: list[ast.Module], namespace: dict[str, A
     for nodes, counts, index in units:
         yield counts, _runner(nodes, namespace, index)
     checked = [nodes for nodes, counts, _ in units if counts]
-    if "check" in namespace and entry_point and not _called(checked, "check"):
+    defined = {n.name for tree in trees for n in tree.body if isinstance(n, ast.FunctionDef)}
+    if "check" in defined and entry_point and not _called(checked, "check"):
         yield True, lambda: namespace["check"](eval(entry_point, namespace))
     for name, value in sorted(namespace.items()):
         if isinstance(value, type) and value.__dict__.get("__module__") == "__main__":

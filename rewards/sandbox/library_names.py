@@ -10,10 +10,14 @@ import sys
 from typing import Any
 
 _ALIASES = {"np": "numpy", "pd": "pandas", "plt": "matplotlib.pyplot", "dt": "datetime"}
-_MODULES = ("math", "collections", "itertools", "functools", "operator", "statistics", "heapq", "bisect", "string",
-            "copy", "random", "datetime", "fractions", "decimal", "typing", "io", "cmath", "re", "types", "json",
-            "unittest", "unittest.mock", "contextlib", "dataclasses", "enum", "pathlib", "time", "numbers", "array",
-            "numpy", "numpy.testing", "pytest")  # fmt: skip
+_COMPUTING = (
+    "math", "collections", "itertools", "functools", "statistics", "heapq", "bisect", "datetime", "cmath", "numpy",
+    "numpy.testing",
+)  # fmt: skip
+_OTHERS = (
+    "fractions", "decimal", "typing", "copy", "io", "types", "enum", "pathlib", "contextlib", "unittest",
+    "unittest.mock", "pytest",
+)  # fmt: skip
 _CERTAIN = {
     "isclose", "allclose", "deepcopy", "defaultdict", "namedtuple", "permutations", "combinations", "islice", "pi",
     "inf", "nan", "approx", "timedelta", "reduce", "partial", "cmp_to_key", "redirect_stdout", "patch", "raises",
@@ -29,7 +33,8 @@ def library_names(names: list[str], root: str, trees: list[ast.Module]) -> dict[
 
     A name is the library's if it is used as a module (`math.isclose`), or is one that the library has and nobody
     would ask a program for (`Counter`, `isclose`), or stands in one statement with another free name (`f(2) ==
-    sqrt(2)`); but never if it is the entry point, or all that the tests could be about.
+    sqrt(2)`); but never if it is the entry point, or all that the tests could be about. Where there is an entry point,
+    every lower-case name that a computing module has is the library's.
 
     Raises:
         LookupError: Of a module that the sandbox does not have.
@@ -44,15 +49,14 @@ def library_names(names: list[str], root: str, trees: list[ast.Module]) -> dict[
     for name in others:
         if name in modules and (name in _ALIASES or name in sys.stdlib_module_names) and not name.startswith("_"):
             found[name] = _import(_ALIASES.get(name, name), name)
-        elif name in _CERTAIN or (name in helpers and not name[:1].isupper()) or _is_hint(name, called):
-            for module in _MODULES:
-                loaded = sys.modules.get(module)
-                if loaded is not None and name in getattr(loaded, "__all__", vars(loaded)) and hasattr(loaded, name):
-                    found[name] = getattr(loaded, name)
-                    break
-            else:
-                if name in _CERTAIN:
-                    raise LookupError(f"the tests use {name} without importing it, and the sandbox does not have it")
+            continue
+        certain = name in _CERTAIN or _is_hint(name, called)
+        if certain or ((root or name in helpers) and not name[:1].isupper()):
+            module = next((m for m in (*_COMPUTING, *(_OTHERS if certain else ())) if _has(m, name)), None)
+            if module is not None:
+                found[name] = getattr(sys.modules[module], name)
+            elif name in _CERTAIN:
+                raise LookupError(f"the tests use {name} without importing it, and the sandbox does not have it")
     if not root and len(found) == len(others):
         return {}
     return found
@@ -60,6 +64,11 @@ def library_names(names: list[str], root: str, trees: list[ast.Module]) -> dict[
 
 def _is_hint(name: str, called: set[str]) -> bool:
     return name[:1].isupper() and name in sys.modules["typing"].__all__ and name not in called
+
+
+def _has(module: str, name: str) -> bool:
+    loaded = sys.modules.get(module)
+    return loaded is not None and name in getattr(loaded, "__all__", vars(loaded)) and hasattr(loaded, name)
 
 
 def _import(module: str, name: str) -> Any:

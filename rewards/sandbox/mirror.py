@@ -56,9 +56,14 @@ def handle_of(value: Any) -> "tuple[Remote, int] | None":
     return None
 
 
+_OF_SEALED = {*operations.BINARY, *operations.REFLECTED, *operations.COMPARISONS}
+
+
 def operate(value: Any, operation: str, *args: Any) -> Any:
     handle = handle_of(value)
     assert handle is not None
+    if handle[1] in handle[0].sealed and operation not in _OF_SEALED:
+        handle[0].cannot(f"{operation} of an object that an operator has told a collection of the tests")
     return handle[0].operate(operation, handle[1], args)
 
 
@@ -229,7 +234,7 @@ def _combine(self: Any, operation: str, other: Any) -> Any:
     base = next((b for b in type(self).__mro__ if b.__module__ == "builtins" and b is not object), None)
     if handle[1] in handle[0].made:
         return handle[0].combine(operation, handle[1], other)
-    if base is not None:
+    if base is not None and hasattr(base, operations.METHODS[operation]):
         return getattr(base, operations.METHODS[operation])(self, other)
     handle[0].note("an operator between its object and a value of the tests was not carried out")
     return NotImplemented

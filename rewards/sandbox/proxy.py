@@ -70,6 +70,7 @@ class Remote:
         self._named: set[int] = set()
         self.made: set[int] = set()  # objects that the tests made from a class that they name
         self.told: set[int] = set()  # those to which an operator has told a value of the tests
+        self.sealed: set[int] = set()  # those of them that were told more than a number
         self.lost_check: BaseException | None = None  # a failed assertion that the program could have swallowed
         self.notes: list[str] = []
         self.uses = 0  # how often the tests turned to the program
@@ -144,6 +145,8 @@ class Remote:
         self.made.add(self._number(value))
         if operation not in ("iadd", "imul", "iand", "ior"):  # those of a collection
             self.told.add(self._number(value))
+            if type(other) not in (int, float, complex, bool):  # the whole of an expected value, it may be
+                self.sealed.add(self._number(value))
         return value
 
     def base_value(self, number: int, kind: type) -> Any:

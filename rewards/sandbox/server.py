@@ -273,7 +273,9 @@ class Server:
             known = next((stub for _, number, stub in self._stubs.values() if number == content), None)
             return known or self._keep("o", content, object())
         if tag == "lent":
-            known = next((stub for t, number, stub in self._stubs.values() if (t, number) == ("lent", content[0])), None)
+            known = next(
+                (stub for t, number, stub in self._stubs.values() if (t, number) == ("lent", content[0])), None
+            )
             if known is not None:
                 return known
             return self._keep("lent", content[0], borrowed.stand_in(self._stub(content[0]), content[1]))
