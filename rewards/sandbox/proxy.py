@@ -1,7 +1,6 @@
 """The program, as seen from the tests: requests to its process, and what they hold of it (`mirror.py`)."""
 
 import builtins
-import functools
 import inspect
 import sys
 import threading
@@ -9,11 +8,10 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mua_rl.rewards.sandbox import borrowed, errors, mirror, operations, plain, wire
+from mua_rl.rewards.sandbox import mirror, wire
 from mua_rl.rewards.sandbox.channel import TooLarge, WireError
+from mua_rl.rewards.sandbox.exchange import Exchange
 
-_BUILTIN_NAMES = {id(value): name for name, value in vars(builtins).items() if callable(value)}
-_BASES = {t.__name__: t for t in plain.BASES}
 _CHANGING: dict[str, type] = {t.__name__: t for t in (list, dict, set, bytearray)}
 
 
@@ -52,18 +50,8 @@ class Remote:
         self._channel = channel
         self._abort = abort
         self._has_checks = has_checks
-        self._twins = wire.Twins(0, self._encode, self._decode, classes)
-        self._mirrors: dict[int, type] = {}
-        self._proxies: dict[int, Any] = {}
-        self._hashes: dict[int, Any] = {}
-        self._bases: dict[type, str] = {}
-        self._callbacks: list[Callable[..., Any]] = []
-        self._callback_numbers: dict[int, int] = {}
-        self._borrowed: dict[int, Any] = {}  # objects of the tests, by the number of what does their operations
-        self._given: set[str] = set()  # builtin functions that the tests have handed to the program
-        self._coroutines: dict[int, tuple[Any, int]] = {}
-        self._sentinels: dict[int, object] = {}
-        self._raised: list[BaseException] = []  # by functions of the tests, while the program was calling them
+        self._exchange = Exchange(self, classes)
+        self._twins = self._exchange.twins
         self._serving = 0
         self._decoding = False
         self._lock = threading.RLock()  # tests may have threads; a callback's own requests are in its thread
@@ -115,7 +103,7 @@ class Remote:
 
     def has_seen(self, error: BaseException) -> bool:
         """Whether an exception of the tests went through the program."""
-        return any(error is other for other in self._raised)
+        return any(error is other for other in self._exchange.raised)
 
     # What mirrors do.
 
@@ -151,13 +139,13 @@ class Remote:
 
     def base_value(self, number: int, kind: type) -> Any:
         """The content of an object whose class derives from a list, a dict or a set and has no `==` of its own."""
-        base = next((self._bases[c] for c in kind.__mro__ if c in self._bases), None)
+        base = next((self._exchange.bases[c] for c in kind.__mro__ if c in self._exchange.bases), None)
         if base is None or "__eq__" in vars(kind):
             return None
         return mirror.exactly(_CHANGING[base], self._request("base", (number, (), ())))
 
     def hash_of(self, number: int) -> int:
-        value = self._hashes.get(number)
+        value = self._exchange.hashes.get(number)
         if value is None:
             raise TypeError("unhashable object of the program")
         return value
@@ -289,7 +277,7 @@ class Remote:
             self._abort(HungUp("error", "protocol: not a call"))
         try:
             names = dict(kwargs)  # type: ignore[arg-type]
-            function = self._patched(number) if type(number) is str else self._callbacks[number]
+            function = self._patched(number) if type(number) is str else self._exchange.callbacks[number]
         except (TypeError, ValueError, LookupError, AttributeError):
             self._abort(HungUp("error", "protocol: no such callback"))
         self._serving += 1
@@ -323,175 +311,6 @@ class Remote:
             self._abort(HungUp("error", f"its answer cannot be handed back: {error}"))
         return self._abort(Unsupported(f"a value of the tests cannot cross: {error}"))
 
-    # Values that are neither plain nor have twins.
-
-    def _encode(self, value: Any) -> Any:
-        handle = mirror.handle_of(value)
-        if handle is not None:
-            return {"H": handle[1]}
-        if id(value) in self._coroutines:
-            return {"H": self._coroutines[id(value)][1]}
-        if id(value) in _BUILTIN_NAMES:
-            self._given.add(_BUILTIN_NAMES[id(value)])
-            return {"n": _BUILTIN_NAMES[id(value)]}
-        if isinstance(value, BaseException):
-            return self._encode_error(value)
-        if type(value) is types.TracebackType or value is NotImplemented:
-            return None
-        if type(value) is object:
-            self._sentinels[id(value)] = value
-            return {"o": id(value)}
-        if isinstance(value, type) and issubclass(value, BaseException):
-            return self._encode_error_class(value)
-        if borrowed.can_be_borrowed(value):
-            return {"lent": [self._lent(value), borrowed.abilities(value)]}
-        if callable(value):
-            return {"k": [self._callback(value), *_description(value)]}
-        if hasattr(type(value), "__next__"):
-            return {"g": self._callback(functools.partial(_pull, value))}
-        for base in (bool, *_BASES.values(), *_CHANGING.values()):
-            if isinstance(value, base):
-                return self._twins.encode(base(value))
-        raise WireError(f"{type(value).__name__} object")
-
-    def _encode_error(self, error: BaseException) -> dict[str, Any]:
-        named = self._encode_error_class(type(error))
-        try:
-            arguments = self._twins.encode(error.args)
-        except WireError:
-            arguments = {"t": []}
-        number = next((i for i, other in enumerate(self._raised) if other is error), len(self._raised))
-        if number == len(self._raised):
-            self._raised.append(error)
-        return {"X": [named, arguments, number]}
-
-    def _encode_error_class(self, kind: type) -> dict[str, Any]:
-        if errors.is_library_class(kind) and kind.__module__ != "builtins":
-            return {"L": [kind.__module__, kind.__qualname__]}
-        return {"n": errors.nearest_builtin(kind)}
-
-    def _lent(self, value: Any) -> int:
-        number = next((n for n, other in self._borrowed.items() if other is value), None)
-        if number is None:
-            number = self._callback(borrowed.lend(value))
-            self._borrowed[number] = value
-        return number
-
-    def _callback(self, function: Callable[..., Any]) -> int:
-        number = self._callback_numbers.setdefault(id(function), len(self._callbacks))
-        if number == len(self._callbacks):
-            self._callbacks.append(function)
-        return number
-
-    def _decode(self, tag: str, content: Any) -> Any:
-        if tag == "C":
-            return self._mirror(content)
-        if tag == "k" and type(content) is int and 0 <= content < len(self._callbacks):
-            return self._callbacks[content]
-        if tag == "lent" and type(content) is int and content in self._borrowed:
-            return self._borrowed[content]
-        if tag == "o" and type(content) is int and content in self._sentinels:
-            return self._sentinels[content]
-        if tag == "n" and type(content) is str and (content in self._given or content in errors.RAISABLE):
-            return getattr(builtins, content)  # none that the tests did not hand out: one could be eval
-        if tag == "T" and type(content) is int and 0 <= content < len(self._raised):
-            return self._raised[content]
-        if tag == "L" and type(content) is list and len(content) == 3:
-            return errors.library_class(*content[:2]) or errors.RAISABLE.get(content[2], RuntimeError)
-        if tag == "h" and type(content) is list and len(content) == 3:
-            return self._proxy(*content)
-        if tag == "v" and type(content) is list and len(content) == 3:
-            return self._value(*content)
-        if tag == "X" and type(content) is list and len(content) == 6:
-            return self._error(*content)
-        raise WireError("not a value")
-
-    def _mirror(self, content: Any) -> type:
-        number = content[0] if type(content) is list and content else content
-        if type(number) is not int:
-            raise WireError("not a class")
-        if number in self._mirrors:
-            return self._mirrors[number]
-        if type(content) is not list or len(content) != 8:
-            raise WireError("no such class")
-        _, name, doc, bases, abilities, class_abilities, base, fields = content
-        if type(name) is not str or type(doc) not in (str, type(None)) or type(bases) is not list:
-            raise WireError("not a class")
-        kinds = [self._class(each) for each in bases]
-        if base in _BASES and not any(issubclass(kind, _BASES[base]) for kind in kinds):
-            kinds.append(_BASES[base])
-        able = operations.METHODS.keys() & set(abilities)
-        class_able = {*operations.METHODS, "class_getitem"} & set(class_abilities)
-        if fields is not None and not all(type(field) is str and field.isidentifier() for field in fields):
-            raise WireError("not fields")
-        try:
-            kind = mirror.make_class(self, number, name, doc, kinds, able, class_able, fields)
-        except (TypeError, ValueError) as error:
-            raise WireError(f"a class cannot be mirrored: {error}") from error
-        if base in _CHANGING:
-            self._bases[kind] = base
-        self._mirrors[number] = kind
-        return kind
-
-    def _class(self, content: Any) -> type:
-        if type(content) is dict and content.keys() == {"n"}:
-            kind: Any = errors.RAISABLE.get(content["n"], RuntimeError)
-        else:
-            kind = self._twins.decode(content)
-        if not isinstance(kind, type):
-            raise WireError("not a class")
-        return kind
-
-    def _proxy(self, number: Any, kind: Any, value: Any) -> Any:
-        if type(number) is not int:
-            raise WireError("not a number")
-        if number not in self._proxies:
-            cls = self._class(kind)
-            if not issubclass(cls, mirror.Proxy):
-                raise WireError("not a proxy's class")
-            proxy: Any = object.__new__(cls)
-            object.__setattr__(proxy, "__handle__", (self, number))
-            self._hashes[number] = value if type(value) is int else id(proxy) if value is True else None
-            if cls.__name__ == "coroutine" and hasattr(cls, "__await__"):
-                coroutine = _awaited(proxy)
-                self._coroutines[id(coroutine)] = (coroutine, number)
-                proxy = coroutine
-            self._proxies[number] = proxy
-        return self._proxies[number]
-
-    def _value(self, number: Any, kind: Any, content: Any) -> Any:
-        if type(number) is not int:
-            raise WireError("not a number")
-        if number not in self._proxies:
-            cls: Any = self._class(kind)
-            value = self._twins.decode(content)
-            if (
-                not issubclass(cls, mirror.Value)
-                or not isinstance(value, cls.__mro__[-2])
-                or type(value) not in _BASES.values()
-            ):
-                raise WireError("not its base's value")
-            make: Any = type(value).__new__
-            self._proxies[number] = make(cls, value)
-            object.__setattr__(self._proxies[number], "__handle__", (self, number))
-        return self._proxies[number]
-
-    def _error(self, kind: Any, arguments: Any, attributes: Any, text: Any, number: Any, cause: Any) -> BaseException:
-        if type(number) is int and number in self._proxies:
-            return self._proxies[number]
-        cls = self._class(kind)
-        args, state = self._twins.decode(arguments), self._twins.decode(attributes)
-        if not issubclass(cls, BaseException) or type(args) is not tuple or type(state) is not tuple:
-            raise WireError("not an exception")
-        error = errors.build(cls, args, dict(state))
-        if isinstance(error, mirror.Raised) and type(number) is int and type(text) is str:
-            vars(error).update(__handle__=(self, number), __text__=text)
-            self._proxies[number] = error
-        if cause is not None:
-            origin = self._twins.decode(cause)
-            error.__cause__ = origin if isinstance(origin, BaseException) else None
-        return error
-
 
 class Leaving:
     """A block of the tests that an exception ends: the program can swallow or replace that, but no coming check."""
@@ -516,22 +335,3 @@ class Leaving:
             self._remote.note("its __exit__ suppressed an exception in a block with checks still to come")
             return False
         return True
-
-
-def _description(function: Any) -> list[Any]:
-    """Name, docstring and parameters of a function of the tests, for decorators of the program."""
-    if not isinstance(function, (types.FunctionType, types.MethodType)):
-        return [None, None, None]
-    parameters = inspect.signature(function).parameters.values()
-    rows = [[each.name, int(each.kind), each.default is not each.empty] for each in parameters]
-    return [function.__name__, function.__doc__, rows]
-
-
-def _pull(iterator: Iterator[Any]) -> tuple[bool, Any]:
-    for value in iterator:
-        return True, value
-    return False, None
-
-
-async def _awaited(proxy: Any) -> Any:
-    return await proxy

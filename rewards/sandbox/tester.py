@@ -222,8 +222,7 @@ def _prepare(job: dict[str, Any], channel: wire.Channel, report: _Report) -> Ite
         raise _Finished
     namespace.update(bound)
     if any(_seeds(tree) for tree in trees):
-        seed = random.seed
-        random.seed = lambda *values: (seed(*values), remote.seed(*values))[0]
+        _seed_both(remote)
     if job["kind"] == "calls":
         report.total(len(job["tests"]))
         entry_point = job["entry_point"] if root in bound else f"Solution().{job['entry_point']}"
@@ -239,6 +238,17 @@ def _checked(texts: tuple[str, ...], setup: str, root: str) -> tuple[list[ast.Mo
     if reason:
         raise _RowFault(reason)
     return trees, checks.PendingChecks(trees)
+
+
+def _seed_both(remote: Remote) -> None:
+    """Have `random.seed` of the tests seed the program's generator too."""
+    seed_here = random.seed
+
+    def seed(*values: Any) -> None:
+        seed_here(*values)
+        remote.seed(*values)
+
+    random.seed = seed  # type: ignore[assignment]
 
 
 def _seeds(tree: ast.Module) -> bool:

@@ -8,15 +8,14 @@ A side that holds the last reference to its copy says so, and the number is forg
 
 import json
 import sys
-from array import array
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import deque
 from collections.abc import Callable
 from enum import Enum
 from functools import cached_property
-from types import MemberDescriptorType, SimpleNamespace
+from types import MemberDescriptorType
 from typing import Any
 
-from mua_rl.rewards.sandbox import plain
+from mua_rl.rewards.sandbox import changing, plain
 from mua_rl.rewards.sandbox.channel import Channel as Channel
 from mua_rl.rewards.sandbox.channel import Closed as Closed
 from mua_rl.rewards.sandbox.channel import WireError
@@ -124,7 +123,7 @@ class Twins:
         number = self._numbers.get(id(value))
         if number is None:
             kind = type(value)
-            if kind in _MAKERS or self._class_name(value) or _is_array(value):
+            if kind in changing.MAKERS or self._class_name(value) or changing.is_array(value):
                 return {"@": self._add(value, depth)}
             if isinstance(value, type) and self._classes.get(value.__name__) is value:
                 return {"p": value.__name__}
@@ -161,11 +160,20 @@ class Twins:
         if name is not None:
             attributes = plain.encode_pairs(_attributes(value), self._encode, 0)
             base = next((base for base in _CHANGING if isinstance(value, base)), None)
-            return f"p:{name}", [base and _CONTENTS[base](value, self._encode, 0), attributes]
-        encoder = _CONTENTS.get(type(value))
+            return f"p:{name}", [base and changing.CONTENTS[base](value, self._encode, 0), attributes]
+        encoder = changing.CONTENTS.get(type(value))
         if encoder is not None:
             return encoder(value, self._encode, depth)
-        return "N", [value.dtype.str, list(value.shape), value.tobytes().hex()]
+        crossed_before: dict[int, Any] = {}
+        for number, twin in self._table.items():
+            if twin.value is value:
+                break
+            if changing.is_array(twin.value):
+                crossed_before[number] = twin.value
+        return changing.view_of(value, crossed_before) or (
+            "N",
+            [value.dtype.str, list(value.shape), value.tobytes().hex()],
+        )
 
     def encode(self, value: Any) -> Any:
         """A part of what is being packed."""
@@ -206,25 +214,28 @@ class Twins:
             if number % 2 == self._parity:
                 raise WireError("no such object")
             try:
-                value = self._new(tag, content)
+                if tag == "W":  # a view of an array that crossed before
+                    value = changing.make_view(self._table[content[0]].value, content)
+                else:
+                    value = self._new(tag, content)
             except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
                 raise WireError("not an object") from error
             self._table[number] = _Twin(value, 0, row)
             self._numbers[id(value)] = number
-        elif self._tag(twin.value) == tag:
+        elif self._tag(twin.value) == tag.replace("W", "N"):
             twin.data, twin.sent = row, None
         else:
             raise WireError("an object of another type")
 
     def _tag(self, value: Any) -> str:
         name = self._class_name(value)
-        return f"p:{name}" if name else _TAGS.get(type(value), "N")
+        return f"p:{name}" if name else changing.TAGS.get(type(value), "N")
 
     def _new(self, tag: str, content: Any) -> Any:
         if tag == "N":
-            return _array(content)
+            return changing.make_array(content)
         if tag[:2] != "p:":
-            return _MAKERS[_KINDS[tag]](content)
+            return changing.MAKERS[changing.KINDS[tag]](content)
         kind = self._classes[tag[2:]]
         if issubclass(kind, _WITHOUT_TWINS):
             raise WireError("not an object")
@@ -235,14 +246,16 @@ class Twins:
         if tag[:2] == "p:":
             base = next((base for base in _CHANGING if isinstance(value, base)), None)
             if base is not None:
-                if content[0][0] != _TAGS[base]:
+                if content[0][0] != changing.TAGS[base]:
                     raise WireError("not its base's value")
-                _FILLERS[base](value, content[0][1], self._decode)
+                changing.FILLERS[base](value, content[0][1], self._decode)
             _set_attributes(value, plain.decode_pairs(content[1], self._decode))
+        elif tag == "W":
+            pass  # its elements are those of the other array
         elif tag == "N":
-            value[...] = _array(content)
+            value[...] = changing.make_array(content)
         else:
-            _FILLERS[type(value)](value, content, self._decode)
+            changing.FILLERS[type(value)](value, content, self._decode)
 
     def _decode(self, tag: str, content: Any) -> Any:
         if tag == "@":
@@ -302,103 +315,6 @@ def _set_attributes(value: Any, attributes: dict[str, Any]) -> None:
             raise WireError("an attribute would hide one of its class")  # such as a method that the tests call
         else:
             state[name] = content
-
-
-def _is_array(value: Any) -> bool:
-    kind = type(value)
-    return (
-        kind.__module__ == "numpy" and kind.__name__ == "ndarray" and bool(plain.NUMPY_TYPES.fullmatch(value.dtype.str))
-    )
-
-
-def _array(content: Any) -> Any:
-    dtype, shape, data = content
-    numpy = sys.modules.get("numpy")  # there if the pool was given it
-    if numpy is None or not plain.NUMPY_TYPES.fullmatch(dtype):
-        raise WireError("not an array")
-    return numpy.frombuffer(bytearray.fromhex(data), dtype=dtype).reshape(shape)
-
-
-# Exact types that can change: tag, content, an empty one, and making one equal to the content.
-_CONTENTS: dict[type, Callable[[Any, Any, int], tuple[str, Any]]] = {
-    list: lambda v, encode, depth: ("l", plain.encode_items(v, encode, depth)),
-    dict: lambda v, encode, depth: ("d", plain.encode_pairs(v, encode, depth)),
-    set: lambda v, encode, depth: ("s", plain.encode_items(v, encode, depth)),
-    bytearray: lambda v, encode, depth: ("B", v.hex()),
-    deque: lambda v, encode, depth: ("q", [plain.encode_items(v, encode, depth), v.maxlen]),
-    Counter: lambda v, encode, depth: ("C", plain.encode_pairs(v, encode, depth)),
-    OrderedDict: lambda v, encode, depth: ("O", plain.encode_pairs(v, encode, depth)),
-    defaultdict: lambda v, encode, depth: (
-        "D",
-        [plain.encode(v.default_factory, encode, depth), plain.encode_pairs(v, encode, depth)],
-    ),
-    array: lambda v, encode, depth: ("A", [v.typecode, v.tobytes().hex()]),
-    SimpleNamespace: lambda v, encode, depth: ("n", plain.encode_pairs(vars(v), encode, depth)),
-}
-_MAKERS: dict[type, Callable[[Any], Any]] = {
-    **{kind: lambda content, kind=kind: kind() for kind in _CONTENTS},  # type: ignore[misc]
-    deque: lambda content: deque(maxlen=content[1]),
-    array: lambda content: array(content[0]),
-}
-_TAGS = {
-    list: "l", dict: "d", set: "s", bytearray: "B", deque: "q", Counter: "C", OrderedDict: "O", defaultdict: "D",
-    array: "A", SimpleNamespace: "n",
-}  # fmt: skip
-_KINDS = {tag: kind for kind, tag in _TAGS.items()}
-
-
-def _fill_list(value: list[Any], content: Any, decode: plain.Decode) -> None:
-    list.__setitem__(value, slice(None), plain.decode_items(content, decode))
-
-
-def _fill_dict(value: dict[Any, Any], content: Any, decode: plain.Decode) -> None:
-    pairs = plain.decode_pairs(content, decode)
-    dict.clear(value)
-    dict.update(value, pairs)
-
-
-def _fill_set(value: set[Any], content: Any, decode: plain.Decode) -> None:
-    items = set(plain.decode_items(content, decode))
-    set.clear(value)
-    set.update(value, items)
-
-
-def _fill_bytearray(value: bytearray, content: Any, decode: plain.Decode) -> None:
-    value[:] = bytes.fromhex(content)
-
-
-def _fill_deque(value: deque[Any], content: Any, decode: plain.Decode) -> None:
-    items = plain.decode_items(content[0], decode)
-    value.clear()
-    value.extend(items)
-
-
-def _fill_ordered(value: OrderedDict[Any, Any], content: Any, decode: plain.Decode) -> None:
-    pairs = plain.decode_pairs(content, decode)
-    value.clear()
-    value.update(pairs)
-
-
-def _fill_defaultdict(value: defaultdict[Any, Any], content: Any, decode: plain.Decode) -> None:
-    value.default_factory = plain.decode(content[0], decode)
-    _fill_dict(value, content[1], decode)
-
-
-def _fill_array(value: Any, content: Any, decode: plain.Decode) -> None:
-    value[:] = array(value.typecode, bytes.fromhex(content[1]))
-
-
-def _fill_namespace(value: SimpleNamespace, content: Any, decode: plain.Decode) -> None:
-    pairs = plain.decode_pairs(content, decode)
-    vars(value).clear()
-    vars(value).update(pairs)
-
-
-_FILLERS: dict[type, Callable[[Any, Any, plain.Decode], None]] = {
-    list: _fill_list, dict: _fill_dict, set: _fill_set, bytearray: _fill_bytearray, deque: _fill_deque,
-    Counter: _fill_dict, OrderedDict: _fill_ordered, defaultdict: _fill_defaultdict, array: _fill_array,
-    SimpleNamespace: _fill_namespace,
-}  # fmt: skip
 
 
 def refuse(value: Any) -> Any:
