@@ -1,8 +1,9 @@
 """The code reward: run the program in a completion against its row's tests, in a sandbox.
 
 The process that runs the program never holds the tests, compares, decides or reports. The tests run unchanged in a
-second process, against proxies for what the program defines; only plain data crosses (`sandbox/wire.py`). A program
-passes if every test ran there and passed; all else is 0, with a reason.
+second process, against mirrors of what the program defines; only plain data crosses (`sandbox/wire.py`). A program
+passes if every test ran there and passed; all else is 0, with a reason. What each reason means, which shapes of Python
+are carried and which rows are refused is in docs/verdicts.md.
 
 Isolation levels (Linux 5.8 or later, x86_64 or aarch64):
 

@@ -351,6 +351,19 @@ def test_verdicts_carry_their_reason(pool: Pool, program: str, reason: Reason) -
     assert pool.run(program, parse_row("assert f(3) == 7", "f")).reason is reason
 
 
+def test_what_does_not_cross_has_a_reason_of_its_own(pool: Pool) -> None:
+    row = parse_row("import threading\nassert f(lambda v: threading.Lock(), 3) == 3", "f")
+    verdict = pool.run("def f(g, x): return g(x)", row)
+    assert verdict.reason is Reason.NOT_CARRIED and "lock" in verdict.detail
+    row = parse_row("assert V(3) - 1.5 == V(1.5)\nassert abs(V(3) - 1.5) < 2", "V")
+    verdict = pool.run(
+        "class V:\n    def __init__(s, x): s.x = x\n    def __eq__(s, o): return s.x == o.x\n"
+        "    def __sub__(s, k): return V(s.x - k)\n    def __abs__(s): return abs(s.x)",
+        row,
+    )
+    assert (verdict.reason, verdict.passed) == (Reason.NOT_CARRIED, 1) and "abs()" in verdict.detail
+
+
 COMPLETIONS = ["```python\ndef f(x): return x\n```", "```python\ndef f(x): return 1\n```", "no"]
 TESTS = ["assert f(1) == 1\nassert f(2) == 2"] * 3
 

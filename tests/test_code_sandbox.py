@@ -116,6 +116,35 @@ def test_a_sandbox_that_fails_twice_is_a_fault_not_a_verdict(pool: Pool, monkeyp
     assert pool.run(RIGHT, ROW).ok
 
 
+@pytest.mark.parametrize("program", ["def f(x): return 1", "def f(x): return 2"])
+def test_a_program_whose_tests_crash_gets_a_verdict_and_the_pool_serves_on(
+    pool: Pool, program: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    crashing = parse_row("import ctypes\nif f(1) == 1:\n    ctypes.string_at(0)\nassert f(1) == 2")
+    verdict = pool.run(program, crashing)
+    if program.endswith("2"):
+        assert verdict.ok and not caplog.records
+    else:
+        assert verdict.reason is Reason.CRASHED and "signal 11" in verdict.detail
+        assert program in caplog.text
+    assert pool.run(RIGHT, ROW).ok
+
+
+def test_a_sandbox_that_one_program_breaks_is_that_program_s_verdict(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = worker_module.Worker.run
+
+    def die_on_it(self: worker_module.Worker, source: str, *args: object, **kwargs: object) -> object:
+        if source == "break":
+            raise worker_module.Died("on purpose")
+        return run(self, source, *args, **kwargs)
+
+    monkeypatch.setattr(worker_module.Worker, "run", die_on_it)
+    assert pool.run("break", ROW).reason is Reason.CRASHED
+    assert pool.run(RIGHT, ROW).ok
+
+
 def test_a_trainer_killed_with_9_leaves_no_orphan() -> None:
     script = (
         "from mua_rl.rewards.sandbox.pool import Pool\n"

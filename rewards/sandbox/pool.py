@@ -15,7 +15,7 @@ from mua_rl.rewards.sandbox import selftest
 from mua_rl.rewards.sandbox.row import Row
 from mua_rl.rewards.sandbox.settings import Settings
 from mua_rl.rewards.sandbox.verdict import Reason, Verdict
-from mua_rl.rewards.sandbox.worker import Died, Worker
+from mua_rl.rewards.sandbox.worker import Died, TestsDied, Worker
 
 _log = logging.getLogger(__name__)
 
@@ -63,9 +63,12 @@ class Pool:
             row: Its tests.
             fraction: Go on after a failed test, to count those passed.
 
+        Returns:
+            A verdict, `Reason.CRASHED` if the program's run broke its sandbox or its tests' process twice.
+
         Raises:
             BadRow: The tests themselves cannot be run.
-            GraderFault: The sandbox failed twice.
+            GraderFault: The sandbox fails, also on a program that does nothing.
         """
         if len(source) > MAX_SOURCE_BYTES:
             return Verdict(Reason.ERROR, detail=f"more than {MAX_SOURCE_BYTES} characters of code")
@@ -76,6 +79,8 @@ class Pool:
                 try:
                     worker = worker or self._start_worker()
                     return worker.run(source, row, fraction)
+                except TestsDied as error:
+                    fault = error
                 except Died as error:
                     fault, broken, worker = error, worker, None
                     self._discard(broken)
@@ -85,9 +90,22 @@ class Pool:
                     broken, worker = worker, None
                     self._discard(broken)
                     raise
+            if worker is None:
+                worker = self._start_serving_worker(fault)
         finally:
             self._idle.put(worker)
-        raise GraderFault(f"the sandbox failed twice on one program: {fault or 'a zygote died'}")
+        _log.warning("the sandbox failed twice on one program, which gets 0 (%s): %.200r", fault, source)
+        return Verdict(Reason.CRASHED, detail=f"the sandbox failed twice on it: {fault or 'a zygote died'}")
+
+    def _start_serving_worker(self, fault: Died | None) -> Worker:
+        """A new worker, tried on a harmless program: some programs break sandboxes, and some sandboxes are broken."""
+        worker = self._start_worker()
+        try:
+            worker.run(selftest.HARMLESS, selftest.HARMLESS_ROW, seconds=10.0)
+        except Died as error:
+            self._discard(worker)
+            raise GraderFault(f"the sandbox failed twice on one program: {fault or 'a zygote died'}") from error
+        return worker
 
     def grade(self, jobs: Sequence[tuple[str, Row]], fraction: bool = False) -> list[Verdict | BadRow]:
         """Grade many programs on all workers, identical ones once; the order is that of `jobs`.

@@ -105,3 +105,6 @@ def probe_rows(isolation: str, threads_limited: bool) -> dict[str, Row]:
 
 SLEEPER: Final = "import time\n\ndef f():\n    time.sleep(60)\n"
 SLEEPER_ROW: Final = Row("code", ("f()",), entry_point="f")
+
+HARMLESS: Final = "def f():\n    return 1\n"
+HARMLESS_ROW: Final = Row("code", ("assert f() == 1",), entry_point="f")

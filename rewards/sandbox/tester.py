@@ -14,16 +14,15 @@ import os
 import random
 import socket
 import symtable
-import types
+import sys
 import unittest
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mua_rl.rewards.sandbox import wire
+from mua_rl.rewards.sandbox import checks, wire
+from mua_rl.rewards.sandbox.collect import Test, code_tests, estimate
+from mua_rl.rewards.sandbox.library_names import library_names
 from mua_rl.rewards.sandbox.proxy import HungUp, Remote
-
-_Test = Callable[[], None]
-
 
 MAX_ROWS_PER_PROCESS = 100
 """A process that runs tests is used again, up to this often, as long as they leave no trace in it."""
@@ -88,12 +87,12 @@ def _leaves_no_trace(texts: tuple[str, ...]) -> bool:
             tree = _parse(text)
         except _RowFault:
             return False
-        for node in ast.walk(tree):
+        for node in checks.nodes(tree):
             if isinstance(node, (ast.Attribute, ast.Subscript)) and not isinstance(node.ctx, ast.Load):
                 owner = node.value
                 if not isinstance(owner, ast.Name) or (isinstance(node, ast.Attribute) and owner.id != "self"):
                     return False
-            if isinstance(node, ast.Attribute) and node.attr.startswith("__"):
+            if isinstance(node, ast.Attribute) and (node.attr.startswith("__") or node.attr == "seed"):
                 return False
             if isinstance(node, ast.Name) and (node.id in _REACHING_OUT or node.id.startswith("__")):
                 return False
@@ -126,24 +125,31 @@ class _Report:
         """Say how many tests there will be; an estimate, corrected by `end`."""
         self._write(["total", count])
 
-    def outcome(self, test: _Test, counts: bool) -> None:
+    def outcome(self, test: Test, counts: bool) -> None:
         """Run one test, or statements between tests, which count only if they fail."""
         try:
             test()
         except ImportError as error:
-            if not getattr(error, "from_program", False):
+            seen = self.remote is not None and self.remote.has_seen(error)
+            if not seen and not getattr(error, "from_program", False):
                 raise _RowFault(f"the tests import {error.name}, which the sandbox does not have") from error
             self.bad(*_reason(error))
         except BaseException as error:
             self.bad(*_reason(error))
         else:
-            if counts:
+            lost = self.remote.lost_check if self.remote is not None else None
+            if lost is not None:
+                self.remote.lost_check = None  # type: ignore[union-attr]
+                self.bad("wrong", "an assertion of the tests failed where only the program saw it")
+            elif counts:
                 self._count += 1
                 self._write(["ok"])
 
     def bad(self, reason: str, detail: str) -> None:
         self._count += 1
         self._failed = True
+        if self.remote is not None and self.remote.notes:
+            detail = f"{detail} ({'; '.join(self.remote.notes)})"
         self._write(["bad", reason, detail])
         if self._stop_at_first:
             raise _Finished
@@ -154,8 +160,6 @@ class _Report:
     def end(self) -> None:
         if not self._count:
             raise _RowFault("there are no tests in this row")
-        if not self._failed and self.remote is not None and not self.remote.uses:
-            raise _RowFault("the tests never use the program")
         self._write(["end"])
 
     def fault(self, message: str) -> None:
@@ -180,29 +184,36 @@ def _reason(error: BaseException) -> tuple[str, str]:
     return ("memory" if isinstance(error, MemoryError) else "error"), f"the program raised {kind}"
 
 
-def _prepare(job: dict[str, Any], channel: wire.Channel, report: _Report) -> Iterator[tuple[bool, _Test]]:
+def _prepare(job: dict[str, Any], channel: wire.Channel, report: _Report) -> Iterator[tuple[bool, Test]]:
     """Load the row's own code and the program; gives the steps to take, in order, and which of them are tests."""
     namespace: dict[str, Any] = {"__name__": "tests", "__builtins__": builtins}
     unittest.main = lambda *args, **kwargs: None  # type: ignore[assignment]  # we run the test cases ourselves
+    texts = job["tests"] if job["kind"] == "code" else []
+    root = (job["entry_point"] or "").split("(")[0].split(".")[0].strip()
+    trees, pending_checks = _checked(tuple(texts), job["setup"], root)
     if job["prelude"]:
         _execute(_parse(job["prelude"]), namespace, "prelude")
     classes = {
-        name: value
-        for name, value in namespace.items()
-        if type(value) is type and value.__module__ == "tests" and not issubclass(value, BaseException)
+        name: value for name, value in namespace.items() if isinstance(value, type) and value.__module__ == "tests"
     }
-    root = (job["entry_point"] or "").split("(")[0].split(".")[0].strip()
     classes.pop(root, None)
+    namespace["__name__"] = "__main__"  # the tests are the main program: what stands behind a main guard runs too
     if job["setup"]:
         _execute(_parse(job["setup"]), namespace, "setup")
-    remote = report.remote = Remote(channel, report.abort, classes)
-    texts = job["tests"] if job["kind"] == "code" else []
-    trees = [_parse(text) for text in texts]
     names = [name for name in _free_names(texts, namespace) if name != root]
+    try:
+        known = library_names(names, root, trees)
+    except LookupError as error:
+        raise _RowFault(str(error)) from error
+    namespace.update(known)
+    names = [name for name in names if name not in known]
+    if job["kind"] == "code" and not names and not checks.uses(trees, root):
+        raise _RowFault("the tests never use the program")
+    remote = report.remote = Remote(channel, report.abort, classes, pending_checks)
+    remote.write = lambda text: sys.stdout.write(text)
     alternatives = [root, "Solution"] if job["kind"] == "calls" else [root]
     try:
-        remote.wait_until_loaded()
-        bound = remote.bind([name for name in alternatives if name] + names)
+        bound = remote.bind([name for name in alternatives if name] + names, _options(texts))
     except BaseException as error:
         report.bad(*_reason(error))
         raise _Finished from error
@@ -210,13 +221,48 @@ def _prepare(job: dict[str, Any], channel: wire.Channel, report: _Report) -> Ite
         report.bad("error", f"the program does not define {root}")
         raise _Finished
     namespace.update(bound)
-    remote.uses += len(names)
+    if any(_seeds(tree) for tree in trees):
+        _seed_both(remote)
     if job["kind"] == "calls":
         report.total(len(job["tests"]))
         entry_point = job["entry_point"] if root in bound else f"Solution().{job['entry_point']}"
         return _call_tests(job["tests"], entry_point, namespace, job["may_be_wrapped"])
-    report.total(_estimate(trees))
-    return _code_tests(job, trees, namespace)
+    report.total(estimate(trees))
+    return code_tests(job["entry_point"], trees, namespace)
+
+
+@functools.lru_cache(128)  # completions of one prompt share their row
+def _checked(texts: tuple[str, ...], setup: str, root: str) -> tuple[list[ast.Module], Callable[[str, int, int], bool]]:
+    trees = [_parse(text) for text in texts]
+    reason = checks.fault(trees, root, _parse(setup) if setup else None)
+    if reason:
+        raise _RowFault(reason)
+    return trees, checks.PendingChecks(trees)
+
+
+def _seed_both(remote: Remote) -> None:
+    """Have `random.seed` of the tests seed the program's generator too."""
+    seed_here = random.seed
+
+    def seed(*values: Any) -> None:
+        seed_here(*values)
+        remote.seed(*values)
+
+    random.seed = seed  # type: ignore[assignment]
+
+
+def _seeds(tree: ast.Module) -> bool:
+    return any(
+        isinstance(call.func, ast.Attribute) and call.func.attr == "seed" for call in checks.of_kind(tree, ast.Call)
+    )
+
+
+def _options(texts: list[str]) -> list[str]:
+    """What of the program's surroundings the tests look at."""
+    text = "\n".join(texts)
+    options = ["output"] if "stdout" in text or "capsys" in text else []
+    options += ["input"] if "input" in text or "stdin" in text else []
+    return options + (["print"] if "builtins.print" in text else [])
 
 
 @functools.lru_cache(128)  # the trees are read only
@@ -227,16 +273,9 @@ def _parse(text: str) -> ast.Module:
         raise _RowFault(f"the row's code does not compile: {type(error).__name__}: {error}") from error
 
 
-def _compile(nodes: list[ast.stmt]) -> types.CodeType:
-    try:
-        return compile(ast.Module(nodes, []), "<tests>", "exec")
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise _RowFault(f"the row's code does not compile: {type(error).__name__}: {error}") from error
-
-
 def _execute(tree: ast.Module, namespace: dict[str, Any], part: str) -> None:
     try:
-        exec(_compile(tree.body), namespace)
+        exec(compile(tree, "<row>", "exec"), namespace)
     except BaseException as error:
         raise _RowFault(f"the {part} fails before any program is involved: {type(error).__name__}: {error}") from error
 
@@ -265,96 +304,9 @@ def _free_names(texts: list[str], namespace: dict[str, Any]) -> list[str]:
     return sorted(used - defined)
 
 
-def _estimate(trees: list[ast.Module]) -> int:
-    """How many tests `_code_tests` will find, as far as the text shows; at least 1."""
-    if len(trees) > 1:
-        return len(trees)
-    names = [n.name for n in ast.walk(trees[0]) if isinstance(n, ast.FunctionDef)]
-    functions = sum(name.startswith("test") for name in names) + ("check" in names)
-    return max(1, functions + sum(_checks(node, set(names)) for node in trees[0].body))
-
-
-def _code_tests(
-    job: dict[str, Any], trees: list[ast.Module], namespace: dict[str, Any]
-) -> Iterator[tuple[bool, _Test]]:
-    """One test for each text if there are several, else for each top-level statement that checks something; then
-    `check(candidate)`, the methods of unittest classes, and functions called `test…`."""
-    if len(trees) > 1:
-        units = [(tree.body, True) for tree in trees]
-    else:
-        functions = {n.name for n in ast.walk(trees[0]) if isinstance(n, ast.FunctionDef)}
-        units = [([node], _checks(node, functions)) for node in trees[0].body]
-    for nodes, checks in units:
-        yield checks, _runner(nodes, namespace)
-    names = {n.name for tree in trees for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-    calls_check = any(_calls(nodes, "check") for nodes, checks in units if checks)
-    if "check" in names and job["entry_point"] and not calls_check:
-        yield True, lambda: namespace["check"](eval(job["entry_point"], namespace))
-    for name in sorted(names):
-        value = namespace.get(name)
-        if isinstance(value, type) and issubclass(value, unittest.TestCase):
-            for case in unittest.TestLoader().loadTestsFromTestCase(value):
-                yield True, _unittest_runner(case)
-        elif name.startswith("test") and isinstance(value, types.FunctionType) and not value.__code__.co_argcount:
-            called = any(_calls(nodes, name) for nodes, checks in units if checks)
-            yield not called, (lambda: None) if called else value
-
-
-_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
-
-
-def _checks(node: ast.stmt, functions: set[str]) -> bool:
-    if isinstance(node, _DEFINITIONS):
-        return False
-    if any(isinstance(inner, (ast.Assert, ast.Raise)) for inner in ast.walk(node)):
-        return True
-    return isinstance(node, ast.Expr) and any(_calls([node], name) for name in functions)
-
-
-def _calls(nodes: list[ast.stmt], name: str) -> bool:
-    return any(
-        isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name) and inner.func.id == name
-        for node in nodes
-        for inner in ast.walk(node)
-    )
-
-
-def _runner(nodes: list[ast.stmt], namespace: dict[str, Any]) -> _Test:
-    code = _compile(nodes)
-    return lambda: exec(code, namespace)
-
-
-def _unittest_runner(case: unittest.TestCase | unittest.TestSuite) -> _Test:
-    def run_case() -> None:
-        result = _Result()
-        unittest.TestSuite([case]).run(result)
-        if result.error is not None:
-            raise result.error
-        if result.skipped or result.testsRun != 1 or not result.wasSuccessful():
-            raise AssertionError("not a success")
-
-    return run_case
-
-
-class _Result(unittest.TestResult):
-    """Keeps the first exception, without formatting any."""
-
-    error: BaseException | None = None
-
-    def addError(self, test: Any, err: Any) -> None:
-        self.error = self.error or err[1]
-
-    def addFailure(self, test: Any, err: Any) -> None:
-        self.error = self.error or err[1]
-
-    def addSubTest(self, test: Any, subtest: Any, err: Any) -> None:
-        if err is not None:
-            self.error = self.error or err[1]
-
-
 def _call_tests(
     cases: list[Any], entry_point: str, namespace: dict[str, Any], may_be_wrapped: bool
-) -> Iterator[tuple[bool, _Test]]:
+) -> Iterator[tuple[bool, Test]]:
     """APPS and LiveCodeBench: arguments and expected results as JSON, which has no tuples."""
     forms: list[Callable[[Any], Any]] = [lambda expected: expected]
     if may_be_wrapped:

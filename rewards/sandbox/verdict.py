@@ -13,6 +13,8 @@ class Reason(Enum):
     TIMEOUT = "timeout"
     MEMORY = "memory"
     KILLED = "killed"  # its process ended before its tests did: exit, signal, forbidden system call
+    NOT_CARRIED = "not_carried"  # it was asked something that does not cross between the two processes
+    CRASHED = "crashed"  # its tests' process, or its sandbox, ended twice, and not without it
     NO_CODE = "no_code"  # the completion holds no program
 
 

@@ -1,313 +1,343 @@
-"""What crosses between the process of the tests and the process of the untrusted code: plain data, in tagged JSON.
+"""What crosses between the two processes: plain values (`plain.py`), and twins of what can change.
 
-Both sides encode and decode with this module, so honest values arrive as the same exact builtin types. The side of the
-tests never relies on that: whatever bytes arrive, `decode` builds exact builtin types from them or raises `WireError`.
-Nothing is unpickled, evaluated or formatted.
+A list, a dict, an object of a prelude class, … that has crossed once exists on both sides, under one number. Each
+message brings the twins that have changed since the last one up to date, so that whoever appends to its copy appends
+to the other's; an object that comes back is the very one that went, and two places that hold one object still do.
+A side that holds the last reference to its copy says so, and the number is forgotten.
 """
 
-import builtins
 import json
-import os
 import sys
-from collections import Counter, OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
-from decimal import Decimal
-from fractions import Fraction
+from enum import Enum
+from functools import cached_property
+from types import MemberDescriptorType
 from typing import Any
 
-MAX_MESSAGE_BYTES = 8 << 20
-"""Longest message that is accepted; a longer one is refused before any of it is decoded."""
+from mua_rl.rewards.sandbox import changing, plain
+from mua_rl.rewards.sandbox.channel import Channel as Channel
+from mua_rl.rewards.sandbox.channel import Closed as Closed
+from mua_rl.rewards.sandbox.channel import WireError
 
-MAX_DEPTH = 100
-"""Deepest nesting of containers that is sent or accepted. Objects of prelude classes may be chained deeper."""
-
-_SCALARS = frozenset({int, float, str, bool, type(None)})
-_ATOMS = frozenset({float, str, bool, type(None)})  # JSON carries every value of these types
-_ARRAY_KINDS = frozenset("biufc")  # of numpy's arrays and numbers, those that are plain numbers
-_INT64 = 1 << 63
-
-# Types that both sides may name; as values they are harmless.
-TYPES: dict[str, type] = {
-    t.__name__: t
-    for t in (int, float, complex, bool, str, bytes, bytearray, list, tuple, dict, set, frozenset, range, object)
-}
-TYPES["NoneType"] = type(None)
-_TYPE_NAMES = {t: name for name, t in TYPES.items()}
+to_json = json.JSONEncoder(separators=(",", ":")).encode
+_CHANGING: tuple[type, ...] = (list, dict, set, bytearray)
+_WITHOUT_TWINS: tuple[type, ...] = (type, Enum, BaseException, *plain.BASES)
+_SWEPT_REFERENCES = 2  # what sys.getrefcount counts for an object that only its row of the table holds
 
 
-class WireError(Exception):
-    """A value that cannot cross, or a message that is not one of ours."""
+class _Twin:
+    """One row of the table. `sent` is the row's text at the last crossing; `data` is what that text is made from."""
+
+    __slots__ = ("data", "depth", "sent", "value")
+
+    def __init__(self, value: Any, depth: int, data: Any = None) -> None:
+        self.value = value
+        self.depth = depth
+        self.data = data
+        self.sent: str | None = None
 
 
-class TooLarge(WireError):
-    """A value that is nested too deeply, or a message that is too long."""
+class Twins:
+    """One side's table.
 
-
-class Closed(Exception):
-    """The other process has gone."""
-
-
-def encode(value: Any, other: Callable[[Any], dict[str, Any]], depth: int = 0) -> Any:
-    """`value` as JSON-ready data; `other` encodes what is not plain (handles, callbacks, prelude objects).
-
-    Raises:
-        TooLarge: Nested deeper than `MAX_DEPTH`.
+    Args:
+        first: 0 or 1: this side gives even numbers or odd ones.
+        encode_other, decode_other: For what is neither plain nor has a twin: handles and the like.
+        classes: Classes of the prelude by name: their instances have twins.
     """
-    kind = type(value)
-    if kind is int:
-        return value if -_INT64 <= value < _INT64 else {"i": hex(value)}
-    if kind in _ATOMS:
-        return value
-    if depth > MAX_DEPTH:
-        raise TooLarge("nested too deeply")
-    if kind is list:
-        return _encode_items(value, other, depth)
-    if kind is dict:
-        return {"d": _encode_pairs(value, other, depth)}
-    encoder = _ENCODERS.get(kind)
-    if encoder is not None:
-        return encoder(value, other, depth)
-    if kind is type and value in _TYPE_NAMES:
-        return {"y": _TYPE_NAMES[value]}
-    if kind.__module__ == "numpy" and getattr(getattr(value, "dtype", None), "kind", "O") in _ARRAY_KINDS:
-        if kind.__name__ == "ndarray":
-            return {"N": [value.dtype.str, list(value.shape), value.tobytes().hex()]}
-        return encode(value.item(), other)
-    return other(value)
 
+    def __init__(
+        self,
+        first: int,
+        encode_other: Callable[[Any], Any],
+        decode_other: Callable[[str, Any], Any],
+        classes: dict[str, type],
+    ) -> None:
+        self._next = first
+        self._parity = first
+        self._encode_unknown = encode_other
+        self._decode_unknown = decode_other
+        self._classes = classes
+        self._table: dict[int, _Twin] = {}
+        self._numbers: dict[int, int] = {}  # id() of an object -> its number; the table keeps it alive
+        self._queue: deque[int] = deque()
+        self._released: list[int] = []
+        self._rows: dict[int, str] = {}
 
-def _encode_items(items: Any, other: Callable[[Any], dict[str, Any]], depth: int) -> list[Any]:
-    items = list(items)
-    kinds = set(map(type, items))
-    if kinds <= _ATOMS or (kinds == {int} and min(items) >= -_INT64 and max(items) < _INT64):
-        return items
-    return [encode(item, other, depth + 1) for item in items]
-
-
-def _encode_pairs(pairs: Any, other: Callable[[Any], dict[str, Any]], depth: int) -> list[Any]:
-    return [[encode(k, other, depth + 1), encode(v, other, depth + 1)] for k, v in pairs.items()]
-
-
-_ENCODERS: dict[type, Callable[[Any, Any, int], dict[str, Any]]] = {
-    tuple: lambda v, other, depth: {"t": _encode_items(v, other, depth)},
-    set: lambda v, other, depth: {"s": _encode_items(v, other, depth)},
-    frozenset: lambda v, other, depth: {"z": _encode_items(v, other, depth)},
-    deque: lambda v, other, depth: {"q": [_encode_items(v, other, depth), v.maxlen]},
-    Counter: lambda v, other, depth: {"C": _encode_pairs(v, other, depth)},
-    OrderedDict: lambda v, other, depth: {"O": _encode_pairs(v, other, depth)},
-    bytes: lambda v, other, depth: {"b": v.hex()},
-    bytearray: lambda v, other, depth: {"B": v.hex()},
-    complex: lambda v, other, depth: {"c": [v.real, v.imag]},
-    range: lambda v, other, depth: {"r": [encode(n, other) for n in (v.start, v.stop, v.step)]},
-    Fraction: lambda v, other, depth: {"F": [hex(v.numerator), hex(v.denominator)]},
-    Decimal: lambda v, other, depth: {"D": str(v)},
-    type(Ellipsis): lambda v, other, depth: {"e": 0},
-}
-
-
-def decode(data: Any, other: Callable[[str, Any], Any], depth: int = 0) -> Any:
-    """The value that `encode` was given; `other(tag, content)` rebuilds what is not plain.
-
-    Raises:
-        WireError: `data` is nothing that `encode` makes.
-    """
-    kind = type(data)
-    if kind in _SCALARS:
-        return data
-    if depth > MAX_DEPTH:
-        raise TooLarge("nested too deeply")
-    if kind is list:
-        return _decode_items(data, other, depth)
-    if kind is not dict or len(data) != 1:
-        raise WireError("not a value")
-    ((tag, content),) = data.items()
-    decoder = _DECODERS.get(tag)
-    if decoder is None:
-        return other(tag, content)
-    try:
-        return decoder(content, other, depth)
-    except (TypeError, ValueError, ArithmeticError, KeyError) as error:
-        raise WireError(f"bad content of {tag!r}") from error
-
-
-def _decode_items(items: Any, other: Callable[[str, Any], Any], depth: int) -> list[Any]:
-    if type(items) is not list:
-        raise WireError("not a list")
-    if set(map(type, items)) <= _SCALARS:
-        return items
-    return [decode(item, other, depth + 1) for item in items]
-
-
-def _decode_pairs(pairs: Any, other: Callable[[str, Any], Any], depth: int) -> dict[Any, Any]:
-    return {decode(k, other, depth + 1): decode(v, other, depth + 1) for k, v in pairs}
-
-
-def _decimal(text: Any) -> Decimal:
-    if type(text) is not str:
-        raise WireError("not a decimal")
-    return Decimal(text)
-
-
-def _array(content: Any) -> Any:
-    dtype, shape, data = content
-    numpy = sys.modules.get("numpy")  # there if the pool was given it
-    if numpy is None or type(dtype) is not str or dtype[1:2] not in _ARRAY_KINDS or not dtype[2:].isdigit():
-        raise WireError("not an array")
-    return numpy.frombuffer(bytearray.fromhex(data), dtype=dtype).reshape(shape)
-
-
-_DECODERS: dict[str, Callable[[Any, Any, int], Any]] = {
-    "i": lambda c, other, depth: int(c, 16),
-    "d": _decode_pairs,
-    "t": lambda c, other, depth: tuple(_decode_items(c, other, depth)),
-    "s": lambda c, other, depth: set(_decode_items(c, other, depth)),
-    "z": lambda c, other, depth: frozenset(_decode_items(c, other, depth)),
-    "q": lambda c, other, depth: deque(_decode_items(c[0], other, depth), c[1]),
-    "C": lambda c, other, depth: Counter(_decode_pairs(c, other, depth)),
-    "O": lambda c, other, depth: OrderedDict(_decode_pairs(c, other, depth)),
-    "b": lambda c, other, depth: bytes.fromhex(c),
-    "B": lambda c, other, depth: bytearray.fromhex(c),
-    "c": lambda c, other, depth: complex(*c),
-    "r": lambda c, other, depth: range(*_decode_items([decode(n, other) for n in c], other, depth)),
-    "F": lambda c, other, depth: Fraction(int(c[0], 16), int(c[1], 16)),
-    "D": lambda c, other, depth: _decimal(c),
-    "N": lambda c, other, depth: _array(c),
-    "e": lambda c, other, depth: ...,
-    "y": lambda c, other, depth: TYPES[c],
-}
-
-
-_to_json = json.JSONEncoder(separators=(",", ":")).encode
-
-
-class Channel:
-    """Length-prefixed JSON messages over a stream socket's file descriptor."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._received = b""
-
-    def send(self, message: Any) -> None:
-        """Send one message.
+    def pack(self, value: Any) -> str:
+        """`value`, and all that has changed, as the JSON text of three things that `unpack` takes.
 
         Raises:
-            TooLarge: It is longer than `MAX_MESSAGE_BYTES`.
-            Closed: Nobody is there to read it.
+            TooLarge: Nested deeper than `plain.MAX_DEPTH`.
+            WireError: Something cannot cross.
         """
-        data = _to_json(message).encode()
-        if len(data) > MAX_MESSAGE_BYTES:
-            raise TooLarge("message too long")
-        view = memoryview(len(data).to_bytes(4, "big") + data)
+        self._queue.clear()
+        self._rows.clear()
+        known = list(self._table)
         try:
-            while view:
-                view = view[os.write(self._fd, view) :]
-        except OSError as error:
-            raise Closed from error
+            encoded = plain.encode(value, self._encode)
+            for number in known:
+                twin = self._table[number]
+                unused = sys.getrefcount(twin.value) == _SWEPT_REFERENCES  # nobody here can reach it any more
+                self._encode_row(number, twin)
+                if unused and number not in self._rows:  # nor has changed it while somebody could
+                    self._forget(number)
+                    self._released.append(number)
+            while self._queue:
+                number = self._queue.popleft()
+                if number in self._table:
+                    self._encode_row(number, self._table[number])
+        except BaseException:
+            self.take_back()
+            raise
+        return f"{to_json(encoded)},[{','.join(self._rows.values())}],{self._released}"
 
-    def receive(self) -> Any:
-        """The next message, as JSON data that nothing has been checked about.
+    def commit(self) -> None:
+        """Note that what was packed last has been sent."""
+        for number, row in self._rows.items():
+            self._table[number].sent = row
+        self._rows.clear()
+        self._released.clear()
+
+    def take_back(self) -> None:
+        """Note that what was packed last will not be sent."""
+        for number in [n for n, twin in self._table.items() if twin.sent is None and twin.data is None]:
+            self._forget(number)
+        self._rows.clear()
+
+    def _forget(self, number: int) -> None:
+        twin = self._table.pop(number, None)
+        if twin is not None:
+            del self._numbers[id(twin.value)]
+
+    def _encode_row(self, number: int, twin: _Twin) -> None:
+        tag, content = self._content(twin.value, twin.depth)
+        row = to_json([number, tag, content])
+        if twin.data is not None:
+            twin.sent, twin.data = to_json(twin.data), None
+        if row != twin.sent:
+            self._rows[number] = row
+
+    def _encode(self, value: Any, depth: int) -> Any:
+        number = self._numbers.get(id(value))
+        if number is None:
+            kind = type(value)
+            if kind in changing.MAKERS or self._class_name(value) or changing.is_array(value):
+                return {"@": self._add(value, depth)}
+            if isinstance(value, type) and self._classes.get(value.__name__) is value:
+                return {"p": value.__name__}
+            if self._classes.get(kind.__name__) is kind and not isinstance(value, BaseException):
+                if isinstance(value, Enum):
+                    return {"E": [kind.__name__, value.name]}
+                base = next(base for base in plain.BASES if isinstance(value, base))
+                content = plain.encode(plain.BASES[base](value), self._encode, depth)
+                return {"I": [kind.__name__, content, plain.encode_pairs(_attributes(value), self._encode, depth)]}
+            return self._encode_unknown(value)
+        twin = self._table[number]
+        if depth > twin.depth:  # what is deep below an object that crossed before counts too
+            twin.depth = depth
+            if not self._class_name(value):
+                self._queue.append(number)
+        return {"@": number}
+
+    def _add(self, value: Any, depth: int) -> int:
+        number, self._next = self._next, self._next + 2
+        self._table[number] = _Twin(value, depth)
+        self._numbers[id(value)] = number
+        self._queue.append(number)
+        return number
+
+    def _class_name(self, value: Any) -> str | None:
+        """The name of the value's class, if that is a class of the prelude whose instances have twins."""
+        kind = type(value)
+        if self._classes and self._classes.get(kind.__name__) is kind and not isinstance(value, _WITHOUT_TWINS):
+            return kind.__name__
+        return None
+
+    def _content(self, value: Any, depth: int) -> tuple[str, Any]:
+        name = self._class_name(value)
+        if name is not None:
+            attributes = plain.encode_pairs(_attributes(value), self._encode, 0)
+            base = next((base for base in _CHANGING if isinstance(value, base)), None)
+            return f"p:{name}", [base and changing.CONTENTS[base](value, self._encode, 0), attributes]
+        encoder = changing.CONTENTS.get(type(value))
+        if encoder is not None:
+            return encoder(value, self._encode, depth)
+        crossed_before: dict[int, Any] = {}
+        for number, twin in self._table.items():
+            if twin.value is value:
+                break
+            if changing.is_array(twin.value):
+                crossed_before[number] = twin.value
+        return changing.view_of(value, crossed_before) or (
+            "N",
+            [value.dtype.str, list(value.shape), value.tobytes().hex()],
+        )
+
+    def encode(self, value: Any) -> Any:
+        """A part of what is being packed."""
+        return plain.encode(value, self._encode)
+
+    def decode(self, data: Any) -> Any:
+        """A part of what is being unpacked."""
+        return plain.decode(data, self._decode)
+
+    def unpack(self, data: Any, rows: Any, released: Any) -> Any:
+        """What `pack` was given. Objects are made without running their classes' code.
 
         Raises:
-            WireError: Too long, or not JSON.
-            Closed: No further message will come.
+            WireError: This is nothing that `pack` makes.
         """
-        size = int.from_bytes(self._read(4), "big")
-        if size > MAX_MESSAGE_BYTES:
-            raise TooLarge("message too long")
-        try:
-            return json.loads(self._read(size))
-        except (ValueError, RecursionError) as error:
-            raise WireError("not JSON") from error
-
-    def _read(self, size: int) -> bytes:
-        chunks, missing = [self._received], size - len(self._received)
-        while missing > 0:
+        if type(rows) is not list or type(released) is not list:
+            raise WireError("not a packed value")
+        for number in released:
+            if type(number) is not int:
+                raise WireError("not a number")
+            self._forget(number)
+        for row in rows:
+            self._make(row)
+        # Objects first: sets and dicts of them need their hashes.
+        for row in sorted(rows, key=lambda row: row[1][:1] != "p"):
             try:
-                chunk = os.read(self._fd, max(missing, 1 << 16))
-            except OSError as error:
-                raise Closed from error
-            if not chunk:
-                raise Closed
-            chunks.append(chunk)
-            missing -= len(chunk)
-        data = b"".join(chunks)
-        self._received = data[size:]
-        return data[:size]
+                self._fill(self._table[row[0]].value, row[1], row[2])
+            except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, BufferError) as error:
+                raise WireError("bad content of an object") from error
+        return plain.decode(data, self._decode)
+
+    def _make(self, row: Any) -> None:
+        if type(row) is not list or len(row) != 3 or type(row[0]) is not int or type(row[1]) is not str:
+            raise WireError("not an object")
+        number, tag, content = row
+        twin = self._table.get(number)
+        if twin is None:
+            if number % 2 == self._parity:
+                raise WireError("no such object")
+            try:
+                if tag == "W":  # a view of an array that crossed before
+                    value = changing.make_view(self._table[content[0]].value, content)
+                else:
+                    value = self._new(tag, content)
+            except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+                raise WireError("not an object") from error
+            self._table[number] = _Twin(value, 0, row)
+            self._numbers[id(value)] = number
+        elif self._tag(twin.value) == tag.replace("W", "N"):
+            twin.data, twin.sent = row, None
+        else:
+            raise WireError("an object of another type")
+
+    def _tag(self, value: Any) -> str:
+        name = self._class_name(value)
+        return f"p:{name}" if name else changing.TAGS.get(type(value), "N")
+
+    def _new(self, tag: str, content: Any) -> Any:
+        if tag == "N":
+            return changing.make_array(content)
+        if tag[:2] != "p:":
+            return changing.MAKERS[changing.KINDS[tag]](content)
+        kind = self._classes[tag[2:]]
+        if issubclass(kind, _WITHOUT_TWINS):
+            raise WireError("not an object")
+        base: Any = next((base for base in _CHANGING if issubclass(kind, base)), object)
+        return base.__new__(kind)
+
+    def _fill(self, value: Any, tag: str, content: Any) -> None:
+        if tag[:2] == "p:":
+            base = next((base for base in _CHANGING if isinstance(value, base)), None)
+            if base is not None:
+                if content[0][0] != changing.TAGS[base]:
+                    raise WireError("not its base's value")
+                changing.FILLERS[base](value, content[0][1], self._decode)
+            _set_attributes(value, plain.decode_pairs(content[1], self._decode))
+        elif tag == "W":
+            pass  # its elements are those of the other array
+        elif tag == "N":
+            value[...] = changing.make_array(content)
+        else:
+            changing.FILLERS[type(value)](value, content, self._decode)
+
+    def _decode(self, tag: str, content: Any) -> Any:
+        if tag == "@":
+            if type(content) is not int or content not in self._table:
+                raise WireError("no such object")
+            return self._table[content].value
+        if tag == "p":
+            return self._class(content)
+        if tag == "E" and type(content) is list and len(content) == 2 and type(content[1]) is str:
+            member = getattr(self._class(content[0]), "__members__", {}).get(content[1])
+            if member is not None:
+                return member
+        if tag == "I" and type(content) is list and len(content) == 3:
+            return self._subvalue(self._class(content[0]), *content[1:])
+        return self._decode_unknown(tag, content)
+
+    def _class(self, name: Any) -> type:
+        if type(name) is not str or name not in self._classes:
+            raise WireError("no such class")
+        return self._classes[name]
+
+    def _subvalue(self, kind: type, content: Any, attributes: Any) -> Any:
+        """A value of a prelude class whose base does not change, such as a named tuple."""
+        base = next((base for base in plain.BASES if issubclass(kind, base)), None)
+        value = plain.decode(content, self._decode)
+        if base is None or type(value) is not base or issubclass(kind, Enum):
+            raise WireError("not its base's value")
+        make: Any = base.__new__
+        value = make(kind, value)
+        _set_attributes(value, plain.decode_pairs(attributes, self._decode))
+        return value
 
 
-def pack(value: Any, other: Callable[[Any], dict[str, Any]], classes: dict[str, type]) -> list[Any]:
-    """`value` encoded, with a table of the instances of `classes` in it: they cross by value, chained or cyclic too."""
-    table: list[Any] = []
-    index: dict[int, int] = {}
-
-    def encode_other(item: Any) -> dict[str, Any]:
-        kind = type(item)
-        if classes.get(kind.__name__) is not kind or not hasattr(item, "__dict__"):
-            return other(item)
-        if id(item) not in index:
-            index[id(item)] = len(table)
-            table.append(item)
-        return {"o": index[id(item)]}
-
-    encoded = encode(value, encode_other)
-    rows: list[Any] = []
-    while len(rows) < len(table):
-        item = table[len(rows)]
-        rows.append([type(item).__name__, encode(vars(item), encode_other)])
-    return [encoded, rows]
+def _attributes(value: Any) -> dict[str, Any]:
+    """The state of an object of a prelude class: its `__dict__` and its slots, without what is cached in it."""
+    cached = {name for kind in type(value).__mro__ for name, own in vars(kind).items() if type(own) is cached_property}
+    attributes = {name: own for name, own in getattr(value, "__dict__", {}).items() if name not in cached}
+    for kind in type(value).__mro__:
+        for name, slot in vars(kind).items():
+            if type(slot) is MemberDescriptorType and hasattr(value, name):
+                attributes[name] = slot.__get__(value)
+    return attributes
 
 
-def unpack(data: Any, other: Callable[[str, Any], Any], classes: dict[str, type]) -> Any:
-    """What `pack` was given. Instances are made without running their classes' code.
+def _set_attributes(value: Any, attributes: dict[str, Any]) -> None:
+    """Make the state of `value` that of `attributes`, past its class's own `__setattr__`."""
+    if set(map(type, attributes)) - {str}:
+        raise WireError("not attributes")
+    state = getattr(value, "__dict__", {})
+    for name in [name for name in state if name not in attributes]:
+        del state[name]
+    for name, content in attributes.items():
+        own = next((vars(kind)[name] for kind in type(value).__mro__ if name in vars(kind)), None)
+        if type(own) is MemberDescriptorType:
+            own.__set__(value, content)
+        elif callable(own) or hasattr(type(own), "__get__") or name[:2] == "__":
+            raise WireError("an attribute would hide one of its class")  # such as a method that the tests call
+        else:
+            state[name] = content
+
+
+def refuse(value: Any) -> Any:
+    """For `Twins`, where only plain data may occur."""
+    raise WireError("not plain")
+
+
+def refuse_tag(tag: str, content: Any) -> Any:
+    """The same, for what arrives."""
+    raise WireError("not plain")
+
+
+def pack(value: Any, other: Callable[[Any], Any] = refuse, classes: dict[str, type] | None = None) -> list[Any]:
+    """One value alone, as JSON-ready data."""
+    return json.loads(f"[{Twins(0, other, refuse_tag, classes or {}).pack(value)}]")
+
+
+def unpack(data: Any, other: Callable[[str, Any], Any] = refuse_tag, classes: dict[str, type] | None = None) -> Any:
+    """What `pack` was given.
 
     Raises:
         WireError: `data` is nothing that `pack` makes.
     """
-    if type(data) is not list or len(data) != 2 or type(data[1]) is not list:
+    if type(data) is not list or len(data) != 3:
         raise WireError("not a packed value")
-    encoded, rows = data
-    instances: list[Any] = []
-
-    def decode_other(tag: str, content: Any) -> Any:
-        if tag != "o":
-            return other(tag, content)
-        if type(content) is not int or not 0 <= content < len(instances):
-            raise WireError("no such object")
-        return instances[content]
-
-    for row in rows:
-        if type(row) is not list or len(row) != 2 or type(row[0]) is not str or row[0] not in classes:
-            raise WireError("not an object")
-        try:
-            instances.append(object.__new__(classes[row[0]]))
-        except TypeError as error:
-            raise WireError("not an object") from error
-    for instance, row in zip(instances, rows, strict=True):
-        attributes = decode(row[1], decode_other)
-        if type(attributes) is not dict or set(map(type, attributes)) - {str}:
-            raise WireError("not attributes")
-        if any(hasattr(type(instance), name) for name in attributes):
-            raise WireError("an attribute would hide one of its class")  # such as a method that the tests call
-        instance.__dict__.update(attributes)
-    return decode(encoded, decode_other)
-
-
-def exception_name(error: BaseException) -> str:
-    """The name of the builtin class nearest to the error's own."""
-    return next(c.__name__ for c in type(error).__mro__ if c.__module__ == "builtins" and hasattr(builtins, c.__name__))
-
-
-def exception_arguments(error: BaseException) -> list[Any]:
-    """The error's arguments where they are plain text and numbers; nothing else of it crosses."""
-    try:
-        arguments = list(error.args)
-    except Exception:
-        return []
-    if set(map(type, arguments)) <= _ATOMS | {int}:
-        return [a[:2000] if type(a) is str else encode(a, refuse) for a in arguments[:8]]
-    return []
-
-
-def refuse(value: Any) -> dict[str, Any]:
-    """For `encode`, where only plain data may occur."""
-    raise WireError("not plain")
+    return Twins(1, refuse, other, classes or {}).unpack(*data)

@@ -57,6 +57,12 @@ class Died(Exception):
     """A zygote has gone, or does not answer."""
 
 
+class TestsDied(Died):
+    """The process that runs the tests ended before it had said all. The worker can go on."""
+
+    __test__ = False  # not a class of pytest's
+
+
 class Zygote:
     """The trainer's end of one zygote process. Not thread-safe."""
 
@@ -187,6 +193,7 @@ class Worker:
 
         Raises:
             BadRow: The row's tests cannot be run.
+            TestsDied: The process that ran them ended.
             Died: A zygote is gone; this worker is of no more use.
         """
         grade = self._run_scripts if row.kind == "stdio" else self._run_tests
@@ -328,7 +335,7 @@ def _verdict(lines: list[Any], timed_out: bool, program_status: int, tests_statu
         return Verdict(reason, passed, total, detail)
     if timed_out:
         return Verdict(Reason.TIMEOUT, passed, total, "time limit")
-    raise Died(f"the tests' process ended early: {_describe(tests_status)}")
+    raise TestsDied(f"the tests' process ended early: {_describe(tests_status)}")
 
 
 def _ended(status: int) -> Reason:

@@ -52,8 +52,34 @@ assert f(1) == 3
     "truth": "assert f(1)\nassert not f(2)",
     "callback": "seen = []\nassert f(lambda v: seen.append(v) or v) == 7\nassert seen == [1, 2]",
     "mutated": "xs = [3, 1, 2]\nf(xs)\nassert xs == [1, 2, 3]",
+    "pair": "encode, decode = make()\nassert decode(encode('abc')) == 'abc'",
+    "values": "assert V(1) + V(2) == V(3)\nassert V(1) != V(2)\nassert V(1) < V(2) and not V(2) < V(1)",
+    "money": "assert abs(Money(5) - 3.5) < 1e-9\nassert abs(3.5 - Money(5)) < 1e-9",
+    "money in place": "m = Money(5)\nm -= 3.5\nassert abs(m) < 1e-9",
+    "keys": "assert f() == {'a': 1}\nassert f()['a'] == 1 and list(f()) == ['a']",
+    "argument": "xs = [1]\nassert f(xs) is xs\nassert xs == [1, 2]",
+    "later": "xs, ys = [1], [2]\nassert f(xs) == 1\nassert f(ys) == 1\nassert xs == [1]",
+    "async": "import asyncio\nassert asyncio.run(f(3)) == 7",
+    "generator": "assert list(f(3)) == [0, 1, 2]",
+    "printed": """
+import contextlib, io
+text = io.StringIO()
+with contextlib.redirect_stdout(text):
+    f(3)
+assert text.getvalue() == '7\\n'
+""",
+    "asked": "from unittest.mock import patch\nwith patch('builtins.input', side_effect=['4']):\n    assert f() == 8",
+    "derived": "class Square(Shape):\n    def area(self): return 9\nassert Square().double() == 18",
+    "block": "with f(3) as value:\n    assert value == 7",
+    "handed": "def g(x):\n    assert x == 7\nf(g)\nassert f(lambda x: 1) is None",
+    "library": "assert math.isclose(f(2), 12.566370614359172)\nassert isclose(f(1), 3.141592653589793)",
+    "hints": "import typing\nassert typing.get_type_hints(f)['return'] is int\nassert f(3) == 7",
     "judge": "assert Judge.made(f(3)).accepts(7)",
 }
+
+ENTRY_POINTS = {
+    "class": "Stack", "pair": "make", "values": "V", "money": "Money", "money in place": "Money", "derived": "Shape",
+}  # fmt: skip
 
 PRELUDES: dict[str, str] = {
     "judge": """
