@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 
 import pytest
 
-from mua_rl.adapter.adapters import fingerprint
+from mua_rl.adapter.fingerprint import fingerprint
 from mua_rl.errors import UserError
 from mua_rl.grpo import run as grpo
 from mua_rl.grpo.arguments import parse as parse_grpo

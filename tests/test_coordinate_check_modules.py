@@ -18,7 +18,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from mua_rl.adapter.adapters import LoRA, lora_layers
+from mua_rl.adapter.adapters import LoRA
+from mua_rl.adapter.targets import lora_layers
 from mua_rl.coordinate_check import Place, check
 from mua_rl.probes.coordinate_report import FIXED, TRANSFERRED, lines
 from mua_rl.probes.feature_updates import DELTA_Z_B, feature_updates

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from mua_rl.adapter.adapters import LoRA, fingerprint, load_adapter, lora_layers
+from mua_rl.adapter.adapters import LoRA, load_adapter
+from mua_rl.adapter.fingerprint import fingerprint
+from mua_rl.adapter.targets import lora_layers
 from mua_rl.analysis.rows import read
 from mua_rl.errors import UserError
 from mua_rl.lr.record import LRRecord

@@ -12,7 +12,8 @@ import torch
 from helpers import make_trial
 from torch.nn.functional import log_softmax
 
-from mua_rl.adapter.adapters import LoRA, fingerprint
+from mua_rl.adapter.adapters import LoRA
+from mua_rl.adapter.fingerprint import fingerprint
 from mua_rl.analysis.rows import Row, append
 from mua_rl.errors import UserError
 from mua_rl.grpo import run as grpo

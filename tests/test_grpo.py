@@ -17,7 +17,7 @@ import trl
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from mua_rl.adapter.adapters import lora_layers
+from mua_rl.adapter.targets import lora_layers
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import Diverged, UserError
 from mua_rl.grpo import arguments as grpo_arguments

@@ -139,10 +139,10 @@ def test_the_heads_rate_is_that_of_the_record_that_gives_the_rest():
 
 def test_the_rates_of_all_parts_come_from_one_look_at_where_they_come_from(tmp_path, monkeypatch):
     """Else a record, or a folder, that changes meanwhile would give the heads another's rate."""
-    import mua_rl.run.arguments as arguments
+    import mua_rl.run.learning_rate as resolving
 
-    looks, find_record, learning_rate = [], arguments.find_record, RunFolder.learning_rate
-    monkeypatch.setattr(arguments, "find_record", lambda *given: looks.append("record") or find_record(*given))
+    looks, find_record, learning_rate = [], resolving.find_record, RunFolder.learning_rate
+    monkeypatch.setattr(resolving, "find_record", lambda *given: looks.append("record") or find_record(*given))
     monkeypatch.setattr(RunFolder, "learning_rate", lambda run: looks.append("folder") or learning_rate(run))
     began = set_up(*parse([])[:2])
     folder = RunFolder.create(str(tmp_path / "run"), "")
@@ -239,7 +239,7 @@ def test_a_resumed_run_equals_the_unbroken_one_and_so_does_what_it_measures(kind
 
 def test_a_resumed_run_trains_and_records_the_rates_that_it_began_with(tmp_path, monkeypatch):
     """Whatever the record that they came from says by then, and also where there is none any more."""
-    import mua_rl.run.arguments as arguments
+    import mua_rl.run.learning_rate as resolving
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
@@ -248,7 +248,7 @@ def test_a_resumed_run_trains_and_records_the_rates_that_it_began_with(tmp_path,
         patch.setattr(PPO, "learn", interrupt)
         run(*QUICK, "--output_dir", str(tmp_path / "run"))
     began = RunFolder(tmp_path / "run").learning_rate()
-    monkeypatch.delattr(arguments, "find_record")
+    monkeypatch.delattr(resolving, "find_record")
     setup = set_up(*parse(["--resume", str(tmp_path / "run")])[:2])
     assert (setup.rate.value, setup.rate.reason) == (began["learning_rate"], began["reason"])
     assert setup.model.head_learning_rate == began["head"] is not None

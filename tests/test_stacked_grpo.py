@@ -9,7 +9,8 @@ from helpers import make_trial
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import RepeatSampler
 
-from mua_rl.adapter.adapters import LoRA, adapter_for, load_adapter, lora_layers, lora_matrices
+from mua_rl.adapter.adapters import LoRA, adapter_for, load_adapter
+from mua_rl.adapter.targets import lora_layers, lora_matrices
 from mua_rl.errors import UserError
 from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.stacked.generation import Decoder, choose, share

@@ -4,10 +4,7 @@ A run or a sweep writes it; any later run reads it, whatever its rank, LoRA or f
 """
 
 import dataclasses
-import importlib.metadata
 import json
-import os
-import platform
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -178,31 +175,6 @@ def check_learning_rate(value: float, what: str = "the learning rate") -> float:
     if not (isinstance(value, (int, float)) and 0 < value < 1):  # so NaN and infinity are none
         raise UserError(f"{what} must be a number between 0 and 1, not {value}; typical values are 1e-6 to 1e-2.")
     return float(value)
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what a run's result depends on, of Python and of the machine."""
-    names = ("mua-rl", "torch", "transformers", "trl", "peft", "vllm", "gymnasium", "stable-baselines3", "numpy")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {**versions, "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
-
-
-def machine(device: str | None = None) -> str:
-    """What a run runs on, since seconds compare on one machine only: the GPU, else the processor and its cores.
-
-    Args:
-        device: That computes, as PyTorch calls it. Default: the GPU where there is one.
-    """
-    import torch  # here, since a record is read without it
-
-    if torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
 def _has_type(value: Any, hint: Any) -> bool:

@@ -26,8 +26,9 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from mua_rl.adapter.adapters import Adapter, Full, TargetModules, fan_in, lora_layers
+from mua_rl.adapter.adapters import Adapter, Full
 from mua_rl.adapter.groups import FULL, learning_rates, named_groups, role_of, scale_learning_rates
+from mua_rl.adapter.targets import TargetModules, fan_in, lora_layers
 from mua_rl.errors import Diverged, UserError
 from mua_rl.lr.rules import Configuration
 from mua_rl.ppo.base import BasePolicy
