@@ -198,7 +198,7 @@ def finetune(
     def role_of(name: str) -> str:
         return HEAD if problem.head and _is_in(name, problem.head) else optim.role_of(name)
 
-    optimizer = AdamW(optim.named_groups(model, roles, weight_decay=0.01, role_of=role_of), betas=(0.9, 0.999))
+    optimizer = AdamW(optim.param_groups(model, roles, weight_decay=0.01, role_of=role_of), betas=(0.9, 0.999))
     schedule = get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, round(0.05 * problem.steps), problem.steps, min_lr_rate=0.1
     )

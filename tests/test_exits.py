@@ -92,7 +92,17 @@ def build():
 def test_a_run_that_no_reward_scored_exits_with_its_own_code_and_leaves_no_record(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(SILENT)
     batch = ["--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 1, "--max_steps", 2]
-    flags = ["--task", f"{tmp_path}/mine.py:silent", "--rank", 4, *batch, "--held_out_problems", 8, "--report_to", "none"]
+    flags = [
+        "--task",
+        f"{tmp_path}/mine.py:silent",
+        "--rank",
+        4,
+        *batch,
+        "--held_out_problems",
+        8,
+        "--report_to",
+        "none",
+    ]
     assert exit_code(monkeypatch, "grpo", *flags, "--output_dir", tmp_path / "run") == ExitCode.UNSCORED
     run = RunFolder(tmp_path / "run")
     assert run.result().status is Status.UNSCORED

@@ -131,7 +131,9 @@ print(*[m.__file__ for n, m in sys.modules.items() if n.startswith("mua_rl") and
     assert missing == set()
 
 
-@pytest.mark.parametrize("module", ["mua_rl", "mua_rl.envs", "mua_rl.rewards", "mua_rl.lr.rules", "mua_rl.lr.transfer"])
+@pytest.mark.parametrize(
+    "module", ["mua_rl", "mua_rl.envs", "mua_rl.rewards", "mua_rl.lr.transfer", "mua_rl.lr.__main__"]
+)
 def test_importing_us_imports_nothing_heavy(module):
     code = f"import sys, {module}; print([m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
