@@ -229,9 +229,10 @@ def layout_run(layout: str, model: str, rank: str, options: argparse.Namespace) 
     from mua_rl.grpo import run as grpo
     from mua_rl.grpo.arguments import parse
     from mua_rl.grpo.setup import prepare
+    from mua_rl.lr.record import package_versions
     from mua_rl.run import processes
     from mua_rl.run.folder import RunFolder
-    from mua_rl.run.machine import machine, package_versions
+    from mua_rl.run.machine import machine
 
     number = LAYOUTS[layout][0]
     folder = random_model(model, options.out)

@@ -43,12 +43,12 @@ from mua_rl.analysis.rows import Row, append, read_all
 from mua_rl.errors import Diverged, UserError
 from mua_rl.lm import models
 from mua_rl.lr.rank import parse_rank
-from mua_rl.lr.record import LRRecord, check_learning_rate
+from mua_rl.lr.record import LRRecord, check_learning_rate, package_versions
 from mua_rl.lr.spec import AdapterSpec
 from mua_rl.run.arguments import AdapterArguments, parse_arguments
 from mua_rl.run.folder import MODEL_FOLDER, open_run
 from mua_rl.run.learning_rate import Base, resolve_learning_rate
-from mua_rl.run.machine import machine, package_versions
+from mua_rl.run.machine import machine
 from mua_rl.run.trial import Trial, TrialResult
 from mua_rl.sweep.closing import make_record, warnings_of
 from mua_rl.sweep.facts import PLACEHOLDER, Facts

@@ -17,13 +17,12 @@ from mua_rl.grpo.scored import unscored
 from mua_rl.grpo.setup import Setup, prepare
 from mua_rl.grpo.trainer import BeginCallback, GRPOTrainer, ProgressBar, RunCallback
 from mua_rl.lm.heldout import HeldOutResult, gather, held_out
-from mua_rl.lr.record import LRRecord
+from mua_rl.lr.record import LRRecord, package_versions
 from mua_rl.rollouts.sync import generation_class
 from mua_rl.run import hub, processes
 from mua_rl.run.arguments import AdapterArguments
 from mua_rl.run.folder import RunFolder, open_run, start_wandb
 from mua_rl.run.life import Measurement, Names, announce, live
-from mua_rl.run.machine import package_versions
 
 Measure = Callable[[], HeldOutResult]
 

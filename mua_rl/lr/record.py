@@ -4,7 +4,9 @@ A run or a sweep writes it; any later run reads it, whatever its rank, LoRA or f
 """
 
 import dataclasses
+import importlib.metadata
 import json
+import platform
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -175,6 +177,18 @@ def check_learning_rate(value: float, what: str = "the learning rate") -> float:
     if not (isinstance(value, (int, float)) and 0 < value < 1):  # so NaN and infinity are none
         raise UserError(f"{what} must be a number between 0 and 1, not {value}; typical values are 1e-6 to 1e-2.")
     return float(value)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what a run's result depends on, of Python and of the machine."""
+    names = ("mua-rl", "torch", "transformers", "trl", "peft", "vllm", "gymnasium", "stable-baselines3", "numpy")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {**versions, "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
 
 
 def _has_type(value: Any, hint: Any) -> bool:

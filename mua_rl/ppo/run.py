@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mua_rl.errors import Unscored, UserError
-from mua_rl.lr.record import LRRecord
+from mua_rl.lr.record import LRRecord, package_versions
 from mua_rl.ppo.arguments import PPOArguments
 from mua_rl.ppo.checkpoint import Checkpoints, load_checkpoint
 from mua_rl.ppo.envs import evaluation_envs
@@ -19,7 +19,6 @@ from mua_rl.ppo.setup import POLICY, Setup, bare_envs, set_up
 from mua_rl.run.arguments import AdapterArguments
 from mua_rl.run.folder import ADAPTER_FOLDER, RunFolder, open_run, start_wandb
 from mua_rl.run.life import Measurement, Names, announce, live, say
-from mua_rl.run.machine import package_versions
 
 STATISTICS = "vecnormalize.pkl"
 

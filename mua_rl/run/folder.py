@@ -29,8 +29,9 @@ import yaml
 
 from mua_rl.errors import UserError, one_line
 from mua_rl.files import write_whole
+from mua_rl.lr.record import package_versions
 from mua_rl.run import processes
-from mua_rl.run.machine import git_commit, package_versions
+from mua_rl.run.machine import git_commit
 from mua_rl.run.trial import Status, TrialResult
 
 CONFIG, VERSIONS, METRICS, RESULT, CURVE = "config.yaml", "versions.json", "metrics.jsonl", "result.json", "curve.png"

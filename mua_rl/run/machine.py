@@ -1,24 +1,11 @@
-"""On what a run runs: the packages' versions, the machine, the commit."""
+"""On what a run runs: the machine, and the commit of this package."""
 
-import importlib.metadata
 import os
 import platform
 import subprocess
 from pathlib import Path
 
 import torch
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what a run's result depends on, of Python and of the machine."""
-    names = ("mua-rl", "torch", "transformers", "trl", "peft", "vllm", "gymnasium", "stable-baselines3", "numpy")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {**versions, "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
 
 
 def machine(device: str | None = None) -> str:

@@ -12,8 +12,7 @@ from mua_rl.analysis.measured import Context, Measured, Sweep, sweeps_of
 from mua_rl.analysis.optimum import COVERAGE
 from mua_rl.analysis.report import ReportTable, write_report
 from mua_rl.errors import UserError
-from mua_rl.lr.record import LRRecord
-from mua_rl.run.machine import package_versions
+from mua_rl.lr.record import LRRecord, package_versions
 from mua_rl.run.trial import Status, Trial, TrialResult
 from mua_rl.sweep.facts import Facts
 from mua_rl.sweep.search import Search
