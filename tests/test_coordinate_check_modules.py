@@ -112,6 +112,7 @@ def updates_by_lr_rule(build, targets, init):
 
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("init", ["A", "B"])
+@pytest.mark.slow
 def test_the_feature_update_is_flat_in_rank_for(name, init):
     build, targets = MODULES[name]
     line = updates_by_lr_rule(build, targets, init)

@@ -30,6 +30,8 @@ from transformers import (
     LlavaProcessor,
 )
 
+pytestmark = pytest.mark.slow  # what is tested starts training
+
 SMALL = {"pretraining_steps": 3, "steps": 3, "batch_size": 4, "examples": 24, "held_out": 8}
 GROUPS = [("two", "red", "circles", "top left"), ("one", "blue", "square", "bottom right")]
 

@@ -23,6 +23,8 @@ from mua_rl.errors import UserError
 from mua_rl.lr.record import LRRecord
 from mua_rl.run.trial import Status, TrialResult
 
+pytestmark = pytest.mark.slow  # what is tested starts training
+
 for package in ("sklearn", "PIL"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install 'mua-rl[fields]'")
 Image = importlib.import_module("PIL.Image")

@@ -24,6 +24,8 @@ from mua_rl.lr.record import LRRecord
 from mua_rl.run.folder import RunFolder
 from mua_rl.run.trial import Status, TrialResult
 
+pytestmark = pytest.mark.slow  # what is tested starts training
+
 SMALL = ["--max_steps", "4", "--per_device_train_batch_size", "8", "--held_out", "16"]
 
 

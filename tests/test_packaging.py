@@ -38,9 +38,8 @@ def clone(tmp_path_factory):
         files = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=True)
         names = [name for name in files.stdout.split("\0") if name and (ROOT / name).exists()]
     else:
-        names = [
-            str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file() and ".venv" not in path.parts
-        ]
+        paths = [path for path in ROOT.rglob("*") if path.is_file() or path.is_symlink()]
+        names = [str(path.relative_to(ROOT)) for path in paths if ".venv" not in path.parts]
     for name in names:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)

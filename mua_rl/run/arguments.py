@@ -133,7 +133,7 @@ class _Parser(HfArgumentParser):
         flags = vars(self.parse_args(list(argv), argparse.Namespace(**dict.fromkeys(fields, unsaid))))
         return {name: value for name, value in flags.items() if value is not unsaid}
 
-    def read_config(self, path: str) -> dict[str, Any]:
+    def read_config(self, path: str | None) -> dict[str, Any]:
         """The settings of a `--config` file, checked and read as if they were given as flags.
 
         A mapping `env` among them sets environment variables, as in TRL's own files.
@@ -141,6 +141,8 @@ class _Parser(HfArgumentParser):
         Raises:
             UserError: The file is missing, is not a YAML mapping, or has an unknown key or a value that no flag takes.
         """
+        if path is None:
+            raise UserError("--config takes a YAML file.")
         try:
             settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
@@ -186,10 +188,9 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
     parser = _Parser(list(dataclass_types), prog=name)  # type: ignore[arg-type]  # its annotation wants instances
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it.")
+    parser.add_argument("--config", metavar="FILE", nargs="?", help="YAML file of settings; flags win over it.")
     flags = parser.read_flags(sys.argv[1:] if argv is None else argv)
-    config = flags.pop("config", None)
-    said = {**(parser.read_config(config) if config is not None else {}), **flags}
+    said = {**parser.read_config(flags.pop("config")), **flags} if "config" in flags else flags
     try:
         instances = tuple(_make(type_, said) for type_ in dataclass_types)
     except (ValueError, TypeError, ImportError) as error:
