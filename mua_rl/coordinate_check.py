@@ -25,7 +25,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from mua_rl.adapter.adapters import Adapter, fan_in
+from mua_rl.adapter.adapters import Adapter
+from mua_rl.adapter.targets import fan_in
 from mua_rl.envs.tasks import get_task, load_split
 from mua_rl.errors import UserError
 from mua_rl.exits import run_command
@@ -217,7 +218,9 @@ def scheme_adapter(scheme: str, rank: int, target_modules: list[str]) -> Adapter
     if scheme.upper() == "FFT":
         return AdapterArguments(rank="full", target_modules=target_modules).adapter("mlp")
     init, _, alpha = scheme.partition(":")
-    return AdapterArguments(str(rank), init.upper(), alpha or "1", target_modules).adapter("mlp")
+    return AdapterArguments(
+        rank=str(rank), init=init.upper(), alpha=alpha or "1", target_modules=target_modules
+    ).adapter("mlp")
 
 
 def measure(args: argparse.Namespace) -> list[Row]:

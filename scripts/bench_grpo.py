@@ -27,7 +27,7 @@ from typing import Any
 
 from random_llama import SIZES, llama_config
 
-from mua_rl.lr.record import machine
+from mua_rl.run.machine import machine
 
 ARMS = {
     # name: (trainer, flags of mua_rl.grpo)
@@ -281,7 +281,8 @@ def sync_arm(size: str, way: str) -> dict[str, Any]:
     from accelerate import Accelerator
     from transformers import AutoModelForCausalLM
 
-    from mua_rl.adapter.adapters import LoRA, lora_layers, lora_matrices
+    from mua_rl.adapter.adapters import LoRA
+    from mua_rl.adapter.targets import lora_layers, lora_matrices
     from mua_rl.rollouts.sync import generation_class
 
     cuda = torch.cuda.is_available()

@@ -28,8 +28,8 @@ from stable_baselines3.common.logger import Logger
 
 import mua_rl.envs.control  # noqa: F401  (registers the tasks)
 from mua_rl.adapter.adapters import Full, LoRA
-from mua_rl.lr.record import machine
 from mua_rl.ppo.trainer import PPO
+from mua_rl.run.machine import machine
 
 
 def build(name: str, arguments: argparse.Namespace) -> tuple[stable_baselines3.PPO, BaseCallback]:

@@ -229,9 +229,10 @@ def layout_run(layout: str, model: str, rank: str, options: argparse.Namespace) 
     from mua_rl.grpo import run as grpo
     from mua_rl.grpo.arguments import parse
     from mua_rl.grpo.setup import prepare
-    from mua_rl.lr.record import machine, package_versions
+    from mua_rl.lr.record import package_versions
     from mua_rl.run import processes
     from mua_rl.run.folder import RunFolder
+    from mua_rl.run.machine import machine
 
     number = LAYOUTS[layout][0]
     folder = random_model(model, options.out)
@@ -305,7 +306,7 @@ def layout_run(layout: str, model: str, rank: str, options: argparse.Namespace) 
 
 def bytes_of_a_sync(trainer: Any, rank: str) -> int:
     """What an engine is given at a sync: A and B of a LoRA, else every weight, in the engine's precision."""
-    from mua_rl.adapter.adapters import lora_layers, lora_matrices
+    from mua_rl.adapter.targets import lora_layers, lora_matrices
     from mua_rl.rollouts.sync import compute_dtype
 
     generation = getattr(trainer, "vllm_generation", None)

@@ -25,9 +25,10 @@ from typing import Any
 from mua_rl.exits import run_command
 from mua_rl.grpo.stacked.memory import TIMES_ONE_RUN, Parts, StackedMemory
 from mua_rl.lm.models import model_path
-from mua_rl.lr.record import machine, package_versions
+from mua_rl.lr.record import package_versions
 from mua_rl.lr.spec import AdapterSpec
 from mua_rl.rollouts.memory import TrainerMemory
+from mua_rl.run.machine import machine
 from mua_rl.run.trial import Trial
 
 TOP = {"embedded": -9.0, "smollm2": -11.5}

@@ -23,12 +23,12 @@ import stable_baselines3
 import torch
 from stable_baselines3.common.logger import Logger
 
-from mua_rl.lr.record import machine
 from mua_rl.lr.spec import FFT, AdapterSpec
 from mua_rl.ppo.arguments import PPOArguments
 from mua_rl.ppo.base import BasePolicy, read_base_policy, shipped_policy
 from mua_rl.ppo.setup import training_envs
 from mua_rl.ppo.stacked.trainer import SideBySide
+from mua_rl.run.machine import machine
 from mua_rl.run.trial import Trial
 
 LOW, HIGH = -11.0, -7.0

@@ -98,12 +98,12 @@ def execute(run: Run) -> Result:
     from stable_baselines3.common.logger import Logger
 
     from mua_rl.adapter.adapters import Full, LoRA
-    from mua_rl.lr.record import machine
     from mua_rl.ppo.arguments import FINETUNING, limit_threads, linear_decay
     from mua_rl.ppo.base import SHIPPED, read_base_policy
     from mua_rl.ppo.envs import build_envs, evaluation_envs, with_statistics
     from mua_rl.ppo.evaluation import evaluate
     from mua_rl.ppo.trainer import PPO
+    from mua_rl.run.machine import machine
 
     class Curve(BaseCallback):
         """Mean return of the episodes that ended in each rollout."""

@@ -28,9 +28,9 @@ from mua_rl.errors import UserError
 from mua_rl.exits import run_command
 from mua_rl.grpo.arguments import parse
 from mua_rl.grpo.stacked.trainer import train_side_by_side
-from mua_rl.lr.record import machine
 from mua_rl.lr.spec import FFT, AdapterSpec
 from mua_rl.run.folder import RunFolder
+from mua_rl.run.machine import machine
 from mua_rl.run.trial import Trial, TrialResult
 from mua_rl.sweep.runner import ENDED, trial_flags
 from mua_rl.sweep.search import Search

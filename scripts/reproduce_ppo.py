@@ -24,9 +24,9 @@ from selection import passes
 
 from mua_rl.analysis import rows
 from mua_rl.exits import run_command
-from mua_rl.lr.record import machine
 from mua_rl.lr.spec import FFT, AdapterSpec
 from mua_rl.ppo.base import BasePolicy, read_base_policy
+from mua_rl.run.machine import machine
 from mua_rl.run.trial import Trial, TrialResult
 
 WIDTH = 256

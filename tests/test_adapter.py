@@ -22,7 +22,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from mua_rl.adapter.adapters import Full, LoRA, fingerprint, load_adapter, lora_layers, lora_matrices
+from mua_rl.adapter.adapters import Full, LoRA, load_adapter
+from mua_rl.adapter.fingerprint import fingerprint
+from mua_rl.adapter.targets import lora_layers, lora_matrices
 from mua_rl.errors import UserError
 from mua_rl.lr.spec import AdapterSpec, AlphaRule, Scheme
 

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from helpers import make_record
 
-from mua_rl.adapter.adapters import fingerprint
+from mua_rl.adapter.fingerprint import fingerprint
 from mua_rl.envs.tasks import Task
 from mua_rl.errors import UserError
 from mua_rl.evaluation.engines import TransformersEngine, check_adapter

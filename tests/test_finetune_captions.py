@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from mua_rl.adapter.adapters import LoRA, fingerprint, load_adapter, lora_layers
+from mua_rl.adapter.adapters import LoRA, load_adapter
+from mua_rl.adapter.fingerprint import fingerprint
+from mua_rl.adapter.targets import lora_layers
 from mua_rl.analysis.rows import read
 from mua_rl.errors import UserError
 from mua_rl.lr.record import LRRecord
@@ -27,6 +29,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
+
+pytestmark = pytest.mark.slow  # what is tested starts training
 
 SMALL = {"pretraining_steps": 3, "steps": 3, "batch_size": 4, "examples": 24, "held_out": 8}
 GROUPS = [("two", "red", "circles", "top left"), ("one", "blue", "square", "bottom right")]

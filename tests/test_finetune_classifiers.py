@@ -16,10 +16,14 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from mua_rl.adapter.adapters import Full, LoRA, fingerprint, load_adapter, lora_layers
+from mua_rl.adapter.adapters import Full, LoRA, load_adapter
+from mua_rl.adapter.fingerprint import fingerprint
+from mua_rl.adapter.targets import lora_layers
 from mua_rl.errors import UserError
 from mua_rl.lr.record import LRRecord
 from mua_rl.run.trial import Status, TrialResult
+
+pytestmark = pytest.mark.slow  # what is tested starts training
 
 for package in ("sklearn", "PIL"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install 'mua-rl[fields]'")

@@ -12,7 +12,8 @@ import torch
 from helpers import make_trial
 from torch.nn.functional import log_softmax
 
-from mua_rl.adapter.adapters import LoRA, fingerprint
+from mua_rl.adapter.adapters import LoRA
+from mua_rl.adapter.fingerprint import fingerprint
 from mua_rl.analysis.rows import Row, append
 from mua_rl.errors import UserError
 from mua_rl.grpo import run as grpo
@@ -22,6 +23,8 @@ from mua_rl.lm.models import load_model, load_tokenizer
 from mua_rl.lr.record import LRRecord
 from mua_rl.run.folder import RunFolder
 from mua_rl.run.trial import Status, TrialResult
+
+pytestmark = pytest.mark.slow  # what is tested starts training
 
 SMALL = ["--max_steps", "4", "--per_device_train_batch_size", "8", "--held_out", "16"]
 

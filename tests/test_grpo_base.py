@@ -40,12 +40,14 @@ def lora_run(base_folder, tmp_path_factory):
     return grpo.train(*parsed(*flags, "--output_dir", tmp_path_factory.mktemp("lora") / "run")).path
 
 
+@pytest.mark.slow
 def test_full_finetuning_after_a_lora_is_held_to_the_policy_that_it_starts_from(lora_run, tmp_path):
     flags = ["--start-from", lora_run, "--beta", 0.1, "--max_steps", 1, "--output_dir", tmp_path / "r"]
     (kl,) = [line["kl"] for line in grpo.train(*parsed(*flags)).metrics() if "kl" in line]
     assert kl == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_lora_held_to_a_reference_policy_resumes_where_it_was(tmp_path):
     """The reference is an adapter beside the policy's own, and transformers loads the former alone."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -165,6 +167,7 @@ def test_a_precision_has_a_flag_of_its_own(name):
         parsed("--model_init_kwargs", f'{{"{name}": "bfloat16"}}')
 
 
+@pytest.mark.slow
 def test_the_record_of_a_run_by_epochs_says_how_many_steps_it_took(base_folder, tmp_path):
     flags = ["--model", base_folder, "--rank", 4, "--lr", 2**-8, "--num_train_epochs", 0.0005]  # of 8192 / 2 steps
     record = LRRecord.load(grpo.train(*parsed(*flags, "--output_dir", tmp_path / "r")).path)

@@ -16,6 +16,8 @@ from mua_rl.grpo.base import load_base
 from mua_rl.lm import models
 from mua_rl.run.folder import RunFolder
 
+pytestmark = pytest.mark.slow  # what is tested starts training
+
 SMALL = ["--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1", "--report_to", "none"]
 SMALL += ["--held_out_steps", "0", "--held_out_problems", "8", "--max_completion_length", "6", "--warmup_steps", "0"]
 SMALL += ["--rank", "4", "--lr", "0.01", "--max_steps", "2"]

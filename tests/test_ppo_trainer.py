@@ -12,7 +12,8 @@ from stable_baselines3.common.env_util import make_vec_env  # noqa: E402
 from stable_baselines3.common.utils import LinearSchedule  # noqa: E402
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize  # noqa: E402
 
-from mua_rl.adapter.adapters import Full, LoRA, lora_layers  # noqa: E402
+from mua_rl.adapter.adapters import Full, LoRA  # noqa: E402
+from mua_rl.adapter.targets import lora_layers  # noqa: E402
 from mua_rl.errors import Diverged, UserError  # noqa: E402
 from mua_rl.lr.rules import Scheme  # noqa: E402
 from mua_rl.ppo.trainer import HEADS, PPO, hidden_layers, resolve_layers  # noqa: E402

@@ -12,6 +12,8 @@ from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.stacked.checkpoint import Checkpoint, Checkpoints, mark, path_of
 from mua_rl.grpo.stacked.trainer import SideBySide, train_side_by_side
 
+pytestmark = pytest.mark.slow  # what is tested starts training
+
 ARMS = [
     make_trial(rank=4, init="B", alpha="1", log2_lr=-8, seed=1),
     make_trial(rank=2, init="A", alpha="1/r", log2_lr=-7, seed=2),

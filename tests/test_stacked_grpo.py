@@ -9,7 +9,8 @@ from helpers import make_trial
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import RepeatSampler
 
-from mua_rl.adapter.adapters import LoRA, adapter_for, load_adapter, lora_layers, lora_matrices
+from mua_rl.adapter.adapters import LoRA, adapter_for, load_adapter
+from mua_rl.adapter.targets import lora_layers, lora_matrices
 from mua_rl.errors import UserError
 from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.stacked.generation import Decoder, choose, share
@@ -79,6 +80,7 @@ def test_an_arm_among_others_equals_the_same_arm_alone(number):
     assert together.seen[0].tokens[number].tolist() not in others
 
 
+@pytest.mark.slow
 def test_ranks_are_padded_with_zeros_that_stay_zero():
     trainer = side_by_side(MIXED)
     for _ in range(3):
@@ -90,6 +92,7 @@ def test_ranks_are_padded_with_zeros_that_stay_zero():
 
 
 @pytest.mark.parametrize("fault", ["learning rate", "nan"])
+@pytest.mark.slow
 def test_an_arm_that_goes_wrong_changes_nothing_in_the_others(fault):
     wrong = make_trial(rank=4, init="B", alpha="1", log2_lr=math.log2(10), seed=5)
     trials = [MIXED[0], wrong, MIXED[2]]
@@ -155,6 +158,7 @@ def test_accuracy_is_that_of_a_single_run_and_a_saved_adapter_is_the_arm(tmp_pat
     assert after[0].completions != before.completions
 
 
+@pytest.mark.slow
 def test_arms_learn_and_a_hopeless_one_is_ended_by_name(tmp_path):
     trials = [make_trial(8, "B", "1", -7, 1), make_trial(8, "B", "1", -30, 1)]
     seen = []

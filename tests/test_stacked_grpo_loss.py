@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import make_trial
 
-from mua_rl.adapter.adapters import lora_layers, lora_matrices
+from mua_rl.adapter.targets import lora_layers, lora_matrices
 from mua_rl.grpo import run as grpo
 from mua_rl.grpo.arguments import parse
 from mua_rl.grpo.setup import prepare

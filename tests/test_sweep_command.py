@@ -202,6 +202,7 @@ def test_a_record_that_a_sweep_wrote_gives_other_runs_their_rate(sweep):
     assert LRRecord.load(folder).configuration().rank == 32
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_and_repeats_nothing_and_more_ranks_can_be_added(sweep):
     _, _, first = sweep("--ranks", "8")
     _, _, second = sweep("--ranks", "8")
@@ -222,6 +223,7 @@ def test_resume_takes_the_sweeps_own_settings(sweep, tmp_path):
         parse(["--resume", str(folder), "--max_steps", "5"])
 
 
+@pytest.mark.slow
 def test_resume_goes_on_with_the_ranks_that_a_later_command_added(sweep):
     sweep("--ranks", "8")
     _, folder, _ = sweep("--ranks", "8", "full", "--time_limit", "1e-9")
@@ -490,6 +492,7 @@ def run_command(*flags):
     )
 
 
+@pytest.mark.slow
 def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
     run = run_command("--ranks", "many")
     assert run.returncode == 2

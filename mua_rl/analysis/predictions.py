@@ -17,8 +17,8 @@ import numpy as np
 
 from mua_rl.analysis.measured import Context, Measured, Sweep, log2_ratio
 from mua_rl.analysis.optimum import COVERAGE, RESOLUTION
+from mua_rl.lr.evidence import UNMOVED, Evidence, default_exponent, pair_kind
 from mua_rl.lr.spec import FFT, AdapterSpec, Scheme
-from mua_rl.lr.transfer import UNMOVED, Evidence, default_exponent, pair_kind
 
 HIT = 0.5
 """Octaves within which a prediction counts as right."""
@@ -357,7 +357,7 @@ def fitted(sweeps: Sequence[Sweep]) -> Calibrated | None:
 
 
 def evidence(sweeps: Sequence[Sweep], rule: Rule) -> dict[str, Evidence]:
-    """How far off a rule was in these sweeps, by kind of pair: `mua_rl.lr.transfer.EVIDENCE`."""
+    """How far off a rule was in these sweeps, by kind of pair: `mua_rl.lr.evidence.EVIDENCE`."""
     tests, found = prediction_tests(sweeps, rule), {}
     for kind, alike in _by_pair(tests).items():
         curves = [m for test in tests if _kind_of(test) == kind for m in (test.source, test.target)]
@@ -373,7 +373,7 @@ def evidence(sweeps: Sequence[Sweep], rule: Rule) -> dict[str, Evidence]:
 
 
 def _by_pair(tests: Sequence[Test]) -> dict[str, Sequence[Test]]:
-    """The tests of each kind of pair (`mua_rl.lr.transfer.pair_kind`); all of them for a kind that has not `ENOUGH`."""
+    """The tests of each kind of pair (`mua_rl.lr.evidence.pair_kind`); all of them for a kind that has not `ENOUGH`."""
     kinds = {kind: [test for test in tests if _kind_of(test) == kind] for kind in sorted({_kind_of(t) for t in tests})}
     return {kind: alike if len(alike) >= ENOUGH else tests for kind, alike in kinds.items()}
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from mua_rl.adapter.adapters import fingerprint
+from mua_rl.adapter.fingerprint import fingerprint
 from mua_rl.errors import UserError
 from mua_rl.lm import models
 from mua_rl.lm.heldout import generate

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from trl import GRPOConfig
 
+from mua_rl.envs.tasks import with_whole_path
 from mua_rl.errors import UserError
 from mua_rl.lm import models
 from mua_rl.run import processes
@@ -280,6 +281,8 @@ def parse(argv: list[str] | None = None) -> tuple[GRPOArguments, AdapterArgument
 def complete(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: dict) -> None:
     """Fill in, and note among what was given, what `--start-from` and `--num_train_epochs` imply.
 
+    A task that was given by a relative path is noted by its whole one, so that the settings mean the same anywhere.
+
     Raises:
         UserError: `--start-from` names no run, or contradicts `--model`.
     """
@@ -288,6 +291,8 @@ def complete(arguments: GRPOArguments, adapter_arguments: AdapterArguments, give
     else:
         for name in [name for name, default in _DEFAULTS.items() if given.get(name) == default]:
             del given[name]  # the settings are those of a run that leaves it out
+    if "task" in given:
+        given["task"] = with_whole_path(given["task"])
     if "num_train_epochs" in given and "max_steps" not in given:
         arguments.max_steps = -1
     arguments.set_save_steps()

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer as trl_grpo_trainer
 
-from mua_rl.adapter.groups import learning_rates, named_groups
+from mua_rl.adapter.groups import learning_rates, param_groups
 from mua_rl.errors import Diverged
 from mua_rl.lm.text import begins_answer, completion_texts, prompt_ids
 from mua_rl.rollouts.correction import CorrectedGRPOTrainer
@@ -81,7 +81,7 @@ class GRPOTrainer(CorrectedGRPOTrainer):
             model = self.model if model is None else model
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             options.pop("lr", None)
-            groups = named_groups(
+            groups = param_groups(
                 model, self.roles, self.args.weight_decay, decayed=self.get_decay_parameter_names(model)
             )
             self.optimizer = optimizer_class(groups, **options)

@@ -6,7 +6,6 @@ A run or a sweep writes it; any later run reads it, whatever its rank, LoRA or f
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -190,19 +189,6 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {**versions, "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
-
-
-def machine(device: str | None = None) -> str:
-    """What a run runs on, since seconds compare on one machine only: the GPU, else the processor and its cores.
-
-    Args:
-        device: That computes, as PyTorch calls it. Default: the GPU where there is one.
-    """
-    import torch  # here, since a record is read without it
-
-    if torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
 def _has_type(value: Any, hint: Any) -> bool:

@@ -6,7 +6,8 @@ from pathlib import Path
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv
 
-from mua_rl.adapter.adapters import Adapter, fingerprint
+from mua_rl.adapter.adapters import Adapter
+from mua_rl.adapter.fingerprint import fingerprint
 from mua_rl.errors import UserError, one_line
 from mua_rl.lr.record import LRRecord, check_learning_rate
 from mua_rl.lr.rules import Configuration
@@ -15,8 +16,9 @@ from mua_rl.ppo.arguments import PPOArguments
 from mua_rl.ppo.base import SHIPPED, BasePolicy, read_base_policy, shipped_policy
 from mua_rl.ppo.envs import build_envs, new_statistics, with_statistics
 from mua_rl.ppo.trainer import PPO
-from mua_rl.run.arguments import AdapterArguments, Base, resolve_learning_rate
+from mua_rl.run.arguments import AdapterArguments
 from mua_rl.run.folder import RunFolder
+from mua_rl.run.learning_rate import Base, resolve_learning_rate
 
 POLICY = "policy.zip"
 

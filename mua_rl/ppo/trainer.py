@@ -26,8 +26,9 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from mua_rl.adapter.adapters import Adapter, Full, TargetModules, fan_in, lora_layers
-from mua_rl.adapter.groups import FULL, learning_rates, named_groups, role_of, scale_learning_rates
+from mua_rl.adapter.adapters import Adapter, Full
+from mua_rl.adapter.groups import FULL, learning_rates, param_groups, role_of, scale_learning_rates
+from mua_rl.adapter.targets import TargetModules, fan_in, lora_layers
 from mua_rl.errors import Diverged, UserError
 from mua_rl.lr.rules import Configuration
 from mua_rl.ppo.base import BasePolicy
@@ -130,7 +131,7 @@ class PPO(stable_baselines3.PPO):
             if head_role_of(name) == HEAD:
                 parameter.requires_grad_(True)
         rates = {**self.attached.learning_rates(peak), HEAD: self.head_learning_rate or peak}
-        groups = named_groups(self.learner, rates, role_of=head_role_of)
+        groups = param_groups(self.learner, rates, role_of=head_role_of)
         self.learner.optimizer = self.policy.optimizer_class(groups, **self.policy.optimizer_kwargs)
         self.merge()
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from trl.trainer.utils import pad, selective_log_softmax
 
 from mua_rl.adapter.adapters import Adapter
-from mua_rl.adapter.groups import named_groups
+from mua_rl.adapter.groups import param_groups
 from mua_rl.envs.tasks import Task, as_completions, load_split
 from mua_rl.errors import Diverged, UserError
 from mua_rl.lm.heldout import complete, end_ids
@@ -126,7 +126,7 @@ def movement(
         Diverged: The divergence is not finite.
     """
     policy = adapter.attach(copy.deepcopy(model), seed=seed)
-    optimizer = torch.optim.AdamW(named_groups(policy, adapter.learning_rates(learning_rate)), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(param_groups(policy, adapter.learning_rates(learning_rate)), weight_decay=0.0)
     trained = [p for p in policy.parameters() if p.requires_grad]
     tokens, found = batch.written.sum(), []
     for step in range(1, steps + 1):

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from mua_rl.adapter.adapters import lora_layers, lora_matrices
+from mua_rl.adapter.targets import lora_layers, lora_matrices
 from mua_rl.errors import UserError
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

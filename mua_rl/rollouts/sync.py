@@ -22,7 +22,7 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
-from mua_rl.adapter.adapters import lora_layers, lora_matrices
+from mua_rl.adapter.targets import lora_layers, lora_matrices
 from mua_rl.errors import EngineFailed, UserError, one_line
 from mua_rl.rollouts.fsdp2 import reshard
 from mua_rl.rollouts.lora_engine import (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-OF_ONE_RUN = ("rank", "init", "alpha", "lr", "learning_rate", "lr_from", "output_dir", "resume")
+OF_ONE_RUN = ("rank", "init", "alpha", "lora_alpha", "lr", "learning_rate", "lr_from", "output_dir", "resume")
 """Settings that say which adapter a run trained, at which learning rate, and where."""
 OF_THE_BASE = ("start_from", "model", "base", "vec_normalize", "policy", "policy_kwargs", "use_sde")
 """Settings whose place the policy of `--start-from` takes."""
@@ -33,7 +33,7 @@ def command(module: str, settings: Mapping[str, Any]) -> str:
     """A line for a shell, from settings as a run folder keeps them; a null, which YAML alone can say, is left out."""
     words = ["python", "-m", f"mua_rl.{module}"]
     for name, value in settings.items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = f"--{name}"
         if isinstance(value, list):
             words += [flag, *map(_word, value)]
         elif value is not None:

@@ -18,7 +18,6 @@ import math
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import fields
@@ -32,6 +31,7 @@ from mua_rl.errors import UserError, one_line
 from mua_rl.files import write_whole
 from mua_rl.lr.record import package_versions
 from mua_rl.run import processes
+from mua_rl.run.machine import git_commit
 from mua_rl.run.trial import Status, TrialResult
 
 CONFIG, VERSIONS, METRICS, RESULT, CURVE = "config.yaml", "versions.json", "metrics.jsonl", "result.json", "curve.png"
@@ -287,10 +287,6 @@ def open_run(
 def with_whole_paths(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings that mean the same from any folder."""
     paths = {k: str(Path(str(v)).resolve()) for k, v in settings.items() if k in PATHS and Path(str(v)).exists()}
-    if task := settings.get("task"):
-        from mua_rl.envs.tasks import with_whole_path  # here, since control runs have no task and do without datasets
-
-        paths["task"] = with_whole_path(task)
     return {**settings, **paths}
 
 
@@ -314,21 +310,6 @@ def start_wandb(run: RunFolder, **options: Any) -> None:
             f"Weights & Biases cannot be used ({one_line(error)}): see wandb login, or set WANDB_MODE=offline."
         ) from None
     kept.write_text(f"{started.id}\n", encoding="utf-8")
-
-
-def git_commit() -> str | None:
-    """The commit that this package runs from, with "+changes" where files differ from it; `None` outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, check=True, timeout=10, encoding="utf-8"
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "-C", str(here), "status", "--porcelain", "-uno"], capture_output=True, timeout=10, encoding="utf-8"
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit + ("+changes" if changed else "")
 
 
 def _is_json(path: Path) -> bool:

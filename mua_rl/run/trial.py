@@ -9,7 +9,9 @@ from typing import Any
 
 from mua_rl.lr.spec import AdapterSpec
 
-PER_TRIAL = ("rank", "init", "alpha", "lr", "learning_rate", "lr_from", "rank_exponent", "seed", "output_dir")
+PER_TRIAL = (
+    "rank", "init", "alpha", "lora_alpha", "lr", "learning_rate", "lr_from", "rank_exponent", "seed", "output_dir",
+)  # fmt: skip
 """Settings of a trainer that each trial brings along."""
 WITHOUT_EFFECT = (
     "lr_from", "rank_exponent", "output_dir", "report_to", "tensorboard_log", "wandb", "progress_bar", "verbose",

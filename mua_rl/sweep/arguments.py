@@ -126,7 +126,7 @@ class Request:
         """
         everything = self.everything if everything is None else everything
         defaults = {f.name: f.default for arguments in (self.adapter, self.trainer) for f in fields(arguments)}
-        own = {f.name for f in fields(SweepArguments)} - {"algo"} | {"rank", "init", "alpha"}
+        own = {f.name for f in fields(SweepArguments)} - {"algo"} | {"rank", "init", "alpha", "lora_alpha"}
         settings = {k: v for k, v in everything.items() if k not in own and k not in WITHOUT_EFFECT}
         return {k: v for k, v in settings.items() if v != defaults.get(k, MISSING)}
 
@@ -207,7 +207,7 @@ def _specs(sweep: SweepArguments, adapter: AdapterArguments, given: dict[str, An
     """Each combination of ranks and schemes once; FFT has no scheme."""
     if sweep.ranks is not None and "rank" in given:
         raise UserError("--rank and --ranks exclude each other: give --ranks.")
-    if sweep.schemes is not None and given.keys() & {"init", "alpha"}:
+    if sweep.schemes is not None and given.keys() & {"init", "alpha", "lora_alpha"}:
         raise UserError("--schemes stands for --init and --alpha: give one or the other.")
     ranks = [parse_rank(rank) for rank in sweep.ranks or [adapter.chosen_rank]]
     schemes = [parse_scheme(scheme) for scheme in sweep.schemes] if sweep.schemes else [(adapter.init, adapter.alpha)]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mua_rl.adapter.adapters import TargetModules
+from mua_rl.adapter.targets import TargetModules
 from mua_rl.errors import UserError, one_line
 from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.stacked.stack import LoRAStack

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 from trl.trainer.utils import disable_dropout_in_model
 
-from mua_rl.adapter.adapters import lora_layers
+from mua_rl.adapter.targets import lora_layers
 from mua_rl.errors import UserError
 from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.stacked.objective import LOSS_TYPES

@@ -16,7 +16,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import nn
 
-from mua_rl.adapter.adapters import LoRA, lora_layers
+from mua_rl.adapter.adapters import LoRA
+from mua_rl.adapter.targets import lora_layers
 from mua_rl.errors import UserError
 
 # Gradients are views into one vector a trial: what autograd warns of is that no other layout is as fast for it.

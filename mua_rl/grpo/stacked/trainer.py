@@ -22,8 +22,9 @@ from torch import nn
 from transformers import get_scheduler
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
-from mua_rl.adapter.adapters import LoRA, TargetModules, adapter_for
+from mua_rl.adapter.adapters import LoRA, adapter_for
 from mua_rl.adapter.groups import learning_rates
+from mua_rl.adapter.targets import TargetModules
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import UserError
 from mua_rl.grpo.arguments import GRPOArguments

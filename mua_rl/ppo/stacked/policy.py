@@ -17,7 +17,8 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal
 
-from mua_rl.adapter.adapters import TargetModules, adapter_for, lora_layers, lora_matrices
+from mua_rl.adapter.adapters import adapter_for
+from mua_rl.adapter.targets import TargetModules, lora_layers, lora_matrices
 from mua_rl.errors import UserError
 from mua_rl.ppo.base import BasePolicy
 from mua_rl.ppo.trainer import HEAD, exactly, head_role_of, resolve_layers

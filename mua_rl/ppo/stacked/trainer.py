@@ -23,7 +23,7 @@ from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from mua_rl.adapter.adapters import TargetModules
+from mua_rl.adapter.targets import TargetModules
 from mua_rl.envs.control.tensor import Task, TensorEnvs, tensor_task
 from mua_rl.errors import UserError, one_line
 from mua_rl.lr.record import check_learning_rate

@@ -19,18 +19,10 @@ from mua_rl.analysis.predictions import (
 )
 from mua_rl.analysis.report import parse_sizes
 from mua_rl.analysis.rows import read_all
+from mua_rl.lr.evidence import EVIDENCE, FROM_RANK, RANK_EXPONENT, RANK_EXPONENTS, default_exponent, pair_kind
 from mua_rl.lr.rules import Configuration
 from mua_rl.lr.spec import AdapterSpec, AlphaRule, Scheme
-from mua_rl.lr.transfer import (
-    EVIDENCE,
-    FROM_RANK,
-    RANK_EXPONENT,
-    RANK_EXPONENTS,
-    default_exponent,
-    given,
-    pair_kind,
-    transfer,
-)
+from mua_rl.lr.transfer import LearningRate, transfer
 from mua_rl.run.folder import RunFolder
 from mua_rl.run.life import announce
 
@@ -63,7 +55,7 @@ FULL = Configuration(FFT, 512, optimizer="adamw_torch", outputs=512)
 def test_the_evidence_is_what_docs_results_say_today(measured):
     for exponent, sweeps in measured.items():
         found = evidence(sweeps, shipped(sweeps[0].algorithm))
-        stale = f"policy.EVIDENCE is stale, {exponent} has {found}"
+        stale = f"EVIDENCE is stale, {exponent} has {found}"
         assert found.keys() == EVIDENCE[exponent].keys(), stale
         for kind, now in found.items():
             stated = EVIDENCE[exponent][kind]
@@ -105,7 +97,7 @@ def test_ppo_transfers_between_a_lora_and_full_finetuning_are_further_off_than_b
 
 def test_the_records_own_rate_and_a_given_one_are_no_predictions():
     record = make_record(rank=1, algorithm="dpo")
-    for found in (transfer(record, record.configuration()), given(1e-3)):
+    for found in (transfer(record, record.configuration()), LearningRate(1e-3, "given by --lr")):
         assert found.evidence is None
         assert found.warning == ""
         assert found.reason == found.why
