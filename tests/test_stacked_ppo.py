@@ -18,10 +18,10 @@ from mua_rl.ppo.arguments import PPOArguments  # noqa: E402
 from mua_rl.ppo.base import read_base_policy  # noqa: E402
 from mua_rl.ppo.stacked.policy import StackedPolicy, build_policy  # noqa: E402
 from mua_rl.ppo.stacked.rollouts import generalized_advantages  # noqa: E402
-from mua_rl.ppo.stacked.trainer import SideBySide, ppo_options, train_side_by_side  # noqa: E402
+from mua_rl.ppo.stacked.trainer import StackedPPO, ppo_options, train_side_by_side  # noqa: E402
 from mua_rl.ppo.stacked.update import (  # noqa: E402
-    Rollout,
     StackedAdam,
+    Transitions,
     clipped,
     gradient_and_kl,
     loss_and_kl,
@@ -88,7 +88,7 @@ def buffer_as_rollout(model, trials=1):
     tensors = [t.flatten() if i >= 2 or (i == 1 and discrete) else t for i, t in enumerate(tensors)]
     if discrete:
         tensors[1] = tensors[1].long()
-    return Rollout(*(t.expand(trials, *t.shape).clone() for t in tensors))
+    return Transitions(*(t.expand(trials, *t.shape).clone() for t in tensors))
 
 
 def named_gradients(policy, gradient, trial=0):
@@ -147,7 +147,7 @@ def test_advantages_and_returns_are_sb3s(bases, env_id):
     torch.testing.assert_close(ours[0], torch.as_tensor(buffer.advantages), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("arm", [LORA, replace(LORA, spec=spec(4, "A", "1/r")), FFT], ids=["B", "A", "FFT"])
+@pytest.mark.parametrize("trial", [LORA, replace(LORA, spec=spec(4, "A", "1/r")), FFT], ids=["B", "A", "FFT"])
 @pytest.mark.parametrize(
     ("env_id", "options"),
     [
@@ -179,7 +179,7 @@ def test_an_update_on_sb3s_own_rollout_gives_sb3s_weights(bases, trial, env_id, 
         assert 0 < int(adam.steps) < settings.n_epochs * math.ceil(count / settings.batch_size)
 
 
-@pytest.mark.parametrize("arm", [LORA, FFT], ids=["LoRA", "FFT"])
+@pytest.mark.parametrize("trial", [LORA, FFT], ids=["LoRA", "FFT"])
 def test_loss_and_gradients_are_sb3s_to_rounding(bases, trial):
     """Against autograd through SB3's policy, on the first minibatch."""
     model = single_run(bases[PENDULUM], trial, env_id=PENDULUM)
@@ -227,7 +227,7 @@ def test_adam_is_torchs_with_a_rate_and_a_count_of_steps_for_each_arm(bases):
 
 
 def trained(trials, base, given):
-    trainer = SideBySide(given, trials, base)
+    trainer = StackedPPO(given, trials, base)
     return trainer, trainer.learn()
 
 
@@ -305,7 +305,7 @@ def test_the_same_task_as_tensors_and_under_gymnasium_gives_the_same_kind_of_run
         assert outcome.steps == 192 and 5 < outcome.reward_mean < 60 and outcome.before > 5
 
 
-@pytest.mark.parametrize("arm", [LORA, FFT], ids=["LoRA", "FFT"])
+@pytest.mark.parametrize("trial", [LORA, FFT], ids=["LoRA", "FFT"])
 @pytest.mark.parametrize("env_id", [CARTPOLE, PENDULUM])
 def test_plain_sb3_loads_what_is_saved_and_acts_alike(bases, env_id, trial, tmp_path):
     trainer, _ = trained([replace(trial, seed=0), trial], bases[env_id], arguments(env_id))

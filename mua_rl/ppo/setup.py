@@ -22,7 +22,7 @@ POLICY = "policy.zip"
 
 
 @dataclass
-class Setup:
+class PPOSetup:
     """A model that is ready to train, with what it starts from and how it is trained."""
 
     model: PPO
@@ -54,7 +54,7 @@ def find_base(arguments: PPOArguments, start_from: str | None) -> tuple[BasePoli
     return read_base_policy(path, arguments.vec_normalize), name, None
 
 
-def set_up(arguments: PPOArguments, adapter_arguments: AdapterArguments) -> Setup:
+def set_up(arguments: PPOArguments, adapter_arguments: AdapterArguments) -> PPOSetup:
     """Build environments and policy, attach the adapter, find the learning rate.
 
     Raises:
@@ -91,7 +91,7 @@ def set_up(arguments: PPOArguments, adapter_arguments: AdapterArguments) -> Setu
     if head_rate is not None:
         check_learning_rate(head_rate, "--head_lr")
     model.attach(learning_rate=arguments.schedule(rate.value), head_learning_rate=head_rate)
-    return Setup(model, pretrained, base, configuration, rate)
+    return PPOSetup(model, pretrained, base, configuration, rate)
 
 
 def training_envs(arguments: PPOArguments, pretrained: BasePolicy | None) -> VecEnv:

@@ -107,7 +107,7 @@ def why_not(request: Request, curve: AdapterSpec, obstacle: str = "") -> str:
         else:
             from mua_rl.ppo.stacked import trainer as ppo
 
-            for envs in ppo.SideBySide(request.trainer, [trial], *_ppo_base(request)).vec_envs:
+            for envs in ppo.StackedPPO(request.trainer, [trial], *_ppo_base(request)).vec_envs:
                 envs.close()
     except UserError as error:
         return str(error)
