@@ -13,6 +13,7 @@ from stable_baselines3.common.env_util import make_vec_env  # noqa: E402
 from stable_baselines3.common.logger import Logger  # noqa: E402
 from stable_baselines3.common.vec_env import VecNormalize  # noqa: E402
 
+from mua_rl.adapter.adapters import adapter_for  # noqa: E402
 from mua_rl.errors import UserError  # noqa: E402
 from mua_rl.ppo.arguments import PPOArguments  # noqa: E402
 from mua_rl.ppo.base import read_base_policy  # noqa: E402
@@ -63,7 +64,7 @@ def single_run(base, trial, options=None, env_id=CARTPOLE):
     given = arguments(env_id, seed=trial.seed, **(options or {}))
     envs = make_vec_env(env_id, n_envs=2, seed=trial.seed)
     model = PPO.from_base(
-        base, envs, adapter=trial.adapter("hidden"), device="cpu", learning_rate=given.schedule(trial.learning_rate),
+        base, envs, adapter=adapter_for(trial.spec, "hidden"), device="cpu", learning_rate=given.schedule(trial.learning_rate),
         **given.sb3_options(),
     )  # fmt: skip
     model.set_logger(Logger(None, []))
@@ -117,7 +118,7 @@ def assert_same_weights(policy, model, rank, trial=0, **tolerance):
 
 
 @pytest.mark.parametrize("init", ["A", "B"])
-def test_arms_start_where_their_single_runs_start(bases, init):
+def test_trials_start_where_their_single_runs_start(bases, init):
     trials = [make_trial(rank, init, "1/r", -8.0, seed) for rank, seed in ((2, 0), (4, 0), (4, 7))]
     base = bases[PENDULUM]
     for k, trial in enumerate(trials):
@@ -198,7 +199,7 @@ def test_loss_and_gradients_are_sb3s_to_rounding(bases, trial):
         torch.testing.assert_close(gradient, theirs[sb3_name(name)].grad, rtol=1e-4, atol=1e-5)
 
 
-def test_adam_is_torchs_with_a_rate_and_a_count_of_steps_for_each_arm(bases):
+def test_adam_is_torchs_with_a_rate_and_a_count_of_steps_for_each_trial(bases):
     trials = [make_trial(None, "B", "1", rate, 0) for rate in (-8.0, -6.0, -7.0)]
     model = single_run(bases[CARTPOLE], FFT)
     policy, generator = stacked(model, bases[CARTPOLE], trials), torch.Generator().manual_seed(0)
@@ -233,7 +234,7 @@ def trained(trials, base, given):
 
 @pytest.mark.parametrize("env_id", [CARTPOLE, PENDULUM])
 @pytest.mark.parametrize("full", [False, True], ids=["LoRA", "FFT"])
-def test_an_arm_among_others_equals_the_arm_alone(bases, env_id, full):
+def test_an_trial_among_others_equals_the_trial_alone(bases, env_id, full):
     trials = [
         make_trial(None if full else rank, "B", "1", lr, seed)
         for rank, lr, seed in ((2, -7, 0), (4, -8, 1), (3, -6, 2))
@@ -244,12 +245,12 @@ def test_an_arm_among_others_equals_the_arm_alone(bases, env_id, full):
         alone, (outcome,) = trained([trial], bases[env_id], given)
         for name, value in alone.policy.state_dict(0).items():
             torch.testing.assert_close(together.policy.state_dict(k)[name], value, rtol=1e-4, atol=1e-5)
-        for field in ("metric", "reward_mean", "reward_last", "before", "steps"):
+        for field in ("score", "reward_mean", "reward_last", "before", "steps"):
             assert getattr(outcomes[k], field) == pytest.approx(getattr(outcome, field), rel=1e-3)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["LoRA", "FFT"])
-def test_an_arm_at_a_rate_of_ten_changes_nothing_in_the_others(bases, full):
+def test_an_trial_at_a_rate_of_ten_changes_nothing_in_the_others(bases, full):
     trials = [make_trial(None if full else 4, "B", "1", lr, seed) for lr, seed in ((-8, 0), (-7, 1), (-6, 2))]
     wild = [trials[0], replace(trials[1], log2_lr=math.log2(10)), trials[2]]
     given = arguments(target_kl=0.0)
@@ -258,7 +259,7 @@ def test_an_arm_at_a_rate_of_ten_changes_nothing_in_the_others(bases, full):
     assert not torch.equal(calm[1], disturbed[1])
 
 
-def test_an_arm_that_leaves_the_finite_numbers_is_dropped_and_the_others_go_on(bases):
+def test_an_trial_that_leaves_the_finite_numbers_is_dropped_and_the_others_go_on(bases):
     trials = [replace(LORA, log2_lr=lr) for lr in (-8.0, 100.0, -7.0)]
     trainer, outcomes = trained(trials, bases[CARTPOLE], arguments(target_kl=0.0))
     assert trainer.alive.tolist() == [True, False, True]
@@ -281,7 +282,7 @@ def test_smaller_ranks_stay_zero_beyond_their_rank(bases):
 # Environments, files, refusals
 
 
-def test_environments_that_are_no_tensors_train_too_with_statistics_of_each_arms_own(tmp_path):
+def test_environments_that_are_no_tensors_train_too_with_statistics_of_each_trials_own(tmp_path):
     env_id = "MountainCarContinuous-v0"
     base = make_base(tmp_path, env_id, activation=torch.nn.ReLU, normalize=True)
     trials = [replace(LORA, seed=seed) for seed in (0, 1)]
@@ -332,14 +333,14 @@ def test_what_has_no_stacked_form_is_refused_and_the_message_says_to_run_singly(
     with pytest.raises(UserError, match="no trials"):
         train_side_by_side(arguments(), [], base)
     with pytest.raises(UserError, match="rank 17 exceeds"):
-        train_side_by_side(arguments(), [replace(LORA, rank=17)], base)
+        train_side_by_side(arguments(), [replace(LORA, spec=spec(17))], base)
     with pytest.raises(UserError, match="no environment"):
         train_side_by_side(arguments("NoSuchTask-v0"), [LORA], base)
     with pytest.raises(UserError, match="trained with observations"):
         train_side_by_side(arguments(PENDULUM), [LORA], base)
 
 
-def test_workers_share_out_the_arms_and_change_no_result(bases):
+def test_workers_share_out_the_trials_and_change_no_result(bases):
     trials = [replace(LORA, seed=seed) for seed in range(3)]
     one, two = (train_side_by_side(arguments(), trials, bases[CARTPOLE], workers=workers) for workers in (1, 2))
     assert [outcome.score for outcome in two] == pytest.approx([outcome.score for outcome in one])

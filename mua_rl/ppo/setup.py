@@ -38,20 +38,16 @@ def find_base(arguments: PPOArguments, start_from: str | None) -> tuple[BasePoli
     Raises:
         UserError: A policy or a run that cannot be used.
     """
+    statistics = arguments.vec_normalize
     if start_from is not None:
         run = RunFolder.open_policy(start_from)
         record = LRRecord.load(run.path)
-        return (
-            read_base_policy(run.path / POLICY, arguments.vec_normalize),
-            f"{record.base_model} after {start_from}",
-            record,
-        )
+        return read_base_policy(run.path / POLICY, statistics), f"{record.base_model} after {start_from}", record
     path = shipped_policy(arguments.env_id) if arguments.base == "auto" else Path(arguments.base)
     if path is None or arguments.base == "none":
         return None, f"a new {arguments.policy}", None
     shipped = path.is_relative_to(SHIPPED)
-    name = f"the shipped {path.parent.name} policy" if shipped else str(path)
-    return read_base_policy(path, arguments.vec_normalize), name, None
+    return read_base_policy(path, statistics), f"the shipped {path.parent.name} policy" if shipped else str(path), None
 
 
 def set_up(arguments: PPOArguments, adapter_arguments: AdapterArguments) -> PPOSetup:

@@ -30,7 +30,7 @@ from mua_rl.lr.record import check_learning_rate
 from mua_rl.lr.spec import FFT
 from mua_rl.ppo.arguments import PPOArguments
 from mua_rl.ppo.base import BasePolicy
-from mua_rl.ppo.envs import check_env_id, evaluation_envs
+from mua_rl.ppo.envs import check_env_id, environment_class, evaluation_envs
 from mua_rl.ppo.evaluation import Returns, evaluate
 from mua_rl.ppo.setup import bare_envs, training_envs
 from mua_rl.ppo.stacked.policy import SINGLY, StackedPolicy, build_policy
@@ -225,6 +225,8 @@ def _tensor_task(arguments: PPOArguments, base: BasePolicy) -> TensorTask | None
     if normalised or arguments.wrapper or arguments.frame_stack > 1:
         return None
     check_env_id(arguments.env_id)
+    if environment_class(arguments.env_id) is not None:
+        return None
     try:
         return tensor_task(arguments.env_id, arguments.env_kwargs)  # type: ignore[arg-type]  # a mapping since __post_init__
     except (gymnasium.error.Error, ImportError, TypeError) as error:
