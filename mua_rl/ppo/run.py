@@ -14,7 +14,7 @@ from mua_rl.ppo.arguments import PPOArguments
 from mua_rl.ppo.checkpoint import Checkpoints, load_checkpoint
 from mua_rl.ppo.envs import evaluation_envs
 from mua_rl.ppo.evaluation import evaluate
-from mua_rl.ppo.logs import RETURN, make_logger
+from mua_rl.ppo.logs import RETURN, OwnReturns, make_logger
 from mua_rl.ppo.setup import POLICY, PPOSetup, bare_envs, set_up
 from mua_rl.run.arguments import AdapterArguments
 from mua_rl.run.folder import ADAPTER_FOLDER, RunFolder, open_run, start_wandb
@@ -65,9 +65,11 @@ class PPOLearner:
         self.model.set_logger(make_logger(self.run, _tensorboard(arguments, self.run), arguments.verbose))
         if checkpoint is not None:
             load_checkpoint(self.model, checkpoint)
+        own_returns = OwnReturns()
+        every = arguments.checkpoint_steps or max(1, total // 5)
         self.model.learn(
             total - self.model.num_timesteps,
-            callback=Checkpoints(self.run.path, arguments.checkpoint_steps or max(1, total // 5)),
+            callback=[own_returns, Checkpoints(self.run.path, every, on_restart=own_returns.restart)],
             reset_num_timesteps=checkpoint is None,
             progress_bar=arguments.progress_bar and Console().is_terminal,
         )
