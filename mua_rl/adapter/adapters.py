@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
@@ -84,12 +84,14 @@ class LoRA:
         init: "A" for Init[A] (`A₀ ~ N(0, 1/n)`, `B₀ = 0`), "B" for Init[B] (`A₀ = 0`, `B₀ ~ N(0, 1/r)`).
         alpha: The multiplier's rule α(r).
         target_modules: Which layers carry LoRA.
+        layer_ranks: Ranks of layers that are smaller than r, by their full names; their multiplier is α(r) too.
     """
 
     rank: int
     init: str = "B"
     alpha: AlphaRule = ALPHA_ONE
     target_modules: TargetModules = "mlp"
+    layer_ranks: Mapping[str, int] = field(default_factory=dict, compare=False)
     saved_as: ClassVar[str] = "adapter"
 
     def __post_init__(self) -> None:
@@ -116,6 +118,8 @@ class LoRA:
             r=self.rank,
             lora_alpha=self.alpha(self.rank) * self.rank,  # type: ignore[arg-type]  # PEFT divides it, so a float does
             target_modules=resolve_targets(model, self.target_modules),
+            rank_pattern={re.escape(name): rank for name, rank in self.layer_ranks.items()},
+            alpha_pattern={re.escape(name): self.alpha(self.rank) * rank for name, rank in self.layer_ranks.items()},
             lora_dropout=0.0,
             bias="none",
             task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
@@ -148,7 +152,7 @@ class LoRA:
                     f"PyTorch's MultiheadAttention reads the weight of {layer_name} past any LoRA, which would train "
                     "nothing: leave it out of --target-modules."
                 )
-            if self.rank > min(fan_in(a), len(b)):
+            if self.layer_ranks.get(layer_name, self.rank) > min(fan_in(a), len(b)):
                 raise UserError(
                     f"rank {self.rank} exceeds the size of the layer {layer_name} ({fan_in(a)} → {len(b)}): choose a "
                     "smaller --rank or other --target-modules, or full finetuning (--rank full)."
