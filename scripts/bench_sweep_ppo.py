@@ -27,7 +27,7 @@ from mua_rl.lr.spec import FFT, AdapterSpec
 from mua_rl.ppo.arguments import PPOArguments
 from mua_rl.ppo.base import BasePolicy, read_base_policy, shipped_policy
 from mua_rl.ppo.setup import training_envs
-from mua_rl.ppo.stacked.trainer import SideBySide
+from mua_rl.ppo.stacked.trainer import StackedPPO
 from mua_rl.run.machine import machine
 from mua_rl.run.trial import Trial
 
@@ -50,9 +50,9 @@ def timed(work: Callable[[], object]) -> dict[str, float]:
 
 def run_side_by_side(arguments: PPOArguments, trials: Sequence[Trial], base: BasePolicy, workers: int) -> None:
     """All trials at once, on `workers` threads."""
-    groups = [SideBySide(arguments, trials[first::workers], base) for first in range(workers)]
+    groups = [StackedPPO(arguments, trials[first::workers], base) for first in range(workers)]
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        list(pool.map(SideBySide.train, groups))
+        list(pool.map(StackedPPO.train, groups))
 
 
 def run_singly(arguments: PPOArguments, trial: Trial, base: BasePolicy) -> None:

@@ -6,8 +6,10 @@ it has. What LoRA saves is plain PEFT: only the starting values of A and B are o
 """
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -97,6 +99,7 @@ class LoRA(Adapter):
         init: "A" for Init[A] (`A₀ ~ N(0, 1/n)`, `B₀ = 0`), "B" for Init[B] (`A₀ = 0`, `B₀ ~ N(0, 1/r)`).
         alpha: The multiplier's rule α(r), or what `mua_rl.lr.spec.multiplier_rule` reads as one, such as "16/r".
         target_modules: The layers that carry LoRA.
+        layer_ranks: Ranks of layers that are smaller than r, by their full names; their multiplier is α(r) too.
 
     Args:
         lora_alpha: PEFT's own setting instead of `alpha`: the multiplier is `lora_alpha / r`.
@@ -110,6 +113,7 @@ class LoRA(Adapter):
     init: str = "B"
     alpha: AlphaRule = ALPHA_ONE
     target_modules: TargetModules = "mlp"
+    layer_ranks: Mapping[str, int] = field(default_factory=dict, compare=False)
     lora_alpha: InitVar[float | None] = None
     use_rslora: InitVar[bool] = False
     saved_as: ClassVar[str] = "adapter"
@@ -137,6 +141,8 @@ class LoRA(Adapter):
             r=self.rank,
             lora_alpha=self.alpha(self.rank) * self.rank,  # type: ignore[arg-type]  # PEFT divides it, so a float does
             target_modules=resolve_targets(model, self.target_modules),
+            rank_pattern={re.escape(name): rank for name, rank in self.layer_ranks.items()},
+            alpha_pattern={re.escape(name): self.alpha(self.rank) * rank for name, rank in self.layer_ranks.items()},
             lora_dropout=0.0,
             bias="none",
             task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
@@ -169,7 +175,7 @@ class LoRA(Adapter):
                     f"PyTorch's MultiheadAttention reads the weight of {layer_name} past any LoRA, which would train "
                     "nothing: leave it out of --target-modules."
                 )
-            if self.rank > min(fan_in(a), len(b)):
+            if self.layer_ranks.get(layer_name, self.rank) > min(fan_in(a), len(b)):
                 raise UserError(
                     f"rank {self.rank} exceeds the size of the layer {layer_name} ({fan_in(a)} → {len(b)}): choose a "
                     "smaller --rank or other --target-modules, or full finetuning (--rank full)."

@@ -28,6 +28,8 @@ ENDED = (ExitCode.OK, ExitCode.DIVERGED, ExitCode.WORSE)
 """Exit codes of a trainer whose run came to its end."""
 REWARD = {"grpo": "reward", "ppo": "rollout/ep_rew_mean"}
 """What a line of a run's metrics calls its training reward."""
+JUDGED = {"grpo": "reward", "ppo": "rollout/return"}
+"""What it calls the mean reward of that step alone, which no other step has a part in."""
 WEIGHTS = ("checkpoint-*", MODEL_FOLDER, ADAPTER_FOLDER, "policy.zip")
 """What a run folder holds of trained weights."""
 
@@ -144,7 +146,7 @@ class Single:
         same_curve = trial.name.partition("-lr")[0]
         others = [RunFolder(path) for path in self.runs.glob(f"{same_curve}-lr*") if path.is_dir()]
         peers = [reward_curve(other, self.request.sweep.algo) for other in others if other.path != folder.path]
-        return why_hopeless(curve, [peer for peer in peers if peer], self.request.steps)
+        return why_hopeless(curve, [peer for peer in peers if peer], self.request.steps, independent=True)
 
 
 def trial_flags(trial: Trial) -> list[str]:
@@ -155,8 +157,8 @@ def trial_flags(trial: Trial) -> list[str]:
 
 
 def reward_curve(folder: RunFolder, algorithm: str) -> list[tuple[int, float]]:
-    """(step, mean training reward) from a run's metrics."""
-    key = REWARD[algorithm]
+    """(step, mean training reward of that step) from a run's metrics."""
+    key = JUDGED[algorithm]
     return [(line["step"], line[key]) for line in folder.metrics() if isinstance(line.get(key), (int, float))]
 
 

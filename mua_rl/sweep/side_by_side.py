@@ -107,7 +107,7 @@ def why_not(request: Request, curve: AdapterSpec, obstacle: str = "") -> str:
         else:
             from mua_rl.ppo.stacked import trainer as ppo
 
-            for envs in ppo.SideBySide(request.trainer, [trial], *_ppo_base(request)).vec_envs:
+            for envs in ppo.StackedPPO(request.trainer, [trial], *_ppo_base(request)).vec_envs:
                 envs.close()
     except UserError as error:
         return str(error)
@@ -139,7 +139,7 @@ def _train(
         rewards = [(step, metrics["reward"]) for step, metrics in enumerate(history, 1)]
         curves[trial] = [(step, reward) for step, reward in rewards if not math.isnan(reward)]
         others = [curve for other, curve in curves.items() if curve and other != trial and other.spec == trial.spec]
-        return why_hopeless(curves[trial], others, steps) or None
+        return why_hopeless(curves[trial], others, steps, independent=True) or None
 
     return grpo.train_side_by_side(
         copy.copy(request.trainer),
