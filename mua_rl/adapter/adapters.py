@@ -256,7 +256,7 @@ def load_adapter(model: nn.Module, folder: Path | str, trainable: bool = True) -
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
-    """`id`s of the parameters that several modules hold."""
+    """The `id`s of the parameters that several modules hold."""
     held = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     return {weight for weight, modules in held.items() if modules > 1}
 
