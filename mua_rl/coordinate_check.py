@@ -30,6 +30,7 @@ from mua_rl.adapter.targets import fan_in
 from mua_rl.envs.tasks import get_task, load_split
 from mua_rl.errors import UserError
 from mua_rl.exits import run_command
+from mua_rl.flags import FlagParser
 from mua_rl.lm import models
 from mua_rl.lm.heldout import complete
 from mua_rl.lm.text import is_conversational, prompt_ids
@@ -181,7 +182,7 @@ def random_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    flags = argparse.ArgumentParser(
+    flags = FlagParser(
         prog="python -m mua_rl.coordinate_check",
         description=__doc__,
         epilog=EPILOG,
@@ -197,7 +198,7 @@ def parser() -> argparse.ArgumentParser:
         default=["B", "A", "FFT"],
         help="B, A or FFT; the multiplier after a colon, as in A:1/r (default: B A FFT)",
     )
-    flags.add_argument("--target-modules", nargs="+", default=["mlp"], help="mlp, all-linear, or names")
+    flags.add_argument("--target_modules", nargs="+", default=["mlp"], help="mlp, all-linear, or names")
     flags.add_argument("--lr", type=float, help="LR at the smallest rank and width (default: a quarter of the rule's)")
     flags.add_argument("--steps", type=int, default=6, help="optimizer steps; the last one counts (default: 6)")
     flags.add_argument("--seeds", type=int, default=3, help="how many seeds to average over (default: 3)")
@@ -280,7 +281,7 @@ def main() -> None:
         rows = measure(args)
         measured = lines(rows, args.tolerance)
         if not measured:
-            raise UserError("only embeddings carry LoRA, and the rules do not speak of them: choose --target-modules.")
+            raise UserError("only embeddings carry LoRA, and the rules do not speak of them: choose --target_modules.")
     except UserError:
         run.path.rmdir()  # nothing is in it
         raise

@@ -42,7 +42,7 @@ def resolve_targets(model: nn.Module, targets: TargetModules) -> TargetModules:
             return present
     raise UserError(
         f"the model has no MLP layers under their usual names ({', '.join(map(', '.join, MLP_PROJECTIONS))}): name the "
-        "layers to adapt with --target-modules, or take all-linear."
+        "layers to adapt with --target_modules, or take all-linear."
     )
 
 

@@ -104,7 +104,7 @@ class RunFolder:
         """
         run = cls.open(path)
         if "algo" in run.settings():
-            raise UserError(f"{path} is a sweep, which holds no policy: name a run, such as one with --lr-from {path}.")
+            raise UserError(f"{path} is a sweep, which holds no policy: name a run, such as one with --lr_from {path}.")
         return run
 
     def start(self, settings: dict[str, Any], rate: dict[str, Any] | None = None) -> None:
