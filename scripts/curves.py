@@ -220,7 +220,7 @@ def attach(problem: Field, adapter: Adapter, model: nn.Module, seed: int = 0) ->
     if problem.head is not None:
         if any(_is_in(f"{name}.", problem.head) for name, _ in lora_layers(model)):
             raise UserError(
-                f"the new head {problem.head} is trained in full: --target-modules takes the other layers, by name."
+                f"the new head {problem.head} is trained in full: --target_modules takes the other layers, by name."
             )
         for name, weight in model.named_parameters():
             if _is_in(name, problem.head):

@@ -1,8 +1,8 @@
 """GRPO's learning-rate curves on SmolLM2: FFT, Init[B] and Init[A] over ranks, each with its optimum found (issue 6).
 
-    python scripts/reproduce_grpo.py --only rank=4,16 --time-limit 500      # LoRA: many trials in one process
+    python scripts/reproduce_grpo.py --only rank=4,16 --time_limit 500      # LoRA: many trials in one process
     python scripts/reproduce_grpo.py --only rank=full --parallel 5          # FFT: runs of their own, five at once
-    python scripts/reproduce_grpo.py --model embedded --steps 120 --per-group 12 --parallel 1  # a small model, on a CPU
+    python scripts/reproduce_grpo.py --model embedded --steps 120 --per_group 12 --parallel 1  # a small model, on a CPU
     python -m mua_rl.analysis.report docs/results/reproduce_grpo.csv --out docs/results/reproduce_grpo
 
 Each curve is searched as `python -m mua_rl.sweep` does (`mua_rl.sweep.search`). One line of the CSV is one run; lines
@@ -26,6 +26,7 @@ from selection import passes
 from mua_rl.analysis.rows import Row, append, read
 from mua_rl.errors import UserError
 from mua_rl.exits import run_command
+from mua_rl.flags import FlagParser
 from mua_rl.grpo.arguments import parse
 from mua_rl.grpo.stacked.trainer import train_side_by_side
 from mua_rl.lr.spec import FFT, AdapterSpec
@@ -124,7 +125,7 @@ def run_all(
     """
     for name in ("steps", "per_group", "parallel"):
         if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} takes a number from 1 on, not {getattr(options, name)}.")
+            raise UserError(f"--{name} takes a number from 1 on, not {getattr(options, name)}.")
     options.work.mkdir(parents=True, exist_ok=True)
     start, slowest = time.monotonic(), 0.0
     while True:
@@ -156,16 +157,16 @@ def add_run_options(parser: argparse.ArgumentParser, name: str) -> None:
     """What `run_all` and `flags` read, but for the task; files are called `name`."""
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--per-group", type=int, default=15, help="LoRA trials side by side")
+    parser.add_argument("--per_group", type=int, default=15, help="LoRA trials side by side")
     parser.add_argument("--parallel", type=int, default=5, help="FFT runs at once")
-    parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds to start groups for")
+    parser.add_argument("--time_limit", type=float, default=math.inf, help="seconds to start groups for")
     parser.add_argument("--work", type=Path, default=Path(f"runs/{name}"), help="folder of the FFT runs")
     parser.add_argument("--output", type=Path, default=Path(f"runs/{name}.csv"))
     parser.add_argument("flags", nargs="*", help="after --: more flags of mua_rl.grpo")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="arithmetic")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--resolution", type=float, default=0.5, help="octaves between the best rate and the next")

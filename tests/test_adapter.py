@@ -142,7 +142,7 @@ def test_of_a_model_of_several_parts_the_text_layers_count():
 
 
 def test_a_model_without_any_mlp_by_a_usual_name_is_one_line():
-    with pytest.raises(UserError, match=r"no MLP layers .* --target-modules"):
+    with pytest.raises(UserError, match=r"no MLP layers .* --target_modules"):
         LoRA(4).attach(Zoo())
 
 
@@ -311,7 +311,7 @@ def test_a_layer_whose_weight_another_shares_is_refused_for_it_could_not_be_merg
         (lambda: LoRA(-3), "at least 1"),
         (lambda: LoRA(4, "pissa"), "PiSSA"),
         (lambda: AdapterSpec.parse(4, "B", "nonsense"), "multiplier"),
-        (lambda: LoRA(4).attach(Zoo()), "--target-modules"),
+        (lambda: LoRA(4).attach(Zoo()), "--target_modules"),
         (lambda: LoRA(4, target_modules=["nowhere"]).attach(Zoo()), "nowhere"),
         (lambda: LoRA(4).attach(LoRA(4).attach(tiny_llama())), "carries a LoRA already"),
         (lambda: LoRA(500).configuration(tiny_llama()), "width"),

@@ -36,7 +36,7 @@ def meant(parsed, *but):
     return {f.name: getattr(parsed[0], f.name) for f in fields(parsed[0]) if f.name not in but}
 
 
-ODD_GRPO = """--target-modules '(.*[kq]_proj|up)' --max_steps=-1 --save_steps 0.5 --bad_rows refuse
+ODD_GRPO = """--target_modules '(.*[kq]_proj|up)' --max_steps=-1 --save_steps 0.5 --bad_rows refuse
     --report_to tensorboard none --mask_truncated_completions false --lr_scheduler_kwargs '{"min_lr_rate": 0.2}'
     --model_init_kwargs '{"attn_implementation": "eager"}' --model '/my models/"x"'"""
 ODD_PPO = """--env_kwargs '{"gravity": 12}' --subprocesses true --target_modules policy_net.2 'a b'
@@ -114,10 +114,10 @@ def ppo_default():
 
 @pytest.mark.slow
 def test_after_a_grpo_run_from_another_run_both_commands_start_where_they_say(tmp_path, capsys):
-    targets = ["--target-modules", r".*\.[ud][po][w_].*proj"]  # of a regular expression nothing may get lost
+    targets = ["--target_modules", r".*\.[ud][po][w_].*proj"]  # of a regular expression nothing may get lost
     grpo.train(*parse_grpo([*GRPO, "--rank", "2", "--output_dir", str(tmp_path / "first")]))
     first = parse_grpo(
-        [*GRPO, *targets, "--rank", "2", "--start-from", str(tmp_path / "first"), "--output_dir", str(tmp_path / "b c")]
+        [*GRPO, *targets, "--rank", "2", "--start_from", str(tmp_path / "first"), "--output_dir", str(tmp_path / "b c")]
     )
     capsys.readouterr()
     grpo.train(*first)

@@ -103,8 +103,8 @@ def test_a_broken_rule_is_found_out_with_exit_code_1(tmp_path, monkeypatch, caps
         (("--tolerance", -1), "--tolerance"),
         (("--model", "/nowhere"), "no model folder"),
         (("--task", "nonsense"), "no task"),
-        (("--target-modules", "nowhere"), "nowhere"),
-        (("--target-modules", "embed_tokens"), "its weight in common with another"),
+        (("--target_modules", "nowhere"), "nowhere"),
+        (("--target_modules", "embed_tokens"), "its weight in common with another"),
     ],
 )
 def test_what_cannot_be_checked_is_refused_before_anything_is_written(

@@ -189,7 +189,7 @@ def test_full_finetuning_goes_on_at_the_rate_of_a_loras_record_and_saves_a_whole
 
 
 def test_a_curve_over_both_towers_ends_in_a_record(launch):
-    flags = ("--ranks", "full", "--grid", -10, -8, "--resolution", 1, "--seeds", 1, "--target-modules", "all-linear")
+    flags = ("--ranks", "full", "--grid", -10, -8, "--resolution", 1, "--seeds", 1, "--target_modules", "all-linear")
     launch(*flags, "--output_dir", "curves")
     record = LRRecord.load("curves")
     assert (record.target_modules, record.widths) == ("all-linear", [128, 256])

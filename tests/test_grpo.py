@@ -97,7 +97,7 @@ def test_the_saved_adapter_is_plain_peft_with_the_trained_policys_answers(lora_r
 
 @pytest.mark.slow
 def test_full_finetuning_takes_the_lora_tuned_rate_and_saves_all_weights(lora_run, tmp_path):
-    full = run("--rank", "full", "--lr-from", lora_run.path, "--max_steps", 2, "--output_dir", tmp_path / "full")
+    full = run("--rank", "full", "--lr_from", lora_run.path, "--max_steps", 2, "--output_dir", tmp_path / "full")
     assert full.learning_rate()["learning_rate"] == 2**-8 * (8 / 128) ** 0.5  # r = 8 of m = 128 outputs
     assert LRRecord.load(full.path).scheme == "FFT"
     weights = load_file(full.path / "model" / "model.safetensors")
@@ -108,11 +108,11 @@ def test_full_finetuning_takes_the_lora_tuned_rate_and_saves_all_weights(lora_ru
 
 @pytest.mark.slow
 def test_starting_from_a_lora_run_begins_at_its_accuracy_with_full_finetuning(lora_run, tmp_path):
-    run_ = run("--start-from", lora_run.path, "--max_steps", 1, "--output_dir", tmp_path / "on")
+    run_ = run("--start_from", lora_run.path, "--max_steps", 1, "--output_dir", tmp_path / "on")
     assert run_.result().before == lora_run.result().score
     assert run_.learning_rate()["learning_rate"] == 2**-8 * (8 / 128) ** 0.5
     assert LRRecord.load(run_.path).rank is None
-    further = run("--start-from", run_.path, "--rank", 4, "--max_steps", 1, "--output_dir", tmp_path / "further")
+    further = run("--start_from", run_.path, "--rank", 4, "--max_steps", 1, "--output_dir", tmp_path / "further")
     assert further.result().before == run_.result().score
 
 
@@ -120,7 +120,7 @@ def test_a_run_that_starts_from_another_has_its_task_unless_one_is_given(tmp_pat
     earlier = RunFolder.create(str(tmp_path / "earlier"), "")
     earlier.start({"task": "differences"})
     for flags, task in ([], "differences"), (["--task", "arithmetic"], "arithmetic"):
-        arguments, _, given = parse(["--start-from", str(earlier.path), *flags])
+        arguments, _, given = parse(["--start_from", str(earlier.path), *flags])
         assert (arguments.task, given["task"]) == (task, task)
     assert parse([])[0].task == "arithmetic"
 
@@ -132,8 +132,8 @@ def test_a_run_that_starts_from_another_model_refuses_model_also_where_it_is_the
     (tmp_path / "c.yaml").write_text("model: embedded\n")
     model = ["--config", str(tmp_path / "c.yaml")] if config else ["--model", "embedded"]
     with pytest.raises(UserError, match="earlier brings its own model, smollm2: drop --model"):
-        parse(["--start-from", str(earlier.path), *model])
-    assert parse(["--start-from", str(earlier.path)])[0].model == "smollm2"
+        parse(["--start_from", str(earlier.path), *model])
+    assert parse(["--start_from", str(earlier.path)])[0].model == "smollm2"
     arguments, _, given = parse(["--model", "embedded", "--task", "arithmetic"])
     assert (arguments.model, given) == ("embedded", {})
 
@@ -161,9 +161,9 @@ def test_a_damaged_checkpoint_is_refused_by_file_before_anything_changes(lora_ru
 
 @pytest.mark.slow
 def test_the_record_of_another_base_model_is_refused(lora_run, tmp_path):
-    on = run("--start-from", lora_run.path, "--max_steps", 1, "--output_dir", tmp_path / "on")
+    on = run("--start_from", lora_run.path, "--max_steps", 1, "--output_dir", tmp_path / "on")
     with pytest.raises(UserError, match="record of another base model"):
-        run("--lr-from", on.path, "--output_dir", tmp_path / "refused")
+        run("--lr_from", on.path, "--output_dir", tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
 
 
@@ -191,7 +191,7 @@ def test_a_config_file_says_the_same_as_flags_and_flags_win(tmp_path, monkeypatc
     ],
 )
 def test_target_modules_are_names_with_spaces_or_commas_or_an_expression(flags, targets):
-    _, adapter_arguments, _ = parse(["--target-modules", *flags])
+    _, adapter_arguments, _ = parse(["--target_modules", *flags])
     assert adapter_arguments.adapter("mlp").target_modules == targets
 
 
@@ -311,9 +311,9 @@ def test_a_reward_that_fails_is_named_with_its_line_below_the_progress_bar(tmp_p
 def test_the_closing_lines_name_no_command_that_would_be_refused(tmp_path, capsys):
     run("--rank", 4, "--init", "A", "--lr", 1e-6, "--max_steps", 1, "--output_dir", tmp_path / "a")
     assert "--rank full" not in capsys.readouterr().out
-    targets = ["--target-modules", "all-linear"]
+    targets = ["--target_modules", "all-linear"]
     run("--rank", 4, "--lr", 1e-6, "--max_steps", 1, *targets, "--output_dir", tmp_path / "b")
-    assert "--target-modules all-linear --rank full" in capsys.readouterr().out
+    assert "--target_modules all-linear --rank full" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -350,13 +350,13 @@ def test_one_bad_gradient_is_left_out_and_marked(tmp_path, monkeypatch):
         (["--lr", "nan"], "between 0 and 1"),
         (["--lr", "10"], "between 0 and 1"),
         (["--lr", "1e-3", "--learning_rate", "1e-4"], "same thing"),
-        (["--lr", "1e-3", "--lr-from", "x"], "exclude each other"),
-        (["--lr-from", "nowhere.json"], "no LR record"),
-        (["--start-from", "nowhere"], "no run folder"),
+        (["--lr", "1e-3", "--lr_from", "x"], "exclude each other"),
+        (["--lr_from", "nowhere.json"], "no LR record"),
+        (["--start_from", "nowhere"], "no run folder"),
         (["--resume", "nowhere"], "no run folder"),
         (["--alpha", "two"], "multiplier"),
         (["--init", "A", "--rank", "4"], "Init"),
-        (["--target-modules", "nothing"], "nothing"),
+        (["--target_modules", "nothing"], "nothing"),
         (["--config", "nowhere.yaml"], "--config"),
         (["--num_generations", "7"], "divisible"),
         (["--use_vllm"], "vLLM"),

@@ -373,7 +373,7 @@ def test_bad_input_is_refused_before_anything_is_written(flags, message, tmp_pat
 @pytest.mark.slow
 def test_the_command_line_exits_with_2_and_one_line():
     outcome = subprocess.run(
-        [sys.executable, "-m", "mua_rl.ppo", "--env-id", "Nowhere-v0"], capture_output=True, text=True
+        [sys.executable, "-m", "mua_rl.ppo", "--env_id", "Nowhere-v0"], capture_output=True, text=True
     )
     assert outcome.returncode == 2 and outcome.stderr.strip().splitlines()[-1].startswith(
         "mua_rl: error: no environment"

@@ -124,12 +124,10 @@ class LoRA(Adapter):
 
     @property
     def spec(self) -> AdapterSpec:
-        """See `Adapter.spec`."""
         return AdapterSpec(self.rank, Scheme(f"Init[{self.init}]"), self.alpha)
 
     def learning_rates(self, learning_rate: float) -> dict[str, float]:
-        """See `Adapter.learning_rates`. The theory has one learning rate for A and B."""
-        return {LORA_A: learning_rate, LORA_B: learning_rate}
+        return {LORA_A: learning_rate, LORA_B: learning_rate}  # the theory has one for both
 
     def peft_config(self, model: nn.Module) -> LoraConfig:
         """The PEFT configuration: dropout and bias off, `lora_alpha = α r` so that PEFT's multiplier is α.
@@ -149,7 +147,7 @@ class LoRA(Adapter):
         )
 
     def attach(self, model: nn.Module, seed: int = 0) -> PeftModel:
-        """See `Adapter.attach`. A and B are drawn from a generator of their own, so that `seed` alone decides them.
+        """Put A and B into a model; see `Adapter.attach`.
 
         Raises:
             UserError: The rank exceeds a layer's size, no layer matches, one is tied to another or never called, or
@@ -157,7 +155,7 @@ class LoRA(Adapter):
         """
         if any(isinstance(module, LoraLayer) for module in model.modules()):
             raise UserError(
-                "the model carries a LoRA already: merge it first (--start-from does), or go on with --resume."
+                "the model carries a LoRA already: merge it first (--start_from does), or go on with --resume."
             )
         shared = _shared_weights(model)
         wrapped = inject(model, self.peft_config(model))
@@ -168,17 +166,17 @@ class LoRA(Adapter):
             if id(getattr(layer.get_base_layer(), "weight", None)) in shared:
                 raise UserError(
                     f"the layer {layer_name} has its weight in common with another (tied embeddings, say), so that "
-                    "its LoRA could not be merged without changing that one too: leave it out of --target-modules."
+                    "its LoRA could not be merged without changing that one too: leave it out of --target_modules."
                 )
             if _is_read_past(wrapped, name):
                 raise UserError(
                     f"PyTorch's MultiheadAttention reads the weight of {layer_name} past any LoRA, which would train "
-                    "nothing: leave it out of --target-modules."
+                    "nothing: leave it out of --target_modules."
                 )
             if self.layer_ranks.get(layer_name, self.rank) > min(fan_in(a), len(b)):
                 raise UserError(
                     f"rank {self.rank} exceeds the size of the layer {layer_name} ({fan_in(a)} → {len(b)}): choose a "
-                    "smaller --rank or other --target-modules, or full finetuning (--rank full)."
+                    "smaller --rank or other --target_modules, or full finetuning (--rank full)."
                 )
             self.draw(a, b, generator, experts=layer.num_experts if isinstance(layer, ParamWrapper) else 1)
         return wrapped
@@ -201,7 +199,6 @@ class LoRA(Adapter):
         random.copy_(torch.randn(random.shape, generator=generator) / math.sqrt(inputs))
 
     def merged(self, model: nn.Module) -> nn.Module:
-        """See `Adapter.merged`."""
         return model.merge_and_unload()  # type: ignore[operator]  # a PeftModel's
 
 
@@ -219,19 +216,15 @@ class Full(Adapter):
 
     @property
     def spec(self) -> AdapterSpec:
-        """See `Adapter.spec`."""
         return FFT
 
     def learning_rates(self, learning_rate: float) -> dict[str, float]:
-        """See `Adapter.learning_rates`."""
         return {FULL: learning_rate}
 
     def attach(self, model: nn.Module, seed: int = 0) -> nn.Module:
-        """See `Adapter.attach`."""
         return model.float().requires_grad_(True)
 
     def merged(self, model: nn.Module) -> nn.Module:
-        """See `Adapter.merged`."""
         return model
 
 
@@ -256,7 +249,7 @@ def load_adapter(model: nn.Module, folder: Path | str, trainable: bool = True) -
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
-    """`id`s of the parameters that several modules hold."""
+    """The `id`s of the parameters that several modules hold."""
     held = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     return {weight for weight, modules in held.items() if modules > 1}
 

@@ -42,7 +42,7 @@ def resolve_targets(model: nn.Module, targets: TargetModules) -> TargetModules:
             return present
     raise UserError(
         f"the model has no MLP layers under their usual names ({', '.join(map(', '.join, MLP_PROJECTIONS))}): name the "
-        "layers to adapt with --target-modules, or take all-linear."
+        "layers to adapt with --target_modules, or take all-linear."
     )
 
 
@@ -75,13 +75,13 @@ def targeted_layers(
         Each layer's name, and the A and B that a LoRA would have, shapes without values; their rank means nothing.
 
     Raises:
-        UserError: There is none.
+        UserError: No layer matches, or PEFT cannot adapt one.
     """
     weights = [*model.parameters(), *model.buffers()]
     shapes = {id(weight): torch.empty_like(weight, device="meta") for weight in weights}
     shapes |= {id(p): nn.Parameter(shapes[id(p)], requires_grad=False) for p in model.parameters()}
     with torch.device("meta"):
-        skeleton = copy.deepcopy(model, shapes)  # a weight that is found among the shapes is not copied
+        skeleton = copy.deepcopy(model, shapes)  # deepcopy takes the shapes for copies of the weights
     convolutions = [module for module in model.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
     rank = math.lcm(*(module.groups for module in convolutions))  # PEFT wants a rank that every grouping divides
     config: Any = LoraConfig(r=rank, target_modules=resolve_targets(model, targets))

@@ -37,7 +37,7 @@ _NOT_TAKEN = {
 }
 """Options of TRL and transformers that would do harm, or nothing, and why."""
 _DEFAULTS = {"model": models.EMBEDDED, "task": "arithmetic"}
-"""Taken in `__post_init__`: a field's default that is given by name is more than a default to --start-from."""
+"""Taken in `__post_init__`: a field's default that is given by name is more than a default to --start_from."""
 _SEEDS = 2**32  # NumPy takes no larger ones
 
 
@@ -53,18 +53,18 @@ class GRPOArguments(GRPOConfig):
     model: str = field(
         default=None,  # type: ignore[assignment]
         metadata={
-            "help": "embedded, smollm2, a model folder, or a hub id. Default: embedded, with --start-from that run's."
+            "help": "embedded, smollm2, a model folder, or a hub id. Default: embedded, with --start_from that run's."
         },
     )
     task: str = field(
         default=None,  # type: ignore[assignment]
         metadata={
-            "help": "A verifiable task; see mua_rl.envs.tasks. Default: arithmetic, with --start-from that run's own."
+            "help": "A verifiable task; see mua_rl.envs.tasks. Default: arithmetic, with --start_from that run's own."
         },
     )
     tokenizer_name: str | None = field(
         default=None,
-        metadata={"help": "Tokenizer. Default: the model's, with --start-from that run's own."},
+        metadata={"help": "Tokenizer. Default: the model's, with --start_from that run's own."},
     )
     bad_rows: str = field(
         default="skip",
@@ -271,7 +271,7 @@ def parse(argv: list[str] | None = None) -> tuple[GRPOArguments, AdapterArgument
     """Command line to arguments.
 
     Raises:
-        UserError: As `parse_run`; or `--start-from` contradicts `--model`.
+        UserError: As `parse_run`; or `--start_from` contradicts `--model`.
     """
     adapter_arguments, arguments, given = parse_run(AdapterArguments, GRPOArguments, argv)
     complete(arguments, adapter_arguments, given)
@@ -279,12 +279,12 @@ def parse(argv: list[str] | None = None) -> tuple[GRPOArguments, AdapterArgument
 
 
 def complete(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: dict) -> None:
-    """Fill in, and note among what was given, what `--start-from` and `--num_train_epochs` imply.
+    """Fill in, and note among what was given, what `--start_from` and `--num_train_epochs` imply.
 
     A task that was given by a relative path is noted by its whole one, so that the settings mean the same anywhere.
 
     Raises:
-        UserError: `--start-from` names no run, or contradicts `--model`.
+        UserError: `--start_from` names no run, or contradicts `--model`.
     """
     if adapter_arguments.start_from:
         _inherit(arguments, RunFolder.open(adapter_arguments.start_from), given)
@@ -308,10 +308,10 @@ def _inherit(arguments: GRPOArguments, earlier: RunFolder, given: dict) -> None:
     settings = earlier.settings()
     model = settings.get("model", models.EMBEDDED)
     if given.get("model", model) != model:
-        raise UserError(f"--start-from {earlier.path} brings its own model, {model}: drop --model.")
+        raise UserError(f"--start_from {earlier.path} brings its own model, {model}: drop --model.")
     options = model_init_kwargs(settings)
     if "model_init_kwargs" in given and arguments.model_init_kwargs != options:
-        raise UserError(f"--start-from {earlier.path} brings its own --model_init_kwargs, {options}: drop the flag.")
+        raise UserError(f"--start_from {earlier.path} brings its own --model_init_kwargs, {options}: drop the flag.")
     if "task" not in given and "dataset_name" in settings:
         raise UserError(f"{earlier.path} learnt from {settings['dataset_name']}, which has no reward: give a --task.")
     arguments.model = model

@@ -32,7 +32,7 @@ def load_tokenizer(arguments: GRPOArguments) -> PreTrainedTokenizerBase:
 
 
 def load_base(arguments: GRPOArguments, start_from: str | None) -> tuple[PreTrainedModel, Base]:
-    """The model to start from: `--model`, or what the run `--start-from` ended with, its LoRA merged.
+    """The model to start from: `--model`, or what the run `--start_from` ended with, its LoRA merged.
 
     Raises:
         UserError: A model or a run that cannot be used.

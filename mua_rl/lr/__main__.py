@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mua_rl.exits import run_command
+from mua_rl.flags import FlagParser
 from mua_rl.lr.rank import parse_rank
 from mua_rl.lr.record import LRRecord
 from mua_rl.lr.spec import multiplier_rule
@@ -21,7 +22,7 @@ EPILOG = """examples:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="python -m mua_rl.lr", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("record", type=Path, help="an LR record, or the folder of a finished run")
@@ -29,11 +30,9 @@ def main() -> None:
     parser.add_argument("--init", choices=["A", "B"], help="target initialisation (default: the record's)")
     parser.add_argument("--alpha", help="target multiplier of B A, e.g. 1, 1/r, 16/sqrt(r) (default: the record's)")
     parser.add_argument(
-        "--lora_alpha", "--lora-alpha", type=float, help="PEFT's lora_alpha instead of --alpha, which is lora_alpha / r"
+        "--lora_alpha", type=float, help="PEFT's lora_alpha instead of --alpha, which is lora_alpha / r"
     )
-    parser.add_argument(
-        "--rank_exponent", "--rank-exponent", type=float, help="c of the factor (r/m)^-c beside the theory (see README)"
-    )
+    parser.add_argument("--rank_exponent", type=float, help="c of the factor (r/m)^-c beside the theory (see README)")
     args = parser.parse_args()
     alpha = args.alpha
     if alpha is not None or args.lora_alpha is not None:

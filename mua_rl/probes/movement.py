@@ -128,7 +128,7 @@ def movement(
     policy = adapter.attach(copy.deepcopy(model), seed=seed)
     optimizer = torch.optim.AdamW(param_groups(policy, adapter.learning_rates(learning_rate)), weight_decay=0.0)
     trained = [p for p in policy.parameters() if p.requires_grad]
-    tokens, found = batch.written.sum(), []
+    tokens, divergences = batch.written.sum(), []
     for step in range(1, steps + 1):
         optimizer.zero_grad()
         for piece in batch.pieces():
@@ -141,8 +141,8 @@ def movement(
         kl = divergence(model, policy, batch, autocast)
         if not kl < float("inf"):
             raise Diverged(f"the policy's divergence after step {step} at learning rate {learning_rate:.3g} is {kl}")
-        found.append(kl)
-    return found
+        divergences.append(kl)
+    return divergences
 
 
 @torch.no_grad()

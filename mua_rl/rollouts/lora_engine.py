@@ -53,7 +53,7 @@ def check_layers(model: nn.Module) -> None:
     for name, layer in lora_layers(model):
         if not isinstance(layer.get_base_layer(), nn.Linear) or layer.use_dora.get("default"):
             raise UserError(
-                f"vLLM has no LoRA for the layer {name}: use --vllm_sync merged, or other --target-modules."
+                f"vLLM has no LoRA for the layer {name}: use --vllm_sync merged, or other --target_modules."
             )
 
 

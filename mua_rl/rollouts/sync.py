@@ -351,7 +351,7 @@ def compute_dtype(generation: VLLMGeneration) -> str:
 def _base_folder(generation: VLLMGeneration) -> Iterator[str]:
     """The folder (or hub id) of the trainer's base; a base that is on no disk is written out for the while.
 
-    A model whose `name_or_path` is empty is none that can be loaded: `--start-from` merges a LoRA into it.
+    A model whose `name_or_path` is empty is none that can be loaded: `--start_from` merges a LoRA into it.
     """
     model = generation.model
     if model.name_or_path:

@@ -102,7 +102,7 @@ def live(run: RunFolder, learner: Learner, checkpoint: Path | None = None) -> Tr
     Args:
         run: The run's folder, which has begun.
         learner: What is trained.
-        checkpoint: Where the run goes on from; `None`: it begins.
+        checkpoint: The checkpoint that the run goes on from; `None` where it begins.
 
     Returns:
         The result, on every process.
@@ -204,7 +204,9 @@ def report(run: RunFolder, learner: Learner, result: TrialResult, texts: tuple[s
     """Print the closing table of a run, and the commands that go on from here.
 
     Args:
-        run, learner, result: Which run.
+        run: The run's folder.
+        learner: What was trained.
+        result: What it reached.
         texts: The measurements before and after.
         rewards: The mean training reward of each step.
     """

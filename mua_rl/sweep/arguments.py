@@ -150,7 +150,7 @@ def parse(argv: list[str] | None = None) -> Request:
             raise UserError(f"{adapter.resume} is no sweep: go on with it by python -m mua_rl.grpo or mua_rl.ppo.")
         return parse(["--config", str(folder.path / CONFIG), "--output_dir", adapter.resume])
     if adapter.lr is not None or trainer.learning_rate is not None:
-        raise UserError("a sweep finds the learning rate: drop --lr; --grid says where to look, and --lr-from too.")
+        raise UserError("a sweep finds the learning rate: drop --lr; --grid says where to look, and --lr_from too.")
     if algorithm == "grpo":
         from mua_rl.grpo.arguments import complete
     else:
