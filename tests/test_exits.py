@@ -3,7 +3,9 @@
 import errno
 import os
 import runpy
+import sqlite3
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +27,9 @@ from mua_rl.run.trial import Status
         (RuntimeError("serializing: No space left on device (os error 28)"), 2),
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), 2),
         (OSError(errno.EROFS, os.strerror(errno.EROFS)), 2),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "tb"), 2),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), 2),
+        (sqlite3.OperationalError("database or disk is full"), 2),
     ],
 )
 def test_known_failures_are_one_line_and_an_exit_code(error, code, capsys):
@@ -37,6 +42,39 @@ def test_known_failures_are_one_line_and_an_exit_code(error, code, capsys):
     printed = capsys.readouterr().err
     assert str(error) in printed
     assert len(printed.splitlines()) == 1
+
+
+def test_a_failure_that_was_raised_over_a_full_disk_is_one(capsys):
+    def main():
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            raise RuntimeError("the archive cannot be closed") from None
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(main)
+    assert stop.value.code == 2 and "make room" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_disk_that_is_full_inside_torch_save_is_one_line(capsys):
+    """pytorch#76108: PyTorch speaks of positions in an archive."""
+    import torch
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: torch.save(torch.zeros(100_000), "/dev/full"))
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert "make room" in printed and len(printed.splitlines()) == 1
+
+
+def test_a_working_folder_that_takes_nothing_is_named_with_the_cure(monkeypatch):
+    def mkdir(self, **_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(UserError, match=r"cannot be made in .*: Permission denied; name another with --output_dir"):
+        RunFolder.create(None, "grpo")
 
 
 def test_an_unknown_failure_keeps_its_traceback():

@@ -10,7 +10,7 @@ from mua_rl.errors import Unscored, UserError
 from mua_rl.grpo import run as grpo
 from mua_rl.grpo.arguments import GRPOArguments, parse
 from mua_rl.grpo.scored import unscored
-from mua_rl.grpo.stacked.trainer import SideBySide
+from mua_rl.grpo.stacked.trainer import StackedTrainer
 from mua_rl.run.folder import RunFolder
 from mua_rl.run.trial import AdapterSpec, Status, Trial
 
@@ -56,7 +56,7 @@ def test_trials_side_by_side_whose_completions_were_all_masked_end_so_too():
     arguments, _, _ = parse([*SMALL[:-6], "--max_steps", "1", "--max_completion_length", "1", "--lr", "1e-3"])
     trial = Trial(AdapterSpec.parse(4), -8, 0)
     with pytest.raises(Unscored, match="all completions of all 1 steps were cut off at 1 tokens"):
-        SideBySide(arguments, [trial]).train()
+        StackedTrainer(arguments, [trial]).train()
 
 
 DULL = {"reward": 0.5, "grad_norm": 0.0, "completions/clipped_ratio": 0.5, "frac_reward_zero_std": 1.0}

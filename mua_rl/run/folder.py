@@ -70,6 +70,11 @@ class RunFolder:
                     folder.mkdir(parents=True)
                 except FileExistsError:
                     continue
+                except OSError as error:
+                    raise UserError(
+                        f"the run folder {folder} cannot be made in {Path.cwd()}: {error.strerror}; name another with "
+                        "--output_dir."
+                    ) from None
                 return cls(folder)
         folder = Path(str(path))
         try:
