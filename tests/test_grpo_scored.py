@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from mua_rl.envs.tasks import get_task
-from mua_rl.errors import Unscored, UserError
+from mua_rl.errors import CannotLearn, Unscored, UserError
 from mua_rl.grpo import run as grpo
 from mua_rl.grpo.arguments import GRPOArguments, parse
 from mua_rl.grpo.scored import unscored
@@ -50,6 +50,17 @@ def test_a_run_whose_rewards_never_differed_leaves_no_record(tmp_path, monkeypat
     task = replace(get_task("arithmetic"), rewards=(lambda completions, **columns: [0.25] * len(completions),))
     monkeypatch.setattr("mua_rl.grpo.setup.get_task", lambda *spec: task)
     ends_unscored(tmp_path / "r", r"differed in reward in any of 2 steps.* was 0.25; see what the rewards of the task")
+
+
+def test_a_run_that_teaches_nothing_any_more_is_stopped_with_cause_and_cure_and_goes_on_where_that_is_asked(tmp_path):
+    flags = ["--max_completion_length", "1", "--max_steps", "40", "--logging_steps", "1", "--learning_rate", "0.001"]
+    with pytest.raises(CannotLearn, match=r"all completions were cut off .*--max_completion_length.*step 6 of 40"):
+        run(tmp_path / "r", *flags, "--patience", "6")
+    result = RunFolder(tmp_path / "r").result()
+    assert (result.status, result.steps) == (Status.STOPPED, 6)
+    assert "in 6 steps in a row" in result.reason
+    assert not (tmp_path / "r" / "lr_record.json").exists()
+    ends_unscored(tmp_path / "on", "of all 7 steps", *flags, "--max_steps", "7", "--patience", "0")
 
 
 def test_trials_side_by_side_whose_completions_were_all_masked_end_so_too():
