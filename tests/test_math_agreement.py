@@ -23,7 +23,8 @@ import pytest
 from math_verify import parse
 
 from mua_rl.rewards.extract_math import extract_answer
-from mua_rl.rewards.math import MathVerdict, judge_answers
+from mua_rl.rewards.math import WORKER_MODULE, MathVerdict, judge_answers
+from mua_rl.rewards.worker_pool import WorkerPool
 
 ARGUMENTS = {
     "commas": (
@@ -239,7 +240,9 @@ def test_every_difference_from_math_verify_is_listed(suite):
         pairs.append((gold, answer))
         places.append(place)
         expected.append(equal)
-    verdicts = judge_answers(pairs)
+    pool = WorkerPool(WORKER_MODULE, seconds=20.0)  # a busy machine is no difference
+    verdicts = judge_answers(pairs, pool=pool)
+    pool.close()
     differences = {
         place
         for place, verdict, equal in zip(places, verdicts, expected, strict=True)
