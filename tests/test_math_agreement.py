@@ -158,7 +158,7 @@ A reward is 1 for `right`, 0 for every other verdict, and `None`, which TRL leav
 | verdict | meaning | metric |
 | --- | --- | --- |
 | `right`, `wrong` | The answer equals the gold, or it does not. | |
-| `no_answer` | There is no marked answer and no last number; in the strict form, no single marked answer at the end. | \
+| `no_answer` | There is no marked answer and no last number; strictly, no single marked answer at the end. | \
 `math/no_answer` |
 | `unreadable` | An answer is there, but it has over 500 characters or is no mathematics. | `math/unreadable` |
 | `timeout` | The comparison took more than 2 seconds, twice. | `math/timeout` |
