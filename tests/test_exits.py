@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import runpy
 import sqlite3
 import sys
@@ -145,3 +146,9 @@ def test_a_run_that_no_reward_scored_exits_with_its_own_code_and_leaves_no_recor
     run = RunFolder(tmp_path / "run")
     assert run.result().status is Status.UNSCORED
     assert not (run.path / "lr_record.json").exists()
+
+
+def test_the_documentation_has_every_code_with_its_name():
+    table = (Path(__file__).parents[1] / "docs" / "exit_codes.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\d+) \| `(\w+)` \|", table, re.MULTILINE))
+    assert {int(code): name for code, name in rows.items()} == {code.value: code.name for code in ExitCode}
