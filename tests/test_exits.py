@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mua_rl.errors import Diverged, EngineFailed, PolicyWorse, Unscored, UserError
+from mua_rl.errors import CannotLearn, Diverged, EngineFailed, PolicyWorse, Unscored, UserError
 from mua_rl.exits import ExitCode, run_command
 from mua_rl.run.folder import RunFolder
 from mua_rl.run.trial import Status
@@ -24,6 +24,7 @@ from mua_rl.run.trial import Status
         (EngineFailed("the engine is gone"), 4),
         (PolicyWorse("the policy got worse"), 5),
         (Unscored("no completion had a score"), 6),
+        (CannotLearn("every reward is the same"), 7),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2),
         (RuntimeError("serializing: No space left on device (os error 28)"), 2),
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), 2),
