@@ -23,7 +23,7 @@ from mua_rl.errors import Diverged, UserError
 from mua_rl.grpo import arguments as grpo_arguments
 from mua_rl.grpo import run as grpo
 from mua_rl.grpo.arguments import parse
-from mua_rl.grpo.setup import prepare
+from mua_rl.grpo.setup import prepare_grpo
 from mua_rl.grpo.trainer import GRPOTrainer
 from mua_rl.lm import models
 from mua_rl.lm.heldout import held_out
@@ -437,7 +437,7 @@ def test_a_tokenizer_with_tokens_that_the_model_lacks_is_refused_where_the_task_
     flags = ["--model", tmp_path / "m", "--lr", 1e-3, "--max_steps", 1, "--output_dir", tmp_path / "r"]
     tokenizer.add_tokens([f"<image {k}>" for k in range(models.load_model("embedded").config.vocab_size)])
     tokenizer.save_pretrained(tmp_path / "m")
-    prepare(*parse([*SMALL, *map(str, flags)])[:2])
+    prepare_grpo(*parse([*SMALL, *map(str, flags)])[:2])
     tokenizer.add_tokens(["<more>"])
     tokenizer.pad_token = "<more>"
     tokenizer.save_pretrained(tmp_path / "m")

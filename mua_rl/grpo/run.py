@@ -8,57 +8,27 @@ from typing import Any, cast
 
 import torch
 from rich.markup import escape
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
 from mua_rl.errors import EngineFailed, Unscored, UserError, one_line
 from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.checkpoint import check_checkpoint
 from mua_rl.grpo.scored import unscored
-from mua_rl.grpo.setup import Setup, prepare
-from mua_rl.grpo.trainer import BeginCallback, GRPOTrainer, ProgressBar, RunCallback
-from mua_rl.lm.heldout import HeldOutResult, gather, held_out
+from mua_rl.grpo.setup import GRPOSetup, prepare_grpo
+from mua_rl.grpo.trainer import BeginCallback, GRPOTrainer, Measure, ProgressBar, make_trainer
 from mua_rl.lr.record import LRRecord, package_versions
-from mua_rl.rollouts.sync import generation_class
 from mua_rl.run import hub, processes
 from mua_rl.run.arguments import AdapterArguments
 from mua_rl.run.folder import RunFolder, open_run, start_wandb
 from mua_rl.run.life import Measurement, Names, announce, live
 
-Measure = Callable[[], HeldOutResult]
-
 NAMES = Names("grpo", "held-out accuracy", "held_out/accuracy", "training reward", "reward", "optimizer step")
 
 
-def make_trainer(setup: Setup, arguments: GRPOArguments, run: RunFolder) -> tuple[GRPOTrainer, Measure]:
-    """The trainer of a run, and the function that measures its policy on the held-out problems."""
-
-    def measure() -> HeldOutResult:
-        assert arguments.max_completion_length is not None
-        rows, new_tokens = setup.held_out_rows, arguments.max_completion_length
-        own = rows.select(processes.share_of(len(rows)))
-        found = held_out(trainer.model, setup.tokenizer, setup.task, own, new_tokens, template=arguments.template)
-        return gather(found, len(rows))
-
-    trainer = GRPOTrainer(
-        model=setup.policy,
-        roles=setup.adapter.learning_rates(setup.rate.value),
-        generation=generation_class(setup.adapter.rank, arguments.vllm_sync),
-        reward_funcs=setup.task.checked_rewards,
-        args=arguments,
-        train_dataset=setup.train_rows,
-        processing_class=setup.tokenizer,
-        callbacks=[RunCallback(run, lambda: measure().metrics(), arguments.held_out_steps)],
-    )
-    for callback in (ProgressCallback, PrinterCallback):  # either prints a long dictionary every step
-        trainer.remove_callback(callback)
-    trainer.add_callback(ProgressBar())
-    return trainer, measure
-
-
 def _set_up_trainer(
-    setup: Setup, arguments: GRPOArguments, run: RunFolder, is_new: bool
+    setup: GRPOSetup, arguments: GRPOArguments, run: RunFolder, is_new: bool
 ) -> tuple[GRPOTrainer, Measure]:
-    """`make_trainer`; where that fails, a new run's folder is removed: it holds nothing but what was asked.
+    """Make the trainer; where that fails, remove a new run's folder, which holds nothing but what was asked.
 
     Raises:
         UserError: TRL or transformers cannot do what was asked, or the hub or Weights & Biases says no.
@@ -94,7 +64,7 @@ class GRPOLearner:
 
     names = NAMES
 
-    def __init__(self, setup: Setup, arguments: GRPOArguments, trainer: GRPOTrainer, measure: Measure) -> None:
+    def __init__(self, setup: GRPOSetup, arguments: GRPOArguments, trainer: GRPOTrainer, measure: Measure) -> None:
         self.setup, self.arguments, self.trainer, self.held_out = setup, arguments, trainer, measure
         self.rate = setup.rate
 
@@ -124,7 +94,7 @@ class GRPOLearner:
 
     def save(self, run: RunFolder) -> None:
         """See `Learner.save`."""
-        self.trainer.save_model(str(run.path / self.setup.adapter.saved_as), _internal_call=True)  # as yet no push
+        self.trainer.write_policy(str(run.path / self.setup.adapter.saved_as))
 
     def record(self, metric: dict[str, Any]) -> LRRecord:
         """See `Learner.record`."""
@@ -157,7 +127,7 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
     """
     if adapter_arguments.resume:
         check_checkpoint(RunFolder.open(adapter_arguments.resume).last_checkpoint(), arguments)
-    setup = prepare(arguments, adapter_arguments)
+    setup = prepare_grpo(arguments, adapter_arguments)
     name = f"grpo-{arguments.task}-r{setup.adapter.rank or 'full'}"
     if arguments.batch_is_given:
         given = {**given, "completions_per_step": arguments.completions_per_step}
@@ -176,7 +146,7 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
     return run
 
 
-def lr_record(arguments: GRPOArguments, setup: Setup, metric: dict, steps: int) -> LRRecord:
+def lr_record(arguments: GRPOArguments, setup: GRPOSetup, metric: dict, steps: int) -> LRRecord:
     """The LR record of a run that has ended well, after so many optimizer steps."""
     assert arguments.generation_batch_size and arguments.num_generations
     return LRRecord(

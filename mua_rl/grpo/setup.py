@@ -23,18 +23,18 @@ from mua_rl.grpo.base import load_base, load_tokenizer
 from mua_rl.lm.text import check_template, is_conversational, prompt_ids
 from mua_rl.lr.rules import Configuration
 from mua_rl.lr.transfer import LearningRate
-from mua_rl.rollouts.sync import plan_engine
+from mua_rl.rollouts.planning import plan_engine
 from mua_rl.run import hub, processes
 from mua_rl.run.arguments import AdapterArguments
 from mua_rl.run.learning_rate import Base, resolve_learning_rate
 
 
 def _check(arguments: GRPOArguments) -> None:
-    """Refuse what would fail later, before anything is written; gives a colocated engine a port of its own.
+    """Refuse what would fail later, before anything is written, and give a colocated engine a port of its own.
 
     Raises:
-        UserError: A package is asked for and is not installed, the hub and there is none, or the launcher leaves most
-            processes without weights.
+        UserError: A package is not installed, the hub is out of reach, or the launcher leaves most processes without
+            weights.
     """
     hub.check(arguments)
     if processes.sharded() and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
@@ -74,15 +74,16 @@ def free_port() -> int:
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What a run is made of, before anything is written.
+class GRPOSetup:
+    """What a GRPO run is made of, before anything is written.
 
     Attributes:
-        base: The policy to start from, as the LR policy sees it.
+        task, train_rows, held_out_rows: The task and its two splits.
+        adapter, configuration, widths: What is trained, as the LR rules see it.
+        tokenizer: The policy's tokenizer.
+        base: The policy to start from, as far as a learning rate depends on it.
         policy: The model with the adapter attached.
-        widths: Fan-ins of the layers that the rules speak of.
         rate: The learning rate and its reason.
-        train_rows, held_out_rows: The splits of the task.
     """
 
     task: Task
@@ -97,8 +98,8 @@ class Setup:
     held_out_rows: Dataset
 
 
-def prepare(arguments: GRPOArguments, adapter_arguments: AdapterArguments) -> Setup:
-    """Load the policy, attach the adapter, find the learning rate; fills in what the arguments leave to the task.
+def prepare_grpo(arguments: GRPOArguments, adapter_arguments: AdapterArguments) -> GRPOSetup:
+    """Load the policy, attach the adapter, find the learning rate, and fill in what the arguments leave to the task.
 
     Raises:
         UserError: Something that was given cannot be used.
@@ -127,15 +128,16 @@ def prepare(arguments: GRPOArguments, adapter_arguments: AdapterArguments) -> Se
         shares = plan_engine(arguments, policy, adapter.rank, longest, is_all)
         if shares is not None and processes.is_main():
             print(f"mua_rl: GPU memory as planned: {shares}")
-    return Setup(task, adapter, tokenizer, base, policy, configuration, widths, rate, *rows)
+    return GRPOSetup(task, adapter, tokenizer, base, policy, configuration, widths, rate, *rows)
 
 
 def splits(task: Task, conversational: bool, held_out_problems: int | None) -> tuple[Dataset, Dataset]:
     """The two splits of a task, the held-out one cut to its first rows where that is asked for.
 
     Args:
+        task: The task.
         conversational: Whether prompts are to be chat messages (`is_conversational`).
-        held_out_problems: How many rows; `None`: all.
+        held_out_problems: How many held-out rows to take; `None`: all.
 
     Raises:
         UserError: As `load_split`.
@@ -167,7 +169,7 @@ def check_vocabulary(
     Tokens that no prompt needs may lack one: Gemma 3's text models have a tokenizer with a token for images.
 
     Raises:
-        UserError: It does.
+        UserError: A token of a prompt, or the one that ends or pads, has no embedding.
     """
     embeddings = len(cast(torch.Tensor, model.get_input_embeddings().weight))
     if max(tokenizer.get_vocab().values()) < embeddings:
