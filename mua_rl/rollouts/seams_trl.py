@@ -70,7 +70,7 @@ class SeamedTrainer(trl.GRPOTrainer):
     def prompt_ids(self, prompts: list) -> list[list[int]]:
         """Token ids of prompts; a group asks the same one many times, and it is tokenized once."""
         distinct = {repr(prompt): prompt for prompt in prompts}
-        ids = prompt_ids(self.processing_class, list(distinct.values()), **self.chat_template_kwargs)
+        ids = prompt_ids(self._tokenizer, list(distinct.values()), **cast(dict, self.chat_template_kwargs))
         by_prompt = dict(zip(distinct, ids, strict=True))
         return [list(by_prompt[repr(prompt)]) for prompt in prompts]
 
@@ -88,7 +88,7 @@ class SeamedTrainer(trl.GRPOTrainer):
 
     def rollouts(self, prompts: list) -> dict[str, list]:
         """The engine's completions of a batch of prompts, as TRL's `rollout_func` returns them."""
-        group = self.num_generations if self.policy.training else self.num_generations_eval
+        group = cast(int, self.num_generations if self.policy.training else self.num_generations_eval)
         ids = self.prompt_ids(prompts)
         _, completion_ids, log_probs, _ = self.vllm_generation.generate(ids, images=None, num_generations=group)
         return {
@@ -228,9 +228,9 @@ def _start_engine(trainer: SeamedTrainer, kind: type[VLLMGeneration]) -> VLLMGen
     """The engine of a trainer, with TRL's own arguments."""
     args: Any = trainer.args
     return kind(
-        model=trainer.model,
+        model=cast(PreTrainedModel, trainer.model),
         accelerator=trainer.accelerator,
-        processing_class=trainer.processing_class,
+        processing_class=trainer._tokenizer,
         mode=args.vllm_mode,
         structured_outputs_regex=args.vllm_structured_outputs_regex,
         server_base_url=args.vllm_server_base_url,
