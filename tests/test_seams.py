@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from trl.generation import vllm_generation
 
-from mua_rl.adapter.adapters import Full, LoRA, lora_layers, lora_matrices
+from mua_rl.adapter.adapters import Full, LoRA
+from mua_rl.adapter.targets import lora_layers, lora_matrices
 from mua_rl.grpo import run as grpo
 from mua_rl.grpo.arguments import parse
 from mua_rl.grpo.setup import prepare_grpo

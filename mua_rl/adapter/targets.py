@@ -66,6 +66,11 @@ def fan_in(weight: torch.Tensor) -> int:
     return math.prod(weight.shape[1:])
 
 
+def is_packed(module: nn.Module) -> bool:
+    """Whether a linear layer has quantised weights, packed into integers (bitsandbytes)."""
+    return isinstance(module, nn.Linear) and not module.weight.is_floating_point()
+
+
 def targeted_layers(
     model: nn.Module, targets: TargetModules
 ) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
@@ -77,11 +82,16 @@ def targeted_layers(
     Raises:
         UserError: No layer matches, or PEFT cannot adapt one.
     """
-    weights = [*model.parameters(), *model.buffers()]
-    shapes = {id(weight): torch.empty_like(weight, device="meta") for weight in weights}
-    shapes |= {id(p): nn.Parameter(shapes[id(p)], requires_grad=False) for p in model.parameters()}
+    stand_ins: dict[int, Any] = {id(w): torch.empty_like(w, device="meta") for w in model.buffers()}
+    for module in model.modules():
+        if is_packed(module):  # such weights have a shape of their own
+            plain = cast(nn.Linear, module)
+            stand_ins[id(module)] = nn.Linear(plain.in_features, plain.out_features, device="meta")
+        else:
+            for weight in module.parameters(recurse=False):
+                stand_ins[id(weight)] = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
     with torch.device("meta"):
-        skeleton = copy.deepcopy(model, shapes)  # deepcopy takes the shapes for copies of the weights
+        skeleton = copy.deepcopy(model, stand_ins)  # what has a stand-in is not copied
     convolutions = [module for module in model.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
     rank = math.lcm(*(module.groups for module in convolutions))  # PEFT wants a rank that every grouping divides
     config: Any = LoraConfig(r=rank, target_modules=resolve_targets(model, targets))

@@ -82,6 +82,9 @@ class GRPOArguments(GRPOConfig):
         default="float32",
         metadata={"help": "Precision of the weights that LoRA leaves frozen.", "choices": ["float32", "bfloat16"]},
     )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "QLoRA: the frozen base is quantised to 4 bits (NF4, by bitsandbytes)."}
+    )
     held_out_problems: int | None = field(
         default=None, metadata={"help": "Held-out problems to measure with. Default: all that the task has."}
     )
@@ -246,7 +249,12 @@ class GRPOArguments(GRPOConfig):
     @property
     def load_options(self) -> dict[str, Any]:
         """Options with which the model and its tokenizer are loaded."""
-        return {"trust_remote_code": self.trust_remote_code, **cast(dict, self.model_init_kwargs or {})}
+        options = {"trust_remote_code": self.trust_remote_code, **cast(dict, self.model_init_kwargs or {})}
+        if self.load_in_4bit:
+            compute = "bfloat16" if self.bf16 else "float32"
+            four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute}
+            options["quantization_config"] = {"quant_method": "bitsandbytes", **four}
+        return options
 
     @property
     def template(self) -> dict[str, Any]:
@@ -322,6 +330,7 @@ def _inherit(arguments: GRPOArguments, earlier: RunFolder, given: dict) -> None:
     arguments.task = given.get("task", settings.get("task", arguments.task))
     arguments.tokenizer_name = given.get("tokenizer_name", settings.get("tokenizer_name"))
     arguments.model_init_kwargs = options
+    arguments.load_in_4bit = given.get("load_in_4bit", settings.get("load_in_4bit", False))
     inherited = {"tokenizer_name": arguments.tokenizer_name, "model_init_kwargs": options}
     given |= {"model": model, "task": arguments.task, **{k: v for k, v in inherited.items() if v is not None}}
 

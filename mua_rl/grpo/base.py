@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mua_rl.adapter.adapters import load_adapter
 from mua_rl.adapter.fingerprint import fingerprint
+from mua_rl.adapter.targets import is_packed
 from mua_rl.errors import UserError
 from mua_rl.grpo.arguments import GRPOArguments, model_init_kwargs
 from mua_rl.lm import models
@@ -55,6 +56,11 @@ def _load(arguments: GRPOArguments, name: str | Path, without: tuple[str, ...] =
     options = {option: value for option, value in arguments.load_options.items() if option not in without}
     with processes.whole_weights(arguments):
         model = models.load_model(str(name), arguments.dtype, **options)
+    if models.is_quantised(model) and not any(map(is_packed, model.modules())):
+        raise UserError(
+            f"{name} is quantised in a way that no LoRA is trained on here: take the model as it was before, with "
+            "--load_in_4bit where it is too large."
+        )
     if options.keys() & {"revision", *_PLACES}:
         model.name_or_path = ""  # an engine that loads by the name alone would have other weights
     return model
@@ -76,6 +82,8 @@ def _merged(arguments: GRPOArguments, run: RunFolder, record: LRRecord) -> PreTr
             f"{run.path} holds a LoRA for other weights than {base.name} has now: bring those back that it was trained "
             "on, or start from another run."
         )
+    if models.is_quantised(model):  # a LoRA is lost in the rounding of packed weights
+        model = model.dequantize()
     merged = load_adapter(model, run.path / ADAPTER_FOLDER).merge_and_unload()
     merged.name_or_path = ""  # what it was loaded from is no longer what it is
     return merged

@@ -20,10 +20,12 @@ from mua_rl.envs.tasks import Task, get_task, load_split
 from mua_rl.errors import UserError
 from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.base import load_base, load_tokenizer
+from mua_rl.lm import models
 from mua_rl.lm.text import check_template, is_conversational, prompt_ids
 from mua_rl.lr.rules import Configuration
 from mua_rl.lr.transfer import LearningRate
 from mua_rl.rollouts.planning import plan_engine
+from mua_rl.rollouts.sync import ADAPTER
 from mua_rl.run import hub, processes
 from mua_rl.run.arguments import AdapterArguments
 from mua_rl.run.learning_rate import Base, resolve_learning_rate
@@ -52,6 +54,23 @@ def _check(arguments: GRPOArguments) -> None:
         if arguments.vllm_mode == "colocate" and "MASTER_PORT" not in os.environ:
             # TRL would take port 29500 for every run on the machine (trl#3979).
             os.environ["MASTER_PORT"] = str(free_port())
+
+
+def _check_quantised(model: nn.Module, adapter: Adapter, arguments: GRPOArguments) -> None:
+    """Refuse what quantised weights cannot do.
+
+    Raises:
+        UserError: All weights are to be trained, or to be merged for an engine.
+    """
+    if not models.is_quantised(model):
+        return
+    if adapter.rank is None:
+        raise UserError(
+            f"the weights of {arguments.model} are quantised and cannot be trained themselves: train a LoRA (--rank "
+            "32), or load the model as it was before it was quantised."
+        )
+    if arguments.use_vllm and arguments.vllm_sync != ADAPTER:
+        raise UserError("a LoRA cannot be merged into quantised weights at each step: drop --vllm_sync merged.")
 
 
 def check_vllm() -> None:
@@ -109,6 +128,7 @@ def prepare_grpo(arguments: GRPOArguments, adapter_arguments: AdapterArguments) 
     adapter = adapter_arguments.adapter("mlp")
     tokenizer = load_tokenizer(arguments)
     model, base = load_base(arguments, adapter_arguments.start_from)
+    _check_quantised(model, adapter, arguments)
     rows = splits(task, is_conversational(tokenizer), arguments.held_out_problems)
     assert arguments.generation_batch_size and arguments.num_generations
     check_number(rows[0], arguments.generation_batch_size // arguments.num_generations)

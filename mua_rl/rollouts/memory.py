@@ -70,7 +70,8 @@ class PolicySize:
         heads = config.num_attention_heads
         head = getattr(config, "head_dim", None) or config.hidden_size // heads
         trained = sum(p.numel() for p in parameters if p.requires_grad)
-        everything = sum(p.numel() for p in parameters)
+        packed = [getattr(p, "quant_state", None) for p in parameters]  # of 4-bit weights, two to a byte
+        everything = sum(q.shape.numel() if q else p.numel() for p, q in zip(parameters, packed, strict=True))
         return cls(
             frozen_bytes=sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad),
             parameters=everything if trained == everything else everything - trained,
