@@ -21,6 +21,10 @@ class PolicyWorse(RuntimeError):
     """Training has ended, and the policy is worse than it was; the message says what may be done."""
 
 
+class Terminated(RuntimeError):
+    """The run was asked to end (SIGTERM); the message says what was saved and how to go on."""
+
+
 class EngineFailed(RuntimeError):
     """The inference engine failed; the message says how."""
 

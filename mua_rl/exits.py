@@ -9,7 +9,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import NoReturn
 
-from mua_rl.errors import CannotLearn, Diverged, EngineFailed, PolicyWorse, Unscored, UserError, one_line
+from mua_rl.errors import CannotLearn, Diverged, EngineFailed, PolicyWorse, Terminated, Unscored, UserError, one_line
 
 
 class ExitCode(IntEnum):
@@ -31,6 +31,8 @@ class ExitCode(IntEnum):
     """The run was stopped, since it could not learn any more."""
     INTERRUPTED = 130
     """The command was interrupted from the keyboard, as shells have it."""
+    TERMINATED = 143
+    """The run was ended by SIGTERM, as shells have it, and has saved a checkpoint where it had taken a step."""
 
 
 _MAIN_FIRST_SECONDS = 10.0
@@ -75,6 +77,8 @@ def run_command(main: Callable[[], None], after_interrupt: str = "") -> None:
         leave(f"mua_rl: {error}", ExitCode.WORSE)
     except EngineFailed as error:
         leave(f"mua_rl: {error}; go on with --resume and the run folder.", ExitCode.ENGINE_FAILED)
+    except Terminated as error:
+        leave(f"mua_rl: {error}.", ExitCode.TERMINATED)
     except KeyboardInterrupt:
         leave("; ".join(filter(None, ["mua_rl: interrupted", after_interrupt])) + ".", ExitCode.INTERRUPTED)
     except Exception as error:

@@ -19,6 +19,8 @@ from mua_rl.rollouts.memory import PolicySize
 if find_spec("bitsandbytes") is None:
     pytest.skip("bitsandbytes is not installed", allow_module_level=True)
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1", "--report_to", "none"]
 SMALL += ["--held_out_steps", "0", "--held_out_problems", "32", "--lr", "1e-5", "--max_steps", "1"]
 IDS = torch.arange(8)[None]

@@ -155,6 +155,7 @@ class GRPOArguments(GRPOConfig):
             self.dataloader_pin_memory = False
         if (processes.launched() > 1 or processes.sharded()) and not torch.accelerator.is_available():
             self.use_cpu = True  # accelerate takes several processes on the CPU for a mistake otherwise
+        self.enable_jit_checkpoint = False  # every run saves at SIGTERM; transformers would end it as if it were done
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every trained weight is used; looking for others costs time
         super().__post_init__()

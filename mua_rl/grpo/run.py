@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,12 +16,20 @@ from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.checkpoint import check_checkpoint
 from mua_rl.grpo.scored import unscored
 from mua_rl.grpo.setup import GRPOSetup, prepare_grpo
-from mua_rl.grpo.trainer import BeginCallback, GRPOTrainer, Measure, ProgressBar, make_trainer
+from mua_rl.grpo.trainer import (
+    BeginCallback,
+    GRPOTrainer,
+    Measure,
+    ProgressBar,
+    TerminationCallback,
+    make_trainer,
+)
 from mua_rl.lr.record import LRRecord, package_versions
 from mua_rl.run import hub, processes
 from mua_rl.run.arguments import AdapterArguments
 from mua_rl.run.folder import RunFolder, open_run, start_wandb
 from mua_rl.run.life import Measurement, Names, announce, live
+from mua_rl.run.termination import Termination, terminated_run
 
 NAMES = Names("grpo", "held-out accuracy", "held_out/accuracy", "training reward", "reward", "optimizer step")
 
@@ -60,12 +69,23 @@ class GRPOLearner:
         arguments: What was asked.
         trainer: The trainer of the run.
         measure: The function that measures its policy on the held-out problems.
+        run: The run's folder.
+        termination: Whether the process was asked to end.
     """
 
     names = NAMES
 
-    def __init__(self, setup: GRPOSetup, arguments: GRPOArguments, trainer: GRPOTrainer, measure: Measure) -> None:
+    def __init__(
+        self,
+        setup: GRPOSetup,
+        arguments: GRPOArguments,
+        trainer: GRPOTrainer,
+        measure: Measure,
+        run: RunFolder,
+        termination: Termination,
+    ) -> None:
         self.setup, self.arguments, self.trainer, self.held_out = setup, arguments, trainer, measure
+        self.run, self.termination = run, termination
         self.rate = setup.rate
 
     @property
@@ -80,11 +100,20 @@ class GRPOLearner:
 
     def train(self, checkpoint: Path | None, on_begin: Callable[[], None]) -> None:
         """See `Learner.train`."""
-        self.trainer.add_callback(BeginCallback(on_begin))
-        try:
-            self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        finally:
-            cast(ProgressBar, self.trainer.pop_callback(ProgressBar)).close()
+
+        def begin() -> None:
+            on_begin()
+            stack.enter_context(self.termination.deferred())
+
+        self.trainer.add_callback(BeginCallback(begin))
+        self.trainer.add_callback(TerminationCallback(self.termination, self.arguments.optimizer_steps_per_batch))
+        with ExitStack() as stack:
+            try:
+                self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            finally:
+                cast(ProgressBar, self.trainer.pop_callback(ProgressBar)).close()
+        if self.termination.asked:
+            self.termination.leave(self.run, self.steps)
 
     def measure(self) -> Measurement:
         """See `Learner.measure`."""
@@ -124,13 +153,26 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
         UserError: Something that was given cannot be used (nothing has been written then), a reward failed, none gave a
             score in the whole run, or the hub does not take what the run has written.
         Diverged: The run left the finite numbers; its folder says so and has no LR record.
+        Terminated: The process got SIGTERM; what was trained is saved.
     """
+    with Termination().watched() as termination:
+        return _train(arguments, adapter_arguments, given, termination)
+
+
+def _train(
+    arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: dict, termination: Termination
+) -> RunFolder:
+    """See `train`."""
+    if arguments.batch_is_given:
+        given = {**given, "completions_per_step": arguments.completions_per_step}
+    name = f"grpo-{arguments.task}-r{adapter_arguments.spec.rank or 'full'}"
+    if adapter_arguments.resume is None:
+        output_dir = arguments.requested_output_dir
+        requeued = processes.on_main(lambda: terminated_run(output_dir, name, given))
+        adapter_arguments.resume = None if requeued is None else str(requeued)
     if adapter_arguments.resume:
         check_checkpoint(RunFolder.open(adapter_arguments.resume).last_checkpoint(), arguments)
     setup = prepare_grpo(arguments, adapter_arguments)
-    name = f"grpo-{arguments.task}-r{setup.adapter.rank or 'full'}"
-    if arguments.batch_is_given:
-        given = {**given, "completions_per_step": arguments.completions_per_step}
     run, checkpoint = processes.on_main(
         lambda: open_run(adapter_arguments.resume, arguments.requested_output_dir, name, given, setup.rate.as_dict())
     )
@@ -139,8 +181,9 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
         weights = sum(p.numel() for p in setup.policy.parameters() if p.requires_grad)
         what = f"[bold]{setup.task.name}[/] with {setup.base.name}, {escape(str(setup.configuration))}"
         announce(run, f"{what}: {weights:,} trained weights", setup.rate)
-    trainer, measure = _set_up_trainer(setup, arguments, run, is_new=adapter_arguments.resume is None)
-    live(run, GRPOLearner(setup, arguments, trainer, measure), checkpoint)
+    with termination.marked(run):
+        trainer, measure = _set_up_trainer(setup, arguments, run, is_new=adapter_arguments.resume is None)
+        live(run, GRPOLearner(setup, arguments, trainer, measure, run, termination), checkpoint)
     if arguments.push_to_hub:
         hub.push(trainer, run.path)
     return run

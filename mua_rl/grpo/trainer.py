@@ -20,6 +20,7 @@ from mua_rl.rollouts.sync import generation_class
 from mua_rl.run import processes
 from mua_rl.run.folder import RunFolder
 from mua_rl.run.judge import why_no_learning
+from mua_rl.run.termination import Termination
 
 Measure = Callable[[], HeldOutResult]
 
@@ -157,6 +158,25 @@ class RunCallback(TrainerCallback):
         going_on = state.global_step < state.max_steps
         if args.patience and going_on and (reason := why_no_learning(self.history, patience)):
             raise CannotLearn(f"{reason} (step {state.global_step} of {state.max_steps})")
+
+
+class TerminationCallback(TrainerCallback):
+    """Saves a checkpoint and stops training where a process of the run was asked to end.
+
+    Args:
+        termination: What was asked of this process.
+        steps_per_batch: Optimizer steps of a batch of completions; a run goes on after whole batches alone.
+    """
+
+    def __init__(self, termination: Termination, steps_per_batch: int) -> None:
+        self.termination, self.steps_per_batch = termination, steps_per_batch
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Save and stop at the end of a batch."""
+        asked = processes.total(float(self.termination.asked), args.device)
+        if asked and state.global_step % self.steps_per_batch == 0:
+            self.termination.asked = True  # by one of the processes, for all
+            control.should_save = control.should_training_stop = True
 
 
 class BeginCallback(TrainerCallback):

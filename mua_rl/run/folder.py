@@ -11,6 +11,7 @@ result.json       accuracy or return before and after, time, whether the run div
 lr_record.json    the LR record, never of a run that diverged
 curve.png         the learning curve
 wandb_id          the run at Weights & Biases, where it reports there
+terminated        the mark of a run that was ended by SIGTERM, which the same command goes on with
 """
 
 import json
@@ -37,7 +38,7 @@ from mua_rl.run.trial import Status, TrialResult
 CONFIG, VERSIONS, METRICS, RESULT, CURVE = "config.yaml", "versions.json", "metrics.jsonl", "result.json", "curve.png"
 RATE, WANDB_ID = "rate.json", "wandb_id"
 ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
-LOCK = ".lock"
+LOCK, MARK = ".lock", "terminated"
 PATHS = ("model", "tokenizer_name", "base", "vec_normalize", "lr_from", "start_from")
 
 
@@ -277,16 +278,22 @@ def open_run(
         UserError: As `RunFolder.create`, `open`, `start` and `lock`.
     """
     if resume is None:
-        run = RunFolder.create(output_dir, re.sub(r"[^\w.-]+", "-", name))
+        run = RunFolder.create(output_dir, folder_name(name))
         run.start({**with_whole_paths(settings), "output_dir": str(run.path.resolve())}, rate)
         run.lock()
         return run, None
     run = RunFolder.open(resume)
     run.lock()
+    (run.path / MARK).unlink(missing_ok=True)
     checkpoint = run.last_checkpoint()
     run.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
     print(f"resuming {run.path} from {checkpoint.name if checkpoint else 'the start: it has no checkpoint yet'}")
     return run, checkpoint
+
+
+def folder_name(name: str) -> str:
+    """A name with what a file name cannot hold replaced."""
+    return re.sub(r"[^\w.-]+", "-", name)
 
 
 def with_whole_paths(settings: dict[str, Any]) -> dict[str, Any]:
