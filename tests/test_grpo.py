@@ -212,6 +212,9 @@ def test_every_grpo_config_field_is_a_flag():
         "patience",
         "vllm_sync",
         "completions_per_step",
+        "load_in_4bit",
+        "max_prompt_length",
+        "save_best",
     }
 
 

@@ -27,7 +27,7 @@ from mua_rl.grpo.trainer import (
 from mua_rl.lr.record import LRRecord, package_versions
 from mua_rl.run import hub, processes
 from mua_rl.run.arguments import AdapterArguments
-from mua_rl.run.folder import RunFolder, open_run, start_wandb
+from mua_rl.run.folder import BEST, RunFolder, open_run, start_wandb
 from mua_rl.run.life import Measurement, Names, announce, live
 from mua_rl.run.termination import Termination, terminated_run
 
@@ -135,7 +135,10 @@ class GRPOLearner:
 
     def remarks(self) -> list[str]:
         """See `Learner.remarks`."""
-        return []
+        if (best := self.run.best()) is None:
+            return []
+        path = self.run.path / BEST
+        return [f"best on the way: {best['accuracy']:.3f} after step {best['step']:g}, for --start_from {path}"]
 
     def doubt(self) -> str:
         """See `Learner.doubt`."""

@@ -130,9 +130,11 @@ def prepare_grpo(arguments: GRPOArguments, adapter_arguments: AdapterArguments) 
     model, base = load_base(arguments, adapter_arguments.start_from)
     _check_quantised(model, adapter, arguments)
     rows = splits(task, is_conversational(tokenizer), arguments.held_out_problems)
+    check_template(tokenizer, (prompt for split in rows for prompt in split["prompt"]), **arguments.template)
+    if arguments.max_prompt_length is not None:
+        rows = without_long_prompts(rows, tokenizer, arguments.max_prompt_length, arguments.template)
     assert arguments.generation_batch_size and arguments.num_generations
     check_number(rows[0], arguments.generation_batch_size // arguments.num_generations)
-    check_template(tokenizer, (prompt for split in rows for prompt in split["prompt"]), **arguments.template)
     check_vocabulary(model, tokenizer, rows)
     configuration = adapter.configuration(model, optimizer=str(getattr(arguments.optim, "value", arguments.optim)))
     rate = resolve_learning_rate(adapter_arguments, configuration, base, "grpo")
@@ -179,6 +181,27 @@ def check_number(rows: Dataset, prompts: int) -> None:
             f"the task has {len(rows)} training rows, fewer than the {prompts} prompts of a step: give more rows, or "
             "make steps smaller with --completions_per_step (prompts times --num_generations)."
         )
+
+
+def without_long_prompts(
+    rows: tuple[Dataset, Dataset], tokenizer: PreTrainedTokenizerBase, most: int, template: dict
+) -> tuple[Dataset, Dataset]:
+    """The rows of both splits whose prompts have at most so many tokens; a prompt that is cut asks something else.
+
+    Raises:
+        UserError: A split has no such row.
+    """
+    short = []
+    for split, name in zip(rows, ("training", "held-out"), strict=True):
+        lengths = [len(ids) for ids in prompt_ids(tokenizer, split["prompt"], **template)]
+        kept = [row for row, length in enumerate(lengths) if length <= most]
+        if not kept:
+            shortest = f"the shortest has {min(lengths)}"
+            raise UserError(f"every {name} prompt is longer than --max_prompt_length {most}: {shortest}.")
+        if len(kept) < len(split) and processes.is_main():
+            print(f"mua_rl: {len(split) - len(kept)} of {len(split)} {name} rows have longer prompts and are left out")
+        short.append(split.select(kept))
+    return short[0], short[1]
 
 
 def check_vocabulary(

@@ -18,7 +18,7 @@ from mua_rl.lm.heldout import HeldOutResult, gather, held_out
 from mua_rl.rollouts.correction import CorrectedGRPOTrainer
 from mua_rl.rollouts.sync import generation_class
 from mua_rl.run import processes
-from mua_rl.run.folder import RunFolder
+from mua_rl.run.folder import BEST, RunFolder
 from mua_rl.run.judge import why_no_learning
 from mua_rl.run.termination import Termination
 
@@ -73,8 +73,9 @@ def make_trainer(setup: GRPOSetup, arguments: GRPOArguments, run: RunFolder) -> 
         args=arguments,
         train_dataset=setup.train_rows,
         processing_class=setup.tokenizer,
-        callbacks=[RunCallback(run, lambda: measure().metrics(), arguments.held_out_steps)],
     )
+    save = trainer.write_policy if arguments.save_best else None
+    trainer.add_callback(RunCallback(run, lambda: measure().metrics(), arguments.held_out_steps, save))
     for callback in (ProgressCallback, PrinterCallback):  # either prints a long dictionary every step
         trainer.remove_callback(callback)
     trainer.add_callback(ProgressBar())
@@ -95,12 +96,19 @@ class RunCallback(TrainerCallback):
         run: Where metrics go.
         held_out_metrics: Measures held-out accuracy; called every `held_out_steps` steps.
         held_out_steps: 0 for never.
+        save: Writes the policy to a folder; `None`: the best one is not kept.
     """
 
     PATIENCE = 3
 
-    def __init__(self, run: RunFolder, held_out_metrics: Callable[[], dict[str, float]], held_out_steps: int) -> None:
-        self.run = run
+    def __init__(
+        self,
+        run: RunFolder,
+        held_out_metrics: Callable[[], dict[str, float]],
+        held_out_steps: int,
+        save: Callable[[str], None] | None = None,
+    ) -> None:
+        self.run, self.save = run, save
         self.held_out_metrics = held_out_metrics
         self.held_out_steps = held_out_steps
         self.used: dict[str, float] = {}
@@ -142,6 +150,11 @@ class RunCallback(TrainerCallback):
             metrics = self.held_out_metrics()
             if state.is_world_process_zero:
                 self.run.log(state.global_step, metrics)
+            accuracy = metrics["held_out/accuracy"]
+            if self.save is not None and processes.on_main(lambda: self.run.is_best(accuracy)):
+                self.save(str(self.run.path / BEST))
+                if state.is_world_process_zero:
+                    self.run.note_best(state.global_step, accuracy)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Write one line of metrics a step.
