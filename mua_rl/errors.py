@@ -1,5 +1,7 @@
 """The exceptions that commands turn into one clear line (`mua_rl.exits`)."""
 
+import re
+
 
 class UserError(ValueError):
     """Input that cannot be used. The message names the fault and the cure, in one sentence or two."""
@@ -27,6 +29,11 @@ class Terminated(RuntimeError):
 
 class EngineFailed(RuntimeError):
     """The inference engine failed; the message says how."""
+
+
+def without_password(text: str) -> str:
+    """A text in which the passwords of URLs are hidden."""
+    return re.sub(r"(://[^\s:/@]*:)[^\s@]+@", r"\1***@", text)
 
 
 def one_line(error: object, most: int = 400) -> str:

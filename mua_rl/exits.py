@@ -9,7 +9,17 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import NoReturn
 
-from mua_rl.errors import CannotLearn, Diverged, EngineFailed, PolicyWorse, Terminated, Unscored, UserError, one_line
+from mua_rl.errors import (
+    CannotLearn,
+    Diverged,
+    EngineFailed,
+    PolicyWorse,
+    Terminated,
+    Unscored,
+    UserError,
+    one_line,
+    without_password,
+)
 
 
 class ExitCode(IntEnum):
@@ -111,5 +121,5 @@ def leave(message: str, code: ExitCode) -> NoReturn:
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(_MAIN_FIRST_SECONDS)
-    print(message, file=sys.stderr)
+    print(without_password(message), file=sys.stderr)
     sys.exit(code)

@@ -89,6 +89,7 @@ def trainer(engine_run, tmp_path):
     return grpo.make_trainer(setup, arguments, RunFolder(tmp_path / "r"))[0]
 
 
+@pytest.mark.slow
 def test_trl_trains_on_the_completions_and_log_probs_of_an_engine_of_ours(engine_run):
     lines = [line for line in grpo.train(*parse(engine_run)).metrics() if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2]
@@ -96,6 +97,7 @@ def test_trl_trains_on_the_completions_and_log_probs_of_an_engine_of_ours(engine
     assert all(line["rollout/dropped"] == 0 and line["completions/mean_length"] > 1 for line in lines)
 
 
+@pytest.mark.slow
 def test_the_engine_gets_trls_own_options_and_is_synced_once_a_step(trainer):
     assert trainer.use_vllm and trainer.args.use_vllm
     assert trainer.vllm_generation.options["max_num_seqs"] == 16
@@ -145,6 +147,7 @@ def test_the_reference_policy_is_what_the_run_starts_from_though_no_folder_has_i
     assert trainer.ref_model is not model
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_after_its_last_step_takes_no_more(tmp_path):
     run = train("--rank", 4, "--max_steps", 2, "--save_steps", 2, "--output_dir", tmp_path / "r")
     before = load_file(run.path / "adapter" / "adapter_model.safetensors")
@@ -155,6 +158,7 @@ def test_a_run_that_was_killed_after_its_last_step_takes_no_more(tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_a_resumed_policy_beside_a_reference_adapter_is_the_checkpoints(tmp_path):
     steps = ["--rank", 4, "--beta", 0.1, "--max_steps", 4, "--save_steps", 2]
     whole, broken = train(*steps, "--output_dir", tmp_path / "a"), train(*steps, "--output_dir", tmp_path / "b")
@@ -326,6 +330,7 @@ def test_a_class_that_vllm_has_made_compile_is_called_as_it_is():
     assert model(torch.ones(1, 2)).shape == (1, 3)
 
 
+@pytest.mark.slow
 def test_a_saved_policy_with_a_reference_adapter_holds_the_policy_alone(tmp_path):
     run = train("--rank", 4, "--beta", 0.1, "--max_steps", 1, "--output_dir", tmp_path / "r")
     loaded = PeftModel.from_pretrained(models.load_model("embedded"), str(run.path / "adapter"))

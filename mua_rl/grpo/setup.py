@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import is_liger_kernel_available
 
 from mua_rl.adapter.adapters import Adapter
@@ -44,6 +45,9 @@ def _check(arguments: GRPOArguments) -> None:
             "every process needs the weights at the start: set fsdp_cpu_ram_efficient_loading to false in accelerate's "
             "configuration, or take the one that python -m mua_rl.accelerate_configs fsdp2 names."
         )
+    for name in arguments.report_to or ():
+        if name in INTEGRATION_TO_CALLBACK and name not in get_available_reporting_integrations():
+            raise UserError(f"--report_to {name} needs a package that is not installed: install it, or drop the word.")
     if arguments.use_liger_kernel and not is_liger_kernel_available():
         raise UserError(
             "--use_liger_kernel needs Liger's kernels, which are not installed: pip install liger-kernel, or drop the "

@@ -29,7 +29,7 @@ from typing import IO, Any
 
 import yaml
 
-from mua_rl.errors import UserError, one_line
+from mua_rl.errors import UserError, one_line, without_password
 from mua_rl.files import write_whole
 from mua_rl.lr.record import FILE_NAME as RECORD
 from mua_rl.lr.record import package_versions
@@ -139,14 +139,14 @@ class RunFolder:
         """
         try:
             with open(self.path / CONFIG, "x", encoding="utf-8") as stream:
-                stream.write(yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
+                stream.write(without_password(yaml.safe_dump(settings, sort_keys=True, allow_unicode=True)))
         except FileExistsError:
             raise UserError(f"another run has just begun in {self.path}: choose another --output_dir.") from None
         if rate is not None:
             (self.path / RATE).write_text(json.dumps(rate, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         versions = {
             **package_versions(),
-            "command": " ".join([Path(sys.executable).name, *sys.argv]),
+            "command": without_password(" ".join([Path(sys.executable).name, *sys.argv])),
             "git_commit": git_commit(),
             "host": f"{platform.platform()}, {os.cpu_count()} cores",
             "processes": processes.count(),
