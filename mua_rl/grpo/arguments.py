@@ -363,7 +363,7 @@ def _base_of_adapter(folder: str) -> str:
     Raises:
         UserError: It names none.
     """
-    base = json.loads((Path(folder) / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+    base = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise UserError(f"the adapter {folder} does not say what its base is: give --model.")
     return base

@@ -230,7 +230,7 @@ class RunFolder:
     def best(self) -> dict[str, float] | None:
         """Step and accuracy of the policy that was best on the way; `None`: none was kept."""
         path = self.path / BEST / "best.json"
-        return json.loads(path.read_text()) if _is_json(path) else None
+        return json.loads(path.read_text(encoding="utf-8")) if _is_json(path) else None
 
     def is_best(self, accuracy: float) -> bool:
         """Whether an accuracy is above that of the policy that was kept."""

@@ -94,8 +94,8 @@ class Study:
             study.set_user_attr(SETTINGS, settings)
         elif differing := differences(known, settings):
             raise UserError(
-                f"the study {name!r} in {without_password(location)} has runs with other settings ({differing}): choose "
-                "another --study_name, or give the settings it has."
+                f"the study {name!r} in {without_password(location)} has runs with other settings ({differing}): "
+                "choose another --study_name, or give the settings it has."
             )
         path = _file_of(location)
         return cls(study, _ProcessLock(path.with_name(f"{path.name}.claims")) if path else nullcontext())
