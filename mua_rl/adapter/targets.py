@@ -66,6 +66,11 @@ def fan_in(weight: torch.Tensor) -> int:
     return math.prod(weight.shape[1:])
 
 
+def is_packed(module: nn.Module) -> bool:
+    """Whether a linear layer has quantised weights, packed into integers (bitsandbytes)."""
+    return isinstance(module, nn.Linear) and not module.weight.is_floating_point()
+
+
 def targeted_layers(
     model: nn.Module, targets: TargetModules
 ) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
@@ -79,9 +84,14 @@ def targeted_layers(
     """
     # `copy.deepcopy` takes what its memo has for copied already: with every weight in there, without storage, it copies
     # the structure of the model alone.
-    memo = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
-    for weight in model.parameters():
-        memo[id(weight)] = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+    memo: dict[int, Any] = {id(w): torch.empty_like(w, device="meta") for w in model.buffers()}
+    for module in model.modules():
+        if is_packed(module):  # such weights have a shape of their own
+            plain = cast(nn.Linear, module)
+            memo[id(module)] = nn.Linear(plain.in_features, plain.out_features, device="meta")
+        else:
+            for weight in module.parameters(recurse=False):
+                memo[id(weight)] = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
     with torch.device("meta"):
         skeleton = copy.deepcopy(model, memo)
     convolutions = [module for module in model.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]

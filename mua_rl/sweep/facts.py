@@ -80,7 +80,7 @@ def find_facts(request: Request) -> Facts:
     if request.sweep.algo == "grpo":
         from mua_rl.grpo import run as grpo
 
-        grpo_setup = grpo.prepare(arguments, adapter)
+        grpo_setup = grpo.prepare_grpo(arguments, adapter)
         base, template = grpo_setup.base, grpo.lr_record(arguments, grpo_setup, metric, arguments.max_steps)
         obstacle = _obstacle(grpo_setup.policy, arguments) if ranks else ""
     else:
