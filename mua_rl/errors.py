@@ -17,6 +17,10 @@ class PolicyWorse(RuntimeError):
     """Training has ended, and the policy is worse than it was; the message says what may be done."""
 
 
+class NoRate(RuntimeError):
+    """A sweep has ended and found no learning rate; the message says why."""
+
+
 class EngineFailed(RuntimeError):
     """The inference engine failed; the message says how."""
 

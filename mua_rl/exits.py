@@ -9,7 +9,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import NoReturn
 
-from mua_rl.errors import Diverged, EngineFailed, PolicyWorse, Unscored, UserError, one_line
+from mua_rl.errors import Diverged, EngineFailed, NoRate, PolicyWorse, Unscored, UserError, one_line
 
 
 class ExitCode(IntEnum):
@@ -27,6 +27,8 @@ class ExitCode(IntEnum):
     """The policy ended worse than it began."""
     UNSCORED = 6
     """No step could teach anything: no reward gave a score, for example."""
+    NO_RATE = 7
+    """The sweep has ended and found no learning rate."""
     INTERRUPTED = 130
     """The command was interrupted from the keyboard, as shells have it."""
 
@@ -55,6 +57,8 @@ def run_command(main: Callable[[], None], after_interrupt: str = "") -> None:
         leave(f"mua_rl: the run diverged: {error}; try a quarter of the learning rate with --lr.", ExitCode.DIVERGED)
     except PolicyWorse as error:
         leave(f"mua_rl: {error}", ExitCode.WORSE)
+    except NoRate as error:
+        leave(f"mua_rl: {error}", ExitCode.NO_RATE)
     except EngineFailed as error:
         leave(f"mua_rl: {error}; go on with --resume and the run folder.", ExitCode.ENGINE_FAILED)
     except KeyboardInterrupt:

@@ -242,7 +242,7 @@ def test_a_living_workers_trial_is_left_alone_and_a_silent_one_elsewhere_is_not(
     far.plan(SEARCHES)
     [claim] = far.claim(1, lambda trial: trial)
     near.reap()
-    assert claim.trial.number in [t.number for t in near._trials(optuna.trial.TrialState.RUNNING)]
+    assert claim.optuna_trial.number in [t.number for t in near._trials(optuna.trial.TrialState.RUNNING)]
     claim.optuna_trial.set_user_attr(WORKER, {**far.worker.as_dict(), "place": "another machine"})
     monkeypatch.setattr(worker, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(worker, "SILENCE_SECONDS", 0.4)

@@ -14,7 +14,7 @@ from mua_rl.run.trial import Trial, TrialResult
 
 
 @dataclass(frozen=True)
-class Row:
+class SweepRow:
     """A run of a sweep.
 
     Attributes:
@@ -45,7 +45,7 @@ COLUMNS = ["algorithm", "task", "base", *_TRIAL, *_RESULT, "machine"]
 _OLD_COLUMNS = ["algorithm", "task", "base", *_TRIAL, *_OUTCOME, "machine"]
 
 
-def append(path: Path | str, rows: Iterable[Row]) -> None:
+def append(path: Path | str, rows: Iterable[SweepRow]) -> None:
     """Add whole lines to a CSV, which is made with its header where there is none.
 
     One write under a lock: processes that append to one file at a time neither mix lines nor repeat the header. A file
@@ -75,7 +75,7 @@ def append(path: Path | str, rows: Iterable[Row]) -> None:
         stream.write(text.encode())
 
 
-def read(path: Path | str) -> list[Row]:
+def read(path: Path | str) -> list[SweepRow]:
     """The rows of a CSV, in order.
 
     Raises:
@@ -91,7 +91,7 @@ def read(path: Path | str) -> list[Row]:
     return _parse_rows(text, path)
 
 
-def _parse_rows(text: str, path: Path) -> list[Row]:
+def _parse_rows(text: str, path: Path) -> list[SweepRow]:
     """The rows in a CSV's text.
 
     Raises:
@@ -108,7 +108,7 @@ def _parse_rows(text: str, path: Path) -> list[Row]:
         ) from None
 
 
-def read_all(paths: Sequence[Path | str]) -> list[Row]:
+def read_all(paths: Sequence[Path | str]) -> list[SweepRow]:
     """The rows of several CSVs, each run once: of repeated ones the last.
 
     Raises:
@@ -135,7 +135,7 @@ def _columns(line: str, path: Path) -> list[str]:
     raise UserError(f"{path} has other columns than a sweep's CSV: line 1 should be {','.join(COLUMNS)}.")
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: SweepRow) -> list[str]:
     values = {**vars(row), **row.trial.as_dict(), **row.result.as_dict()}
     return ["" if values[name] is None else str(values[name]) for name in COLUMNS]
 
@@ -146,7 +146,7 @@ def _line(cells: Sequence[str]) -> str:
     return stream.getvalue()
 
 
-def _row(values: dict[str, Any]) -> Row:
+def _row(values: dict[str, Any]) -> SweepRow:
     """The row of a line's values.
 
     Raises:
@@ -159,7 +159,7 @@ def _row(values: dict[str, Any]) -> Row:
     result = {name: _parse(name, kind, values[name]) for name, kind in kinds.items()}
     if not math.isfinite(trial["log2_lr"]):
         raise ValueError(f"log2_lr is {trial['log2_lr']}")
-    return Row(
+    return SweepRow(
         values["algorithm"],
         values["task"],
         values["base"],

@@ -106,6 +106,7 @@ class LearningRate:
         evidence: How far off it may be; `None`: nothing was measured, or nothing was predicted.
         warning: Why it should not be relied on, and what to do; "": no reason to doubt it.
         others: Learning rates, by role, of trained parameters that the theory does not cover, from where it comes from.
+        is_guess: Whether nothing that was measured on this base gives it.
     """
 
     value: float
@@ -113,6 +114,7 @@ class LearningRate:
     evidence: Evidence | None = None
     warning: str = ""
     others: Mapping[str, float] = field(default_factory=dict)
+    is_guess: bool = False
 
     def __post_init__(self) -> None:
         check_learning_rate(self.value)
@@ -130,15 +132,18 @@ class LearningRate:
         loss = f"at a loss of up to {self.evidence.loss:.0%} of the gain"
         return f"{self.why}; nine times in ten {self.accuracy} of the best, {loss}, as measured"
 
-    def as_dict(self) -> dict[str, str | float]:
+    def as_dict(self) -> dict[str, object]:
         """What a run folder keeps of it, which `kept` reads."""
-        return {"learning_rate": self.value, "reason": self.reason, "warning": self.warning, **self.others}
+        facts = {"reason": self.reason, "warning": self.warning, "is_guess": self.is_guess}
+        return {"learning_rate": self.value, **facts, **self.others}
 
 
 def kept(written: Mapping) -> LearningRate:
     """The learning rate that a run folder keeps."""
-    others = {role: rate for role, rate in written.items() if role not in ("learning_rate", "reason", "warning")}
-    return LearningRate(written["learning_rate"], written["reason"], warning=written["warning"], others=others)
+    others = dict(written)
+    value, why, warning = (others.pop(name) for name in ("learning_rate", "reason", "warning"))
+    is_guess = others.pop("is_guess", why.startswith("a guess"))  # versions before 0.2 wrote the reason alone
+    return LearningRate(value, why, warning=warning, others=others, is_guess=is_guess)
 
 
 def given(value: float) -> LearningRate:
@@ -223,8 +228,9 @@ def transfer(
     if correction != 1:
         reason += f"; in short runs a larger rank wants less, (r/m)^-{exponent:g}: times {correction:.4g}"
     value = record.learning_rate * ratio * correction
-    why = f"{source_name} has {record.learning_rate:.4g} for {source}; {reason}"
-    rate = LearningRate(value, why, others=record.other_learning_rates)
+    is_guess = record.evidence == "guess"
+    why = f"{'a guess that was run: ' * is_guess}{source_name} has {record.learning_rate:.4g} for {source}; {reason}"
+    rate = LearningRate(value, why, others=record.other_learning_rates, is_guess=is_guess)
     return rate if target == source else _judged(rate, record, target, exponent)
 
 
@@ -259,6 +265,8 @@ def _judged(rate: LearningRate, record: LRRecord, target: Configuration, exponen
 def _why_unmeasured(record: LRRecord, target: Configuration, exponent: float, known: Evidence | None) -> str:
     """Why docs/results does not tell how far off a learning rate may be; "" where it does."""
     source, algorithm = record.configuration(), record.algorithm
+    if record.evidence != "sweep":
+        return f"the record is of a {record.evidence} and not of a sweep, and may be far from the best"
     if algorithm not in RANK_EXPONENTS:
         return f"no transfer was measured with {algorithm}"
     if known is None:

@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,21 +20,23 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers.utils import logging
 
 from mua_rl.analysis.report import FILE_NAME as REPORT
-from mua_rl.errors import UserError
+from mua_rl.errors import NoRate, UserError
 from mua_rl.exits import run_command
 from mua_rl.files import write_whole
+from mua_rl.lr.recipe import Recipe
+from mua_rl.lr.record import LRRecord
 from mua_rl.lr.transfer import gives_full_finetuning
 from mua_rl.run.commands import command, full_finetuning, other_ranks
 from mua_rl.run.folder import CONFIG, RunFolder, open_run
 from mua_rl.run.trial import Status, Trial, TrialResult
 from mua_rl.sweep.arguments import Request, differences, parse
+from mua_rl.sweep.backend import choose_backends
 from mua_rl.sweep.closing import CSV, make_record, rows_of, warnings_of, write_csv, write_tables
 from mua_rl.sweep.facts import Facts, find_facts
-from mua_rl.sweep.runner import Runner, Single, environments
 from mua_rl.sweep.search import Search
-from mua_rl.sweep.side_by_side import Chosen, OnStep, SideBySide, why_not
 from mua_rl.sweep.study import Study
 from mua_rl.sweep.work import work_together
 
@@ -80,35 +83,6 @@ def open_study(request: Request, folder: Path) -> tuple[Study, Facts]:
     return study, Facts.from_dict(study.facts(lambda: asdict(find_facts(request))))
 
 
-def choose_runners(
-    request: Request, facts: Facts, folder: Path, stop: threading.Event, on_step: OnStep, console: Console
-) -> list[Runner]:
-    """One runner for each worker.
-
-    Raises:
-        UserError: `--side_by_side on`, and the trials cannot be trained so.
-    """
-    workers, mode = request.sweep.workers, request.sweep.side_by_side
-    singly = {True: True, False: True}
-    for curve in {curve.rank is None: curve for curve in request.specs}.values():
-        if mode == "off":
-            continue
-        if reason := why_not(request, curve, facts.obstacle):
-            if mode == "on":
-                raise UserError(f"--side_by_side on: {reason}")
-            console.print(f"{'LoRA' if curve.rank else 'FFT'} runs go one by one: {reason}", highlight=False)
-        singly[curve.rank is None] = bool(reason)
-    runners: list[Runner] = []
-    for environment in environments(workers):
-        single = Single(request, folder, environment, stop)
-        if all(singly.values()):
-            runners.append(single)
-        else:
-            together = SideBySide(request, folder, on_step, environment if workers > 1 else None)
-            runners.append(Chosen(together, single, singly))
-    return runners
-
-
 class Display:
     """A bar over the trials, and one line for each that has ended.
 
@@ -150,10 +124,11 @@ def sweep(request: Request, console: Console) -> Path:
     """A sweep from request to record, or this process's part of one.
 
     Returns:
-        Its folder.
+        The sweep's folder.
 
     Raises:
         UserError: Something that was given cannot be used, or a run failed.
+        NoRate: The sweep has ended and found no learning rate.
     """
     deadline = time.monotonic() + (request.sweep.time_limit or math.inf)
     folder, is_new = open_folder(request)
@@ -165,26 +140,36 @@ def sweep(request: Request, console: Console) -> Path:
         raise
     keep_settings(request, folder)
     searches = [facts.search(curve, request) for curve in request.specs]
-    announce(request, facts, searches, folder, console)
+    announce(request, facts, len(searches), folder, console)
     display, stop = Display(study, console), threading.Event()
-    runners = choose_runners(request, facts, folder, stop, display.on_step, console)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False)
 
     def write_down(trial: Trial, outcome: TrialResult) -> None:
-        write_csv(folder / CSV, rows_of(request.task, facts, study.outcomes(), study.machines()))
+        write_csv(folder / CSV, rows_of(facts.recipe, study.outcomes(), study.machines()))
         display.on_outcome(trial, outcome)
 
+    backends = choose_backends(request, facts.obstacle, folder, stop, display.on_step, say)
     with display.progress:
-        complete = work_together(study, searches, runners, write_down, deadline, stop)
-    conclude(request, facts, searches, study, folder, console, complete)
+        complete = work_together(study, searches, backends, write_down, deadline, stop)
+    record = conclude(facts.recipe, searches, study, folder, console, complete)
+    if record is not None:
+        announce_record(record, request, folder, console)
+    elif complete:
+        raise NoRate(f"the sweep found no learning rate for {first_lora(searches).spec.label}: see {folder / REPORT}.")
+    else:
+        again = escape(command("sweep", {"resume": str(folder)}))
+        console.print(f"Time is up: {again} goes on.", soft_wrap=True)
     return folder
 
 
-def announce(request: Request, facts: Facts, searches: list[Search], folder: Path, console: Console) -> None:
-    """What is about to be done."""
+def announce(request: Request, facts: Facts, curves: int, folder: Path, console: Console) -> None:
+    """Say what is about to be done."""
     source = f"{facts.source_name} ({facts.source.learning_rate:.4g} for {facts.source.configuration()})"
     console.print(
-        f"[bold]{request.task}[/] with {facts.template.base_model}: {len(searches)} "
-        f"curve{'s'[: len(searches) > 1]}, learning rates in steps of {request.sweep.resolution:g} "
+        f"[bold]{request.task}[/] with {facts.recipe.base_model}: {curves} "
+        f"curve{'s'[: curves > 1]}, learning rates in steps of {request.sweep.resolution:g} "
         f"octave{'s'[: request.sweep.resolution != 1]}, {request.sweep.seeds} seed{'s'[: request.sweep.seeds > 1]} "
         f"near the optimum\nthe search begins around {source}{'' if facts.known else ', a guess'}\n"
         f"folder {folder}{f', study {request.sweep.study}' if request.sweep.study else ''}",
@@ -193,38 +178,38 @@ def announce(request: Request, facts: Facts, searches: list[Search], folder: Pat
     )
 
 
+def first_lora(searches: Sequence[Search]) -> Search:
+    """The search whose optimum the LR record is of: the first LoRA's, else the first."""
+    return next((search for search in searches if search.spec.rank is not None), searches[0])
+
+
 def conclude(
-    request: Request,
-    facts: Facts,
-    searches: list[Search],
-    study: Study,
-    folder: Path,
-    console: Console,
-    complete: bool,
-) -> None:
-    """Write CSV, report and, of a finished sweep's first LoRA curve, the LR record; say what to run with it."""
+    recipe: Recipe, searches: Sequence[Search], study: Study, folder: Path, console: Console, complete: bool
+) -> LRRecord | None:
+    """Write CSV and report, warn of what may be wrong, and write the LR record of a sweep that is complete.
+
+    Returns:
+        The record, if there is one.
+    """
     outcomes = study.outcomes()
-    lines = rows_of(request.task, facts, outcomes, study.machines())
-    write_csv(folder / CSV, lines)
-    measured, tables = write_tables(folder, facts, lines)
+    rows = rows_of(recipe, outcomes, study.machines())
+    write_csv(folder / CSV, rows)
+    measured, tables = write_tables(folder, recipe, rows)
     if tables:
         console.print(tables[0].rich())
     for warning in [warning for search in searches for warning in warnings_of(search, outcomes)]:
         console.print(f"[yellow]{escape(warning)}[/]", soft_wrap=True, highlight=False)
-    if not complete:
-        again = escape(command("sweep", {"resume": str(folder)}))
-        console.print(f"Time is up: {again} goes on.", soft_wrap=True)
-        return
-    first = next((search for search in searches if search.spec.rank is not None), searches[0])
-    found = measured.curves.get(first.spec) if measured else None
-    record = make_record(facts, first, found, outcomes) if found else None
-    if record is None:
-        name = escape(first.spec.label)
-        console.print(
-            f"[bold red]No learning rate was found[/] for {name}, so no LR record was written.", soft_wrap=True
-        )
-        return
-    record.save(folder)
+    if measured is None or not complete:
+        return None
+    search = first_lora(searches)
+    record = make_record(recipe, search, measured.curves.get(search.spec), outcomes)
+    if record is not None:
+        record.save(folder)
+    return record
+
+
+def announce_record(record: LRRecord, request: Request, folder: Path, console: Console) -> None:
+    """Say what was found, and what to run with it."""
     settings = {name: value for name, value in request.everything.items() if name in {*request.given, "seed"}}
     onward = f"\nfull finetuning at it: {full_finetuning(request.sweep.algo, settings, folder)}"
     console.print(
@@ -243,11 +228,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     request = parse()
-    if request.sweep.algo == "grpo":
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     sweep(request, Console())
 
 

@@ -9,14 +9,14 @@ So a sweep that was cut off goes on as planned, whoever goes on with it. For eac
 """
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from mua_rl.analysis.optimum import estimate_optimum
+from mua_rl.analysis.outcomes import NOT_LEARNT, Points, best_of, has_learnt, points_of, survived
 from mua_rl.lr.spec import AdapterSpec
-from mua_rl.run.trial import Trial, TrialResult, is_clear
+from mua_rl.run.trial import Trial, TrialResult
 
 LOWEST, HIGHEST = -24.0, -1.0
 """log2 of the learning rates between which a search stays."""
@@ -24,9 +24,6 @@ KNOWN_SPAN, UNKNOWN_SPAN = 2.0, 4.0
 """Octaves to either side of where a scan begins: around a record's learning rate, and around a guess."""
 NEAR = 1.0
 """Octaves from the best within which every seed is run."""
-
-Points = dict[float, list[TrialResult]]
-"""Outcomes of one curve by log2 η."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +50,14 @@ class Search:
 
     def points(self, outcomes: Mapping[Trial, TrialResult]) -> Points:
         """The outcomes that are of this curve."""
-        points = Points()
-        for trial, outcome in outcomes.items():
-            if trial.spec == self.spec:
-                points.setdefault(trial.log2_lr, []).append(outcome)
-        return points
+        return points_of((trial, outcome) for trial, outcome in outcomes.items() if trial.spec == self.spec)
+
+    def runs(self, outcomes: Mapping[Trial, TrialResult]) -> list[tuple[float, float, int]]:
+        """The runs of the curve as `estimate_optimum` takes them; one that was stopped counts as one that diverged."""
+        own = ((trial, outcome) for trial, outcome in outcomes.items() if trial.spec == self.spec)
+        return sorted(
+            (trial.log2_lr, result.score if result.is_good else math.nan, trial.seed) for trial, result in own
+        )
 
     def next_trials(self, outcomes: Mapping[Trial, TrialResult]) -> list[Trial]:
         """What to run next; all of it can run at once. Nothing once the optimum is found (or cannot be: `verdict`)."""
@@ -79,7 +79,7 @@ class Search:
         if best is None:
             return "most runs diverged or were stopped at every learning rate"
         if not has_learnt(points[best]):
-            return "no run got better than the base by more than its noise"
+            return NOT_LEARNT
         if len(points) > 1 and best in (min(points), max(points)):
             side = "smallest" if best == min(points) else "largest"
             return f"the best learning rate is the {side} that was tried, 2^{best:g}"
@@ -117,7 +117,7 @@ class Search:
         if best is None or len(points) < 2 or not has_learnt(points[best]):
             return []
         below, above = self._beyond(sorted(points))
-        return {"left": below, "right": above, "": []}[estimate_optimum(runs_of(outcomes, self.spec)).edge]
+        return {"left": below, "right": above, "": []}[estimate_optimum(self.runs(outcomes)).edge]
 
     def _beyond(self, lrs: list[float]) -> tuple[list[float], list[float]]:
         """log2 of the next learning rate below and above those there are, as far as the bounds leave any."""
@@ -157,80 +157,3 @@ def _step(most: float, resolution: float) -> float:
 
 def _within_bounds(lrs: Sequence[float]) -> tuple[float, ...]:
     return tuple(sorted({min(max(lr, LOWEST), HIGHEST) for lr in lrs}))
-
-
-def survived(outcomes: Sequence[TrialResult]) -> bool:
-    """Whether most runs at a learning rate are good: one unlucky seed does not speak against it, as in the fit."""
-    return sum(outcome.is_good for outcome in outcomes) > len(outcomes) / 2
-
-
-def has_learnt(outcomes: Sequence[TrialResult]) -> bool:
-    """Whether the good runs at a learning rate got better than the base by more than two standard errors."""
-    good = [outcome for outcome in outcomes if outcome.is_good]
-    error = (
-        statistics.fmean(o.standard_error if math.isfinite(o.standard_error) else 0.0 for o in good) / len(good) ** 0.5
-    )
-    return is_clear(statistics.fmean(o.score - o.before for o in good), error)
-
-
-def runs_of(outcomes: Mapping[Trial, TrialResult], curve: AdapterSpec) -> list[tuple[float, float, int]]:
-    """The runs of a curve as `estimate_optimum` takes them; one that was stopped counts as one that diverged."""
-    return sorted(
-        (trial.log2_lr, outcome.score if outcome.is_good else math.nan, trial.seed)
-        for trial, outcome in outcomes.items()
-        if trial.spec == curve
-    )
-
-
-def best_of(points: Points) -> float | None:
-    """log2 of the best learning rate: the highest mean metric, of equals the smallest rate.
-
-    Only rates that most runs survived count, and a run that did not as the worst of the curve; `None`: there is none.
-    """
-    worst = min((o.score for found in points.values() for o in found if o.is_good), default=math.nan)
-    means = {
-        lr: statistics.fmean(o.score if o.is_good else worst for o in found)
-        for lr, found in points.items()
-        if survived(found)
-    }
-    return min(means, key=lambda lr: (-means[lr], lr)) if means else None
-
-
-RewardCurve = Sequence[tuple[int, float]]
-"""(step, mean training reward), ascending."""
-PATIENCE = 0.4
-"""Share of a run's steps before which it is not judged."""
-ENOUGH_PEERS = 3
-
-
-def why_hopeless(curve: RewardCurve, peers: Sequence[RewardCurve], steps: int) -> str:
-    """Why a run need not go on; "" where it should.
-
-    After `PATIENCE` of its steps a run is hopeless whose reward has fallen below its start by more than twice its
-    noise, or has risen less than half as much as the median of at least `ENOUGH_PEERS` others of its curve had by the
-    same step.
-
-    Args:
-        curve: The run's rewards so far.
-        peers: Those of other runs of its curve.
-        steps: Of a whole run.
-    """
-    if not curve or curve[-1][0] < PATIENCE * steps:
-        return ""
-    step = curve[-1][0]
-    gain, noise = _gain(curve, steps)
-    if is_clear(-gain, noise):
-        return f"the reward fell by {-gain:.3g} in {step:,} of {steps:,} steps"
-    reached = [_gain([point for point in peer if point[0] <= step], steps)[0] for peer in peers if peer[-1][0] >= step]
-    if len(reached) >= ENOUGH_PEERS and is_clear((median := statistics.median(reached)) / 2 - gain, noise):
-        return f"the reward rose by {gain:.3g} in {step:,} steps, the median of its peers by {median:.3g}"
-    return ""
-
-
-def _gain(curve: RewardCurve, steps: int) -> tuple[float, float]:
-    """Mean reward of the newest tenth of a run less that of its first tenth, and its standard error."""
-    rewards = [reward for _, reward in curve]
-    n = max(3, round(len(curve) * steps / max(1, curve[-1][0]) / 10))
-    first, last = rewards[:n], rewards[-n:]
-    variance = sum(statistics.variance(window) / len(window) for window in (first, last) if len(window) > 1)
-    return statistics.fmean(last) - statistics.fmean(first), math.sqrt(variance)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from mua_rl.run.trial import Trial, TrialResult
-from mua_rl.sweep.runner import Runner, Stopped
+from mua_rl.sweep.backend import Backend, Stopped
 from mua_rl.sweep.search import Search
 from mua_rl.sweep.study import Study
 
@@ -18,7 +18,7 @@ OnOutcome = Callable[[Trial, TrialResult], None]
 def work(
     study: Study,
     searches: Sequence[Search],
-    runner: Runner,
+    backend: Backend,
     on_outcome: OnOutcome,
     deadline: float,
     stop: threading.Event,
@@ -37,12 +37,12 @@ def work(
         study.reap()
         if not study.plan(searches):
             return True
-        claims = study.claim(runner.at_once, runner.group)
+        claims = study.claim(backend.at_once, backend.group)
         if not claims:  # other workers run what there is
             stop.wait(POLL_SECONDS)
             continue
         try:
-            outcomes = runner.run([claim.trial for claim in claims])
+            outcomes = backend.run([claim.trial for claim in claims])
         except BaseException:  # an interruption too: the trials can go to others at once
             for claim in claims:
                 study.release(claim)
@@ -56,28 +56,28 @@ def work(
 def work_together(
     study: Study,
     searches: Sequence[Search],
-    runners: Sequence[Runner],
+    backends: Sequence[Backend],
     on_outcome: OnOutcome,
     deadline: float,
     stop: threading.Event,
 ) -> bool:
-    """One worker for each runner, in this process; the first that fails ends them all.
+    """One worker for each backend, in this process; the first that fails ends them all.
 
     Args:
-        stop: The one that the runners listen to.
+        stop: The one that the backends listen to.
         Others: As `work`.
 
     Returns:
         As `work`.
 
     Raises:
-        UserError: As `Runner.run`.
+        UserError: As `Backend.run`.
     """
     with study.heartbeat():
-        if len(runners) == 1:  # in the main thread, where signals and their timeouts work
-            return work(study, searches, runners[0], on_outcome, deadline, stop)
-        with ThreadPoolExecutor(len(runners)) as pool:
-            futures = [pool.submit(work, study, searches, runner, on_outcome, deadline, stop) for runner in runners]
+        if len(backends) == 1:  # in the main thread, where signals and their timeouts work
+            return work(study, searches, backends[0], on_outcome, deadline, stop)
+        with ThreadPoolExecutor(len(backends)) as pool:
+            futures = [pool.submit(work, study, searches, backend, on_outcome, deadline, stop) for backend in backends]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
             finally:
