@@ -227,10 +227,9 @@ def test_a_dead_workers_trial_that_had_its_outcome_is_not_repeated(tmp_path):
     study = open_study(path)
     study.plan(SEARCHES)
     [claim] = study.claim(1, lambda trial: trial)
-    claim.optuna_trial.set_user_attr(
-        "outcome", respond(claim.trial).as_dict()
-    )  # and killed before it could end the trial
-    claim.optuna_trial.set_user_attr(WORKER, {**study.worker.as_dict(), "name": "dead", "pid": 2**22 + 1})
+    # It is killed before it could end the trial.
+    study.claims[claim].set_user_attr("outcome", respond(claim).as_dict())
+    study.claims[claim].set_user_attr(WORKER, {**study.worker.as_dict(), "name": "dead", "pid": 2**22 + 1})
     run(open_study(path), FakeRunner(log))
     assert len(runs(log)) == 15
     assert len(open_study(path).outcomes()) == 16
@@ -242,8 +241,8 @@ def test_a_living_workers_trial_is_left_alone_and_a_silent_one_elsewhere_is_not(
     far.plan(SEARCHES)
     [claim] = far.claim(1, lambda trial: trial)
     near.reap()
-    assert claim.optuna_trial.number in [t.number for t in near._trials(optuna.trial.TrialState.RUNNING)]
-    claim.optuna_trial.set_user_attr(WORKER, {**far.worker.as_dict(), "place": "another machine"})
+    assert far.claims[claim].number in [t.number for t in near._trials(optuna.trial.TrialState.RUNNING)]
+    far.claims[claim].set_user_attr(WORKER, {**far.worker.as_dict(), "place": "another machine"})
     monkeypatch.setattr(worker, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(worker, "SILENCE_SECONDS", 0.4)
     with far.heartbeat():
@@ -255,7 +254,7 @@ def test_a_living_workers_trial_is_left_alone_and_a_silent_one_elsewhere_is_not(
         near.reap()
         time.sleep(0.1)
     assert not near._trials(optuna.trial.TrialState.RUNNING)
-    assert not far.finish(claim, respond(claim.trial))  # it comes back, too late: its outcome does not count
+    assert not far.finish(claim, respond(claim))  # it comes back, too late: its outcome does not count
 
 
 def work_on(path, log, seconds):

@@ -134,15 +134,15 @@ class LearningRate:
 
     def as_dict(self) -> dict[str, object]:
         """What a run folder keeps of it, which `kept` reads."""
-        facts = {"reason": self.reason, "warning": self.warning, "is_guess": self.is_guess}
-        return {"learning_rate": self.value, **facts, **self.others}
+        facts = {"learning_rate": self.value, "reason": self.reason, "warning": self.warning, **self.others}
+        return {**facts, "is_guess": True} if self.is_guess else facts
 
 
 def kept(written: Mapping) -> LearningRate:
     """The learning rate that a run folder keeps."""
     others = dict(written)
     value, why, warning = (others.pop(name) for name in ("learning_rate", "reason", "warning"))
-    is_guess = others.pop("is_guess", why.startswith("a guess"))  # versions before 0.2 wrote the reason alone
+    is_guess = bool(others.pop("is_guess", why.startswith("a guess")))  # before 0.2, the reason alone said it
     return LearningRate(value, why, warning=warning, others=others, is_guess=is_guess)
 
 

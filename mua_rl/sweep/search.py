@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 from mua_rl.analysis.optimum import estimate_optimum
 from mua_rl.analysis.outcomes import NOT_LEARNT, Points, best_of, has_learnt, points_of, survived
@@ -24,6 +25,32 @@ KNOWN_SPAN, UNKNOWN_SPAN = 2.0, 4.0
 """Octaves to either side of where a scan begins: around a record's learning rate, and around a guess."""
 NEAR = 1.0
 """Octaves from the best within which every seed is run."""
+
+
+class Plan(Protocol):
+    """Says which trials of a curve are to be run.
+
+    Attributes:
+        spec: What the curve is of.
+    """
+
+    @property
+    def spec(self) -> AdapterSpec: ...
+
+    def next_trials(self, outcomes: Mapping[Trial, TrialResult]) -> list[Trial]:
+        """What to run next, given what all trials have reached so far; all of it can run at once."""
+
+
+@dataclass(frozen=True)
+class FixedTrials:
+    """A curve whose trials were chosen beforehand."""
+
+    spec: AdapterSpec
+    trials: tuple[Trial, ...]
+
+    def next_trials(self, outcomes: Mapping[Trial, TrialResult]) -> list[Trial]:
+        """See `Plan`."""
+        return [trial for trial in self.trials if trial not in outcomes]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from mua_rl.run.trial import Trial, TrialResult
 from mua_rl.sweep.backend import Backend, Stopped
-from mua_rl.sweep.search import Search
+from mua_rl.sweep.csv_study import CSVStudy
+from mua_rl.sweep.search import Plan
 from mua_rl.sweep.study import Study
 
 POLL_SECONDS = 1.0
@@ -16,14 +17,14 @@ OnOutcome = Callable[[Trial, TrialResult], None]
 
 
 def work(
-    study: Study,
-    searches: Sequence[Search],
+    study: Study | CSVStudy,
+    plans: Sequence[Plan],
     backend: Backend,
     on_outcome: OnOutcome,
     deadline: float,
     stop: threading.Event,
 ) -> bool:
-    """Run trials until the searches want no more, by whichever workers.
+    """Run trials until the plans want no more, by whichever workers.
 
     Args:
         on_outcome: Called with each trial that this worker has run.
@@ -35,27 +36,27 @@ def work(
     """
     while time.monotonic() < deadline and not stop.is_set():
         study.reap()
-        if not study.plan(searches):
+        if not study.plan(plans):
             return True
-        claims = study.claim(backend.at_once, backend.group)
-        if not claims:  # other workers run what there is
+        trials = study.claim(backend.at_once, backend.group)
+        if not trials:  # other workers run what there is
             stop.wait(POLL_SECONDS)
             continue
         try:
-            outcomes = backend.run([claim.trial for claim in claims])
+            outcomes = backend.run(trials)
         except BaseException:  # an interruption too: the trials can go to others at once
-            for claim in claims:
-                study.release(claim)
+            for trial in trials:
+                study.release(trial)
             raise
-        for claim, outcome in zip(claims, outcomes, strict=True):
-            if study.finish(claim, outcome):
-                on_outcome(claim.trial, outcome)
+        for trial, outcome in zip(trials, outcomes, strict=True):
+            if study.finish(trial, outcome):
+                on_outcome(trial, outcome)
     return False
 
 
 def work_together(
-    study: Study,
-    searches: Sequence[Search],
+    study: Study | CSVStudy,
+    plans: Sequence[Plan],
     backends: Sequence[Backend],
     on_outcome: OnOutcome,
     deadline: float,
@@ -75,9 +76,9 @@ def work_together(
     """
     with study.heartbeat():
         if len(backends) == 1:  # in the main thread, where signals and their timeouts work
-            return work(study, searches, backends[0], on_outcome, deadline, stop)
+            return work(study, plans, backends[0], on_outcome, deadline, stop)
         with ThreadPoolExecutor(len(backends)) as pool:
-            futures = [pool.submit(work, study, searches, backend, on_outcome, deadline, stop) for backend in backends]
+            futures = [pool.submit(work, study, plans, backend, on_outcome, deadline, stop) for backend in backends]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
             finally:
