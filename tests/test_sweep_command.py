@@ -35,7 +35,7 @@ from mua_rl.sweep.facts import Facts, find_facts
 from mua_rl.sweep.single_runs import SingleRuns, trial_flags
 from mua_rl.sweep.stacked_runs import StackedRuns
 
-command = importlib.import_module("mua_rl.sweep.__main__")
+command = importlib.import_module("mua_rl.sweep.run")
 ARM = make_trial(8, "A", "1/r", -10.5, 43)
 
 
