@@ -19,6 +19,7 @@ from transformers import (
 from mua_rl.adapter.adapters import Full, LoRA, fingerprint, load_adapter, lora_layers
 from mua_rl.errors import UserError
 from mua_rl.lr.record import LRRecord
+from mua_rl.run.folder import RunFolder
 from mua_rl.run.trial import Status, TrialResult
 
 for package in ("sklearn", "PIL"):
@@ -74,7 +75,7 @@ def finetune(scripts):
 
 
 def result_of(folder):
-    return json.loads((folder / "result.json").read_text())
+    return RunFolder(folder).result()
 
 
 @pytest.mark.parametrize(("name", "each", "layers"), [("text", 6, 2), ("images", 6, 3)])
@@ -119,8 +120,8 @@ def test_what_a_lora_run_saves_gives_its_metric_again(problems, lora_runs, name)
         assert model.config.id2label == {0: "0", 1: "1", 2: "2"}
     else:
         model = load_adapter(problem.load(), folder / "adapter")
-    assert problem.measure(model)[0] == pytest.approx(result_of(folder)["held_out/after"], rel=1e-5)
-    assert result_of(folder)["held_out/after"] != result_of(folder)["held_out/before"]
+    assert problem.measure(model)[0] == pytest.approx(result_of(folder).score, rel=1e-5)
+    assert result_of(folder).score != result_of(folder).before
 
 
 @pytest.mark.parametrize("name", AUTO)
@@ -134,7 +135,7 @@ def test_fft_takes_its_learning_rate_from_the_record_of_a_lora_run_and_saves_all
     assert record.learning_rate == pytest.approx(lora.learning_rate * (lora.rank / lora.outputs) ** 0.5)
     assert record.other_learning_rates == ({"head": 1e-3} if name == "text" else {})
     assert problems[name].measure(AUTO[name].from_pretrained(folder / "model"))[0] == pytest.approx(
-        result_of(folder)["held_out/after"], rel=1e-5
+        result_of(folder).score, rel=1e-5
     )
 
 

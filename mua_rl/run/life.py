@@ -48,6 +48,7 @@ class Names:
         score, score_key: The held-out measure, for the reader and in the metrics.
         reward, reward_key: The training reward, for the reader and in the metrics.
         step: What is counted as a step.
+        is_command: Whether `python -m mua_rl.ALGORITHM` runs it.
     """
 
     algorithm: str
@@ -56,6 +57,7 @@ class Names:
     reward: str
     reward_key: str
     step: str
+    is_command: bool = True
 
 
 class Learner(Protocol):
@@ -227,8 +229,9 @@ def report(run: RunFolder, learner: Learner, result: TrialResult, texts: tuple[s
     rows = Table("", Column("", overflow="fold"), show_header=False, title="result", title_justify="left")
     rows.add_row(f"{names.score} before", texts[0])
     rows.add_row(f"{names.score} after", texts[1], style="bold")
-    first, last = (sum(part) / len(part) if part else math.nan for part in (rewards[:tenth], rewards[-tenth:]))
-    rows.add_row(f"{names.reward}, first tenth → last", f"{first:.3f} → {last:.3f}")
+    if rewards:
+        first, last = (sum(part) / len(part) for part in (rewards[:tenth], rewards[-tenth:]))
+        rows.add_row(f"{names.reward}, first tenth → last", f"{first:.3f} → {last:.3f}")
     rows.add_row("learning rate", f"{learner.rate.value:.4g}")
     each = result.seconds / max(1, result.steps)
     rows.add_row("training time", f"{result.seconds:.0f} s, {result.steps:,} {names.step}s, {each:.3g} s each")
@@ -245,7 +248,7 @@ def report(run: RunFolder, learner: Learner, result: TrialResult, texts: tuple[s
         say(escape(line))
     say(f"the learning rate at other ranks: {escape(other_ranks(run.path))}")
     record = LRRecord.load(run.path)
-    if gives_full_finetuning(record) and record.rank is not None:
+    if names.is_command and record.rank is not None and gives_full_finetuning(record):
         settings = run.settings()
         say(f"full finetuning at this rate: {escape(full_finetuning(names.algorithm, settings, run.path))}")
         say(f"… from this policy: {escape(from_policy(names.algorithm, settings, run.path))}")
