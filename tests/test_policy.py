@@ -1,6 +1,7 @@
 """How far off a transferred learning rate may be: what docs/results say, and a warning where they say nothing."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from mua_rl.lr.transfer import (
     RANK_EXPONENTS,
     default_exponent,
     given,
+    kept,
     pair_kind,
     transfer,
 )
@@ -199,3 +201,20 @@ def test_a_grpo_run_shows_the_warning_before_its_first_step(tmp_path, capsys):
         rate = transfer(make_record(), lora(rank))
         announce(RunFolder(tmp_path), "arithmetic with embedded", rate)
         assert ("r = 2 is outside the ranks" in capsys.readouterr().out) is warns
+
+
+@pytest.mark.parametrize("evidence", ["run", "guess"])
+def test_only_a_sweeps_record_claims_to_be_near_the_best(evidence):
+    assert "nine times in ten" in transfer(make_record(), lora(16)).reason
+    found = transfer(make_record(evidence=evidence), lora(16))
+    assert found.value == transfer(make_record(), lora(16)).value
+    assert "nine times in ten" not in found.reason
+    assert found.warning.startswith(f"the record is of a {evidence} and not of a sweep")
+
+
+def test_a_guess_stays_a_guess_through_runs():
+    found = transfer(make_record(evidence="guess"), lora(16))
+    assert found.is_guess
+    assert found.reason.startswith("a guess that was run")
+    assert kept(found.as_dict()) == replace(found, why=found.reason)
+    assert not transfer(make_record(evidence="run"), lora(16)).is_guess

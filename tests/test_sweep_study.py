@@ -296,3 +296,21 @@ def test_the_study_keeps_what_was_found_of_the_base(tmp_path):
     assert open_study(tmp_path / "study").facts(find) == {"width": 128}
     assert len(found) == 1
     assert json.dumps(open_study(tmp_path / "study").study.user_attrs)
+
+
+@pytest.mark.parametrize("location", ["study.journal", "sqlite:///{}/study.db"])
+def test_optunas_own_heartbeat_never_gives_up_a_dead_workers_trial(tmp_path, location):
+    """Why `mua_rl.sweep.worker` is there: Optuna beats in `Study.optimize` alone, and in no journal."""
+    if "://" in location:
+        callback = optuna.storages.RetryHeartbeatStaleTrialCallback()
+        options = {"heartbeat_interval": 1, "grace_period": 1, "heartbeat_stale_trial_callback": callback}
+        storage = optuna.storages.RDBStorage(location.format(tmp_path), **options)
+    else:
+        backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / location))
+        storage = optuna.storages.JournalStorage(backend)
+        assert not hasattr(storage, "record_heartbeat")
+    study = optuna.create_study(storage=storage)
+    study.ask()  # as a worker that is killed now
+    time.sleep(2.1)  # past the grace period
+    optuna.storages.fail_stale_trials(study)
+    assert [trial.state for trial in study.get_trials()] == [optuna.trial.TrialState.RUNNING]
