@@ -32,20 +32,10 @@ from mua_rl.analysis.measured import (
 )
 from mua_rl.analysis.movements import read_movements
 from mua_rl.analysis.optimum import COVERAGE, Optimum
-from mua_rl.analysis.predictions import (
-    HIT,
-    MOVEMENT_RULES,
-    TRANSFER_RULES,
-    Rule,
-    Test,
-    Unmoved,
-    calibrated,
-    leave_one_out,
-    shipped,
-)
-from mua_rl.analysis.regret import HABITS, Regret, regrets
+from mua_rl.analysis.predictions import HIT, Comparison, calibrated, leave_one_out
+from mua_rl.analysis.regret import Regret, SmallSweep, regrets, small_sweeps
 from mua_rl.analysis.rows import read_all
-from mua_rl.analysis.small_sweeps import SmallSweep, small_sweeps
+from mua_rl.analysis.transfer_rules import HABITS, MOVEMENT_RULES, NO_RULE, TRANSFER_RULES, Rule, shipped
 from mua_rl.errors import UserError
 from mua_rl.exits import run_command
 from mua_rl.lr.spec import FFT, AdapterSpec
@@ -213,15 +203,15 @@ def prediction_table(sweeps: Sequence[Sweep], rules: Sequence[Rule]) -> ReportTa
     """How often each rule predicts one measured optimum from another: within half an octave, and as good as the best.
 
     The latter where the target's value there cannot be told from its best (`Optimum.plateau`). Noise widens these
-    intervals and makes that easy: their median width stands beside, and what no rule achieves (`Unmoved`) in a row.
+    intervals and makes that easy: their median width stands beside, and what no rule achieves (`NO_RULE`) in a row.
     Hits between two schemes are of both directions together: a ratio is off by the same octaves in either.
 
     A rule's stated interval is from the other tasks of algorithms with the same rule in `mua_rl.lr.transfer`; that of
     the fitted rule from all other tasks, as its exponent is. Below an algorithm's rules stands the ceiling of all its
-    pairs: how often a perfect rule is expected to succeed (`Test.perfect_hit`, `Test.perfect_as_good`).
+    pairs: how often a perfect rule is expected to succeed (`Comparison.perfect_hit`, `Comparison.perfect_as_good`).
     """
-    rules = [*rules, Unmoved()]
-    by_rule: dict[str, list[Test]] = {rule.name: [] for rule in rules}
+    rules = [*rules, NO_RULE]
+    by_rule: dict[str, list[Comparison]] = {rule.name: [] for rule in rules}
     for default in dict.fromkeys(shipped(sweep.algorithm) for sweep in sweeps):
         alike = [sweep for sweep in sweeps if shipped(sweep.algorithm) == default]
         for rule in [*rules, default]:
@@ -242,7 +232,7 @@ def prediction_table(sweeps: Sequence[Sweep], rules: Sequence[Rule]) -> ReportTa
     return ReportTable(title, columns, lines) if lines else None
 
 
-def _hit_cells(tests: Sequence[Test], kinds: Sequence[str]) -> list[str]:
+def _hit_cells(tests: Sequence[Comparison], kinds: Sequence[str]) -> list[str]:
     covered = [test.is_covered for test in tests if test.is_covered is not None]
     return [
         *(_share([test.is_hit for test in some]) for some in _by_kind(tests, kinds)),
@@ -254,7 +244,7 @@ def _hit_cells(tests: Sequence[Test], kinds: Sequence[str]) -> list[str]:
     ]
 
 
-def _perfect_cells(tests: Sequence[Test], kinds: Sequence[str]) -> list[str]:
+def _perfect_cells(tests: Sequence[Comparison], kinds: Sequence[str]) -> list[str]:
     chances = [[test.perfect_hit for test in some] for some in [*_by_kind(tests, kinds), tests]]
     error = statistics.fmean(test.scatter for test in tests) * math.sqrt(2 / math.pi)
     return [
@@ -266,12 +256,12 @@ def _perfect_cells(tests: Sequence[Test], kinds: Sequence[str]) -> list[str]:
     ]
 
 
-def _median_width(tests: Sequence[Test]) -> str:
+def _median_width(tests: Sequence[Comparison]) -> str:
     plateaus = [test.target.optimum.plateau for test in tests]
     return f"{statistics.median(high - low for low, high in plateaus):.1f}"
 
 
-def _by_kind(tests: Sequence[Test], kinds: Sequence[str]) -> list[list[Test]]:
+def _by_kind(tests: Sequence[Comparison], kinds: Sequence[str]) -> list[list[Comparison]]:
     return [[test for test in tests if test.kind == kind] for kind in kinds]
 
 
