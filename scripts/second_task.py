@@ -19,8 +19,8 @@ from reproduce_grpo import add_run_options, run_all
 
 from mua_rl.analysis.measured import sweeps_of
 from mua_rl.analysis.outcomes import best_of
-from mua_rl.analysis.report import ReportTable
 from mua_rl.analysis.rows import read
+from mua_rl.analysis.tables import ReportTable
 from mua_rl.errors import UserError
 from mua_rl.exits import run_command
 from mua_rl.lr.record import LRRecord

@@ -9,7 +9,7 @@ import pytest
 from helpers import spec
 from known_sweeps import SCHEMES, SIZES, sweep_rows, sweeps
 
-from mua_rl.analysis import report
+from mua_rl.analysis import tables
 from mua_rl.analysis.measured import FFT, Context
 from mua_rl.analysis.movements import read_movements
 from mua_rl.analysis.predictions import Comparison, calibrated, compare, evidence, fit_exponent, leave_one_out
@@ -158,7 +158,7 @@ def test_without_another_task_no_interval_is_stated_and_no_sweep_is_judged_by_it
     alone = leave_one_out(quarter, partial(calibrated, THEORY))
     assert len(alone) == len(compare(quarter, THEORY))
     assert {test.is_covered for test in alone} == {None}
-    line = report.prediction_table(quarter, [THEORY]).lines[0]
+    line = tables.prediction_table(quarter, [THEORY]).lines[0]
     assert (line[0], line[-1]) == ("grpo: theory", "–")
     # Intervals are the other task's: large where it needed a correction, none where it did not.
     two = sweeps(sweep_rows(task="x", exponent=0.5) + sweep_rows(task="xy", exponent=0.0))

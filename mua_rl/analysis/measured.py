@@ -152,10 +152,10 @@ def sweeps_of(
         UserError: No curve has an optimum, and one must.
     """
     sweeps: list[Sweep] = []
-    for key, found in groupby(sorted(rows, key=_order), key=_key):
+    for key, of_key in groupby(sorted(rows, key=_order), key=_key):
         curves: dict[AdapterSpec, Measured] = {}
         without: dict[AdapterSpec, str] = {}
-        for curve, of_curve in groupby(found, key=lambda row: row.trial.spec):
+        for curve, of_curve in groupby(of_key, key=lambda row: row.trial.spec):
             try:
                 others = [measured for sweep in sweeps for measured in sweep.curves.values()] + [*curves.values()]
                 curves[curve] = _with_own_draws(_measure(curve, list(of_curve), value), others)

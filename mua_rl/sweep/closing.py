@@ -8,8 +8,9 @@ from pathlib import Path
 
 from mua_rl.analysis.measured import Context, Measured, Sweep, sweeps_of
 from mua_rl.analysis.optimum import COVERAGE
-from mua_rl.analysis.report import ReportTable, write_report
+from mua_rl.analysis.report import write_report
 from mua_rl.analysis.rows import SweepRow, append
+from mua_rl.analysis.tables import ReportTable
 from mua_rl.lr.recipe import Recipe
 from mua_rl.lr.record import LRRecord
 from mua_rl.run.trial import Status, Trial, TrialResult
