@@ -102,12 +102,12 @@ def test_schemes_are_read_as_people_write_them():
 
 def test_every_flag_of_the_trainer_is_passed_on_and_the_sweeps_own_are_not():
     request = parse(["--max_steps", "7", "--model", "smollm2", "--workers", "2", "--seed", "5", "--lr-from", "x"])
-    assert request.given == {"max_steps": 7, "model": "smollm2"}
+    assert request.trainer_settings == {"max_steps": 7, "model": "smollm2"}
     assert request.seeds == (5, 6)
     assert parse(["--max_steps", "300", "--init", "B"]).comparable() == parse([]).comparable() == {"algo": "grpo"}
     pytest.importorskip("stable_baselines3")
     request = parse(["--algo", "ppo", "--env_id", "CartPole-v1", "--n_epochs", "3", "--grid", "-9", "-7"])
-    assert request.given == {"env_id": "CartPole-v1", "n_epochs": 3}
+    assert request.trainer_settings == {"env_id": "CartPole-v1", "n_epochs": 3}
     assert request.specs == [spec(8, "B", "1")]
 
 
@@ -227,7 +227,7 @@ def test_resume_takes_the_sweeps_own_settings(sweep, tmp_path):
     assert first.trials == []
     request = parse(["--resume", str(folder)])
     assert request.specs == [spec(8, "B", "1")]
-    assert request.given == {"max_steps": 9}
+    assert request.trainer_settings == {"max_steps": 9}
     with pytest.raises(UserError, match="drop max_steps"):
         parse(["--resume", str(folder), "--max_steps", "5"])
 

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from dataclasses import asdict
 
 import optuna
 import pytest
@@ -229,7 +230,7 @@ def test_a_dead_workers_trial_that_had_its_outcome_is_not_repeated(tmp_path):
     [claim] = study.claim(1, lambda trial: trial)
     # It is killed before it could end the trial.
     study.claims[claim].set_user_attr("outcome", respond(claim).as_dict())
-    study.claims[claim].set_user_attr(WORKER, {**study.worker.as_dict(), "name": "dead", "pid": 2**22 + 1})
+    study.claims[claim].set_user_attr(WORKER, {**asdict(study.worker), "name": "dead", "pid": 2**22 + 1})
     run(open_study(path), FakeRunner(log))
     assert len(runs(log)) == 15
     assert len(open_study(path).outcomes()) == 16
@@ -242,7 +243,7 @@ def test_a_living_workers_trial_is_left_alone_and_a_silent_one_elsewhere_is_not(
     [claim] = far.claim(1, lambda trial: trial)
     near.reap()
     assert far.claims[claim].number in [t.number for t in near._trials(optuna.trial.TrialState.RUNNING)]
-    far.claims[claim].set_user_attr(WORKER, {**far.worker.as_dict(), "place": "another machine"})
+    far.claims[claim].set_user_attr(WORKER, {**asdict(far.worker), "place": "another machine"})
     monkeypatch.setattr(worker, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(worker, "SILENCE_SECONDS", 0.4)
     with far.heartbeat():

@@ -94,16 +94,16 @@ class Request:
     Attributes:
         sweep: The sweep's own flags.
         trainer, adapter: The trainer's arguments.
-        given: The trainer's settings that were given, as a `--config` file of its says them; without `PER_TRIAL`.
-        everything: All that was given, which the output folder keeps.
+        trainer_settings: The settings of the trainer, as a `--config` file of it says them; without `PER_TRIAL`.
+        settings: All settings that the command has, which the output folder keeps.
         specs: What each curve is of.
     """
 
     sweep: SweepArguments
     trainer: Any
     adapter: AdapterArguments
-    given: dict[str, Any]
-    everything: dict[str, Any]
+    trainer_settings: dict[str, Any]
+    settings: dict[str, Any]
     specs: list[AdapterSpec]
 
     @property
@@ -126,17 +126,17 @@ class Request:
         """Seeds of the trials."""
         return tuple(range(self.trainer.seed, self.trainer.seed + self.sweep.seeds))
 
-    def comparable(self, everything: dict[str, Any] | None = None) -> dict[str, Any]:
-        """What all runs of a study, or of a folder, must have in common; a setting given as its default is none.
+    def comparable(self, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What all runs of a study, or of a folder, must have in common; a setting that is its default is none.
 
         Args:
-            everything: Of another command; `None`: of this one.
+            settings: Those of another command; `None`: of this one.
         """
-        everything = self.everything if everything is None else everything
+        settings = self.settings if settings is None else settings
         defaults = {f.name: f.default for arguments in (self.adapter, self.trainer) for f in fields(arguments)}
         own = {f.name for f in fields(SweepArguments)} - {"algo"} | {"rank", "init", "alpha"}
-        settings = {k: v for k, v in everything.items() if k not in own and k not in WITHOUT_EFFECT}
-        return {k: v for k, v in settings.items() if v != defaults.get(k, MISSING)}
+        ignored = {*own, *WITHOUT_EFFECT}
+        return {k: v for k, v in settings.items() if k not in ignored and v != defaults.get(k, MISSING)}
 
 
 def parse(argv: list[str] | None = None) -> Request:
@@ -149,32 +149,32 @@ def parse(argv: list[str] | None = None) -> Request:
     argv = list(sys.argv[1:] if argv is None else argv)
     algorithm = find_algorithm(_algorithm(argv))
     types = (SweepArguments, *algorithm.argument_types())
-    (sweep, adapter, trainer), given = parse_arguments(types, argv)
+    (sweep, adapter, trainer), settings = parse_arguments(types, argv)
     if adapter.resume:
         folder = RunFolder.open(adapter.resume)
-        if extra := sorted(given.keys() - {"resume", "algo"}):
+        if extra := sorted(settings.keys() - {"resume", "algo"}):
             raise UserError(f"--resume takes the sweep's own settings: drop {', '.join(extra)}.")
         if "algo" not in folder.settings():
             raise UserError(f"{adapter.resume} is no sweep: go on with it by python -m mua_rl.grpo or mua_rl.ppo.")
         return parse(["--config", str(folder.path / CONFIG), "--output_dir", adapter.resume])
     if adapter.lr is not None or trainer.learning_rate is not None:
         raise UserError("a sweep finds the learning rate: drop --lr; --grid says where to look, and --lr-from too.")
-    algorithm.complete(trainer, adapter, given)
-    given = with_whole_paths(given)
+    algorithm.complete(trainer, adapter, settings)
+    settings = with_whole_paths(settings)
     return Request(
         sweep=sweep,
         trainer=trainer,
         adapter=adapter,
-        given=_of_trainer(given),
-        everything={**given, "algo": algorithm.name},
-        specs=_specs(sweep, adapter, given),
+        trainer_settings=_of_trainer(settings),
+        settings={**settings, "algo": algorithm.name},
+        specs=_specs(sweep, adapter, settings),
     )
 
 
-def differences(known: dict[str, Any], given: dict[str, Any]) -> str:
+def differences(known: dict[str, Any], settings: dict[str, Any]) -> str:
     """How settings differ, for the reader; "" where they do not."""
-    differing = sorted(k for k in known.keys() | given.keys() if known.get(k) != given.get(k))
-    return ", ".join(f"{k}: {known.get(k, 'default')} → {given.get(k, 'default')}" for k in differing)
+    differing = sorted(k for k in known.keys() | settings.keys() if known.get(k) != settings.get(k))
+    return ", ".join(f"{k}: {known.get(k, 'default')} → {settings.get(k, 'default')}" for k in differing)
 
 
 def parse_scheme(text: str) -> tuple[str, str]:
@@ -192,20 +192,20 @@ def parse_scheme(text: str) -> tuple[str, str]:
         raise UserError(f"--schemes takes B, A, A/r and the like, not {text!r}: {error}") from None
 
 
-def _specs(sweep: SweepArguments, adapter: AdapterArguments, given: dict[str, Any]) -> list[AdapterSpec]:
+def _specs(sweep: SweepArguments, adapter: AdapterArguments, settings: dict[str, Any]) -> list[AdapterSpec]:
     """Each combination of ranks and schemes once; FFT has no scheme."""
-    if sweep.ranks is not None and "rank" in given:
+    if sweep.ranks is not None and "rank" in settings:
         raise UserError("--rank and --ranks exclude each other: give --ranks.")
-    if sweep.schemes is not None and given.keys() & {"init", "alpha"}:
+    if sweep.schemes is not None and settings.keys() & {"init", "alpha"}:
         raise UserError("--schemes stands for --init and --alpha: give one or the other.")
     ranks = [parse_rank(rank) for rank in sweep.ranks or [adapter.chosen_rank]]
     schemes = [parse_scheme(scheme) for scheme in sweep.schemes] if sweep.schemes else [(adapter.init, adapter.alpha)]
     return list(dict.fromkeys(AdapterSpec.parse(rank, *scheme) for rank in ranks for scheme in schemes))
 
 
-def _of_trainer(given: dict[str, Any]) -> dict[str, Any]:
+def _of_trainer(settings: dict[str, Any]) -> dict[str, Any]:
     own = {f.name for f in fields(SweepArguments)}
-    return {k: v for k, v in given.items() if k not in own and k not in PER_TRIAL and k != "resume"}
+    return {k: v for k, v in settings.items() if k not in own and k not in PER_TRIAL and k != "resume"}
 
 
 def _algorithm(argv: list[str]) -> str:

@@ -40,7 +40,7 @@ def open_folder(request: Request) -> tuple[Path, bool]:
         UserError: It is of something else, or of a sweep whose runs, which would be read as this one's, had other
             settings.
     """
-    output_dir = request.everything.get("output_dir")
+    output_dir = request.settings.get("output_dir")
     if output_dir is not None and (Path(output_dir) / CONFIG).exists():
         known = RunFolder(output_dir).settings()
         if "algo" not in known:
@@ -52,12 +52,12 @@ def open_folder(request: Request) -> tuple[Path, bool]:
             )
         return Path(output_dir), False
     name = f"sweep-{request.sweep.algo}-{request.task.rpartition(':')[2]}"
-    return open_run(None, output_dir, name, request.everything)[0].path, True
+    return open_run(None, output_dir, name, request.settings)[0].path, True
 
 
 def keep_settings(request: Request, folder: Path) -> None:
     """Make this command's settings those that `--resume` goes on with: it may have added ranks or seeds."""
-    settings = {**request.everything, "output_dir": str(folder.resolve())}
+    settings = {**request.settings, "output_dir": str(folder.resolve())}
     write_whole(folder / CONFIG, yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
 
 
@@ -67,8 +67,10 @@ def open_study(request: Request, folder: Path) -> tuple[Study, Facts]:
     Raises:
         UserError: It has other settings, or the trainer cannot use what was given.
     """
-    given = request.everything
-    name = request.sweep.study_name or " ".join([request.sweep.algo, request.task, str(given.get("model", ""))]).strip()
+    name = (
+        request.sweep.study_name
+        or " ".join([request.sweep.algo, request.task, str(request.settings.get("model", ""))]).strip()
+    )
     study = Study.open(request.sweep.study or str(folder / STUDY), name, request.comparable())
     return study, Facts.from_dict(study.facts(lambda: asdict(find_facts(request))))
 
@@ -163,7 +165,7 @@ def conclude(
 
 def announce_record(record: LRRecord, request: Request, folder: Path, console: Console) -> None:
     """Say what was found, and what to run with it."""
-    settings = {name: value for name, value in request.everything.items() if name in {*request.given, "seed"}}
+    settings = {name: value for name, value in request.settings.items() if name in {*request.trainer_settings, "seed"}}
     onward = f"\nfull finetuning at it: {full_finetuning(request.sweep.algo, settings, folder)}"
     console.print(
         f"LR record: {record.learning_rate:.4g} for {record.configuration()}\n"

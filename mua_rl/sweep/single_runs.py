@@ -52,7 +52,7 @@ class SingleRuns:
         self.runs = folder / "runs"
         self.runs.mkdir(parents=True, exist_ok=True)
         self.config = folder / "trainer.yaml"
-        write_whole(self.config, yaml.safe_dump(request.given, sort_keys=True, allow_unicode=True))
+        write_whole(self.config, yaml.safe_dump(request.trainer_settings, sort_keys=True, allow_unicode=True))
 
     def group(self, trial: Trial) -> Hashable:
         """See `Backend.group`: every trial is by itself."""

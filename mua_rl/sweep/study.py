@@ -1,16 +1,19 @@
-"""The study of a sweep: which arms wait, run and are done, kept by Optuna where many processes can share it.
+"""The study of a sweep: which trials wait, run and are done, kept by Optuna where many processes can share it.
 
-Optuna stores and hands out; what is tried is decided in `mua_rl.sweep.search`. Each arm is one Optuna trial, enqueued
-with fixed parameters. A trial is popped by one worker alone, which signs it and gives signs of life while it runs
-(Optuna's own heartbeat covers `Study.optimize` on relational storages only); a trial whose worker is dead is given up,
-and its arm planned anew. Two workers that plan at once may enqueue an arm twice: the earlier trial counts.
+Optuna stores and hands out; what is tried is decided in `mua_rl.sweep.search`. Each trial is one of Optuna's, enqueued
+with fixed parameters. It is popped by one worker alone, which signs it and gives signs of life while it runs; a trial
+whose worker is dead is given up, and planned anew. Optuna's own heartbeat and retry do not serve: they beat in
+`Study.optimize` alone, and in no journal (`tests/test_sweep_study.py` shows it). Two workers that plan at once may
+enqueue a trial twice: the earlier one counts.
 """
 
 import fcntl
+import itertools
 import json
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,11 +23,11 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from mua_rl.errors import UserError
+from mua_rl.errors import UserError, one_line
 from mua_rl.run.trial import Trial, TrialResult
 from mua_rl.sweep.arguments import differences
 from mua_rl.sweep.search import Plan
-from mua_rl.sweep.worker import Heartbeat, Watch, Worker
+from mua_rl.sweep.worker import Watch, Worker, heartbeat
 
 ARM, OUTCOME, WORKER, SETTINGS, FACTS, SIGN = "arm", "outcome", "worker", "settings", "facts", "sign of life: "
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -44,8 +47,8 @@ class Study:
 
     Args:
         study: Optuna's.
-        lock: Held while arms are planned and claimed. A database server needs none: Optuna locks its rows. On SQLite,
-            which has no such locks, two processes would at times pop one trial.
+        lock: Held while trials are planned and claimed. A database server needs none: Optuna locks its rows. On
+            SQLite, which has no such locks, two processes would at times pop one trial.
     """
 
     def __init__(self, study: optuna.Study, lock: AbstractContextManager) -> None:
@@ -71,7 +74,7 @@ class Study:
                 sampler=optuna.samplers.RandomSampler(0),  # never used: every parameter is fixed
             )
         except Exception as error:  # of the file system, of Optuna, of SQLAlchemy or of a driver
-            raise UserError(f"the study {location} cannot be opened: {_first_line(error)}.") from None
+            raise UserError(f"the study {location} cannot be opened: {one_line(error)}.") from None
         settings = json.loads(json.dumps(settings))
         known = study.user_attrs.get(SETTINGS)
         if known is None:
@@ -95,12 +98,12 @@ class Study:
         return _outcomes(self._trials())
 
     def machines(self) -> dict[Trial, str]:
-        """What the arms that are done ran on."""
+        """What the trials that are done ran on."""
         done = self._trials(*ENDED)
         return {_trial(trial): trial.user_attrs[WORKER]["machine"] for trial in done if WORKER in trial.user_attrs}
 
     def counts(self) -> tuple[int, int]:
-        """How many arms are done, and how many there are as far as planned."""
+        """How many trials are done, and how many there are as far as planned."""
         trials = self._trials()
         return len(_outcomes(trials)), len({_trial(trial) for trial in trials if trial.state is not TrialState.FAIL})
 
@@ -132,7 +135,7 @@ class Study:
                 if ARM not in asked.user_attrs:  # others took what was waiting, and Optuna made one up
                     self.study.tell(asked, state=TrialState.FAIL)
                     break
-                asked.set_user_attr(WORKER, self.worker.as_dict())
+                asked.set_user_attr(WORKER, asdict(self.worker))
                 trial = Trial.from_dict(asked.user_attrs[ARM])
                 if self._has_earlier(trial, asked.number):
                     self._end(asked.number, None)
@@ -161,17 +164,16 @@ class Study:
     def reap(self) -> None:
         """Give up the trials of dead workers; one that had its outcome written down already is ended with it."""
         for trial in self._trials(TrialState.RUNNING):
-            signed = trial.user_attrs.get(WORKER)
+            signature, outcome = trial.user_attrs.get(WORKER), trial.user_attrs.get(OUTCOME)
             # One that died before it could sign is known by its trial: it never gives a sign.
-            worker = Worker(**signed) if signed else Worker(f"of trial {trial.number}", "", 0, "")
-            if worker.name == self.worker.name or self.watch.is_alive(worker):
-                continue
-            self._end(trial.number, TrialResult.from_dict(found) if (found := trial.user_attrs.get(OUTCOME)) else None)
+            worker = Worker(**signature) if signature else Worker(f"of trial {trial.number}", "", 0, "")
+            if worker.name != self.worker.name and not self.watch.is_alive(worker):
+                self._end(trial.number, TrialResult.from_dict(outcome) if outcome else None)
 
-    def heartbeat(self) -> Heartbeat:
+    def heartbeat(self) -> AbstractContextManager:
         """Signs of life of this worker, for as long as the context lasts."""
-        count = iter(range(2**62))
-        return Heartbeat(lambda: self.study.set_user_attr(SIGN + self.worker.name, next(count)))
+        count = itertools.count()
+        return heartbeat(lambda: self.study.set_user_attr(SIGN + self.worker.name, next(count)))
 
     def _has_earlier(self, trial: Trial, number: int) -> bool:
         """Whether the same trial was enqueued before the one of a number, and not given up."""
@@ -182,7 +184,7 @@ class Study:
         return {k.removeprefix(SIGN): v for k, v in self.study.user_attrs.items() if k.startswith(SIGN)}
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
-        """Trials of arms, in the order in which they were enqueued."""
+        """The trials that were planned, in the order in which they were enqueued."""
         trials = self.study.get_trials(deepcopy=False, states=states or None)
         return [trial for trial in trials if ARM in trial.user_attrs]
 
@@ -265,7 +267,3 @@ def _parameters(trial: Trial) -> dict[str, Any]:
         "log2_lr": trial.log2_lr,
         "seed": trial.seed,
     }
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
