@@ -71,7 +71,7 @@ class FunctionReward(CodeReward):
         self,
         prompts: Sequence[Any] | None = None,
         completions: Sequence[Any] = (),
-        tests: Sequence[Any] = (),
+        tests: Sequence[Any] | None = None,
         entry_point: Sequence[Any] | None = None,
         prelude: Sequence[Any] | None = None,
         *args: Any,

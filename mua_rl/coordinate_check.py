@@ -25,10 +25,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from mua_rl.adapter.adapters import Adapter, fan_in
+from mua_rl.adapter.adapters import Adapter
+from mua_rl.adapter.targets import fan_in
 from mua_rl.envs.tasks import get_task, load_split
 from mua_rl.errors import UserError
 from mua_rl.exits import run_command
+from mua_rl.flags import FlagParser
 from mua_rl.lm import models
 from mua_rl.lm.heldout import complete
 from mua_rl.lm.text import is_conversational, prompt_ids
@@ -51,7 +53,7 @@ class Place:
 
     Attributes:
         adapter: What is attached.
-        make: Gives, for a seed, a model that may be trained and thrown away, and its batches.
+        make: Makes, from a seed, a model that may be trained and thrown away, and its batches.
     """
 
     adapter: Adapter
@@ -77,7 +79,7 @@ def check(
 
     Args:
         axis: "rank" or "width": in what the places differ.
-        places: Of one scheme; the learning rate of the others follows from the first one's.
+        places: The points, of one scheme; the learning rate of the others follows from the first one's.
         loss: `loss(model, batch)`.
         learning_rate: At the first place; `None`: `default_learning_rate`.
         steps: At least 2: only after the first step have both A and B moved.
@@ -180,7 +182,7 @@ def random_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    flags = argparse.ArgumentParser(
+    flags = FlagParser(
         prog="python -m mua_rl.coordinate_check",
         description=__doc__,
         epilog=EPILOG,
@@ -196,7 +198,7 @@ def parser() -> argparse.ArgumentParser:
         default=["B", "A", "FFT"],
         help="B, A or FFT; the multiplier after a colon, as in A:1/r (default: B A FFT)",
     )
-    flags.add_argument("--target-modules", nargs="+", default=["mlp"], help="mlp, all-linear, or names")
+    flags.add_argument("--target_modules", nargs="+", default=["mlp"], help="mlp, all-linear, or names")
     flags.add_argument("--lr", type=float, help="LR at the smallest rank and width (default: a quarter of the rule's)")
     flags.add_argument("--steps", type=int, default=6, help="optimizer steps; the last one counts (default: 6)")
     flags.add_argument("--seeds", type=int, default=3, help="how many seeds to average over (default: 3)")
@@ -212,12 +214,14 @@ def scheme_adapter(scheme: str, rank: int, target_modules: list[str]) -> Adapter
     """The adapter of `B`, `A`, `A:1/r`, …, or `FFT` (which ignores the rank).
 
     Raises:
-        UserError: There is no such scheme.
+        UserError: The scheme is unknown.
     """
     if scheme.upper() == "FFT":
         return AdapterArguments(rank="full", target_modules=target_modules).adapter("mlp")
     init, _, alpha = scheme.partition(":")
-    return AdapterArguments(str(rank), init.upper(), alpha or "1", target_modules).adapter("mlp")
+    return AdapterArguments(
+        rank=str(rank), init=init.upper(), alpha=alpha or "1", target_modules=target_modules
+    ).adapter("mlp")
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
@@ -256,7 +260,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Refuse numbers that nothing can be measured with.
 
     Raises:
-        UserError: There is one.
+        UserError: A number is out of its range.
     """
     if args.lr is not None:
         check_learning_rate(args.lr, "--lr")
@@ -268,15 +272,16 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Run the command line."""
     args = parser().parse_args()
     check_arguments(args)
     transformers_logging.disable_progress_bar()
     run = RunFolder.create(args.output_dir, f"coordinate-check-{Path(args.model).name}")
     try:
         rows = measure(args)
-        found = lines(rows, args.tolerance)
-        if not found:
-            raise UserError("only embeddings carry LoRA, and the rules do not speak of them: choose --target-modules.")
+        measured = lines(rows, args.tolerance)
+        if not measured:
+            raise UserError("only embeddings carry LoRA, and the rules do not speak of them: choose --target_modules.")
     except UserError:
         run.path.rmdir()  # nothing is in it
         raise
@@ -285,11 +290,11 @@ def main() -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 120
-    for axis in dict.fromkeys(line.axis for line in found):
-        figure(found, axis).savefig(run.path / f"coordinate_check_{axis}.png", dpi=120)
-        console.print(table(found, axis))
+    for axis in dict.fromkeys(line.axis for line in measured):
+        figure(measured, axis).savefig(run.path / f"coordinate_check_{axis}.png", dpi=120)
+        console.print(table(measured, axis))
     print(f"CSV and figures: {run.path}")
-    failed = [line for line in found if line.failed]
+    failed = [line for line in measured if line.failed]
     for line in failed:
         what = f"slope {line.slope:+.2f}" if math.isfinite(line.slope) else line.verdict
         print(f"not flat: {line.quantity} of {line.title}, {what} across {line.axis}s")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import NoReturn
 
-from mua_rl.errors import Diverged, EngineFailed, NoRate, PolicyWorse, Unscored, UserError, one_line
+from mua_rl.errors import CannotLearn, Diverged, EngineFailed, NoRate, PolicyWorse, Unscored, UserError, one_line
 
 
 class ExitCode(IntEnum):
@@ -27,15 +27,31 @@ class ExitCode(IntEnum):
     """The policy ended worse than it began."""
     UNSCORED = 6
     """No step could teach anything: no reward gave a score, for example."""
-    NO_RATE = 7
+    STOPPED = 7
+    """The run was stopped, since it could not learn any more."""
+    NO_RATE = 8
     """The sweep has ended and found no learning rate."""
     INTERRUPTED = 130
     """The command was interrupted from the keyboard, as shells have it."""
 
 
 _MAIN_FIRST_SECONDS = 10.0
-_CURES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "have it made writable"}
-"""What helps where a disk is full, a quota is used up, or a file system can only be read."""
+_ROOM = "the disk takes no more: make room"
+_LEAVE = "a file or folder cannot be written: have it made writable, or name another"
+_UNWRITTEN = {
+    os.strerror(errno.ENOSPC): _ROOM,
+    os.strerror(errno.EDQUOT): _ROOM,
+    os.strerror(errno.EFBIG): _ROOM,
+    "database or disk is full": _ROOM,
+    # What torch.save says of a full disk (pytorch#76108): the stream has failed, the archive is shorter than it thinks.
+    "iostream error": _ROOM,
+    ". unexpected pos": _ROOM,
+    "PytorchStreamWriter failed": _ROOM,
+    os.strerror(errno.EROFS): _LEAVE,
+    "attempt to write a readonly database": _LEAVE,
+}
+"""What those who write say of a disk that takes no more, in exceptions of many kinds, and what helps."""
+_FORBIDDEN = (errno.EACCES, errno.EPERM)
 
 
 def run_command(main: Callable[[], None], after_interrupt: str = "") -> None:
@@ -55,6 +71,8 @@ def run_command(main: Callable[[], None], after_interrupt: str = "") -> None:
         leave(f"mua_rl: error: {error}", code)
     except Diverged as error:
         leave(f"mua_rl: the run diverged: {error}; try a quarter of the learning rate with --lr.", ExitCode.DIVERGED)
+    except CannotLearn as error:
+        leave(f"mua_rl: the run was stopped: {error}.", ExitCode.STOPPED)
     except PolicyWorse as error:
         leave(f"mua_rl: {error}", ExitCode.WORSE)
     except NoRate as error:
@@ -63,12 +81,26 @@ def run_command(main: Callable[[], None], after_interrupt: str = "") -> None:
         leave(f"mua_rl: {error}; go on with --resume and the run folder.", ExitCode.ENGINE_FAILED)
     except KeyboardInterrupt:
         leave("; ".join(filter(None, ["mua_rl: interrupted", after_interrupt])) + ".", ExitCode.INTERRUPTED)
-    except Exception as error:  # whatever writes reports a full disk in an exception of its own kind
-        cure = next((cure for number, cure in _CURES.items() if os.strerror(number) in str(error)), None)
+    except Exception as error:
+        cure = _cure(error)
         if cure is None:
             raise
         onward = "go on with --resume where a run has begun, else by the same command"
-        leave(f"mua_rl: error: {one_line(error)}: {cure}, and {onward}.", ExitCode.UNUSABLE)
+        leave(f"mua_rl: error: {cure}, and {onward} ({one_line(error)}).", ExitCode.UNUSABLE)
+
+
+def _cure(error: BaseException) -> str | None:
+    """What helps against an exception that says, or was raised over one that says, that something cannot be written."""
+    while True:
+        said = str(error)
+        if isinstance(error, OSError) and error.errno in _FORBIDDEN and error.filename is not None:
+            return _LEAVE
+        if cure := next((cure for sign, cure in _UNWRITTEN.items() if sign in said), None):
+            return cure
+        inner = error.__cause__ or error.__context__
+        if inner is None:
+            return None
+        error = inner
 
 
 def leave(message: str, code: ExitCode) -> NoReturn:

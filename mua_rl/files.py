@@ -9,7 +9,7 @@ def write_whole(path: Path, text: str) -> None:
     """Write a file in one step, in place of what was there; several processes may, and one of them has the last word.
 
     Raises:
-        OSError: It cannot be written; what was there still is.
+        OSError: The file cannot be written; what was there still is.
     """
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:

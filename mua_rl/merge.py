@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mua_rl.errors import UserError
 from mua_rl.exits import run_command
+from mua_rl.flags import FlagParser
 from mua_rl.grpo.arguments import parse
 from mua_rl.grpo.base import load_base, load_tokenizer
 from mua_rl.lm import models
@@ -37,7 +38,7 @@ def merge(run: str, folder: Path, dtype: str = "float32", trust_remote_code: boo
         raise UserError(f"{run} is a run of {algorithm}, not of a language model: its own script writes what it made.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty: choose another folder.")
-    flags = ["--start-from", run, "--dtype", dtype, "--trust_remote_code", str(trust_remote_code)]
+    flags = ["--start_from", run, "--dtype", dtype, "--trust_remote_code", str(trust_remote_code)]
     arguments, _, _ = parse([*flags, "--task", "arithmetic"])  # any: a run of supervised finetuning has none
     tokenizer = load_tokenizer(arguments)
     model, _ = load_base(arguments, run)
@@ -54,7 +55,7 @@ def merge(run: str, folder: Path, dtype: str = "float32", trust_remote_code: boo
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of a finished run of mua_rl.grpo or scripts/finetune_text.py")
     parser.add_argument("folder", type=Path, help="new folder for the model")
     parser.add_argument(
@@ -63,9 +64,7 @@ def main() -> None:
         default="float32",
         help="of the weights (default: float32; bfloat16 rounds away some of what was learnt)",
     )
-    parser.add_argument(
-        "--trust-remote-code", "--trust_remote_code", action="store_true", help="let the base bring code of its own"
-    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="let the base bring code of its own")
     args = parser.parse_args()
     merge(args.run, args.folder, args.dtype, args.trust_remote_code)
     print(f"the policy of {args.run}: {args.folder}")

@@ -5,7 +5,6 @@ attached, the memory is the arithmetic of `mua_rl.rollouts.memory` that runs the
 roofline (`Estimate`), which is an estimate and says so.
 """
 
-import argparse
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from mua_rl.adapter.adapters import adapter_for
 from mua_rl.errors import UserError
 from mua_rl.exits import run_command
+from mua_rl.flags import FlagParser
 from mua_rl.lm import models
 from mua_rl.lr.rank import parse_rank
 from mua_rl.lr.spec import AdapterSpec
@@ -377,22 +377,22 @@ def _passes(passes: Passes | None) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Memory by part, expected speed and what to type, for each layout.")
+    parser = FlagParser(description="Memory by part, expected speed and what to type, for each layout.")
     parser.add_argument("model", nargs="?", help="embedded, smollm2, a folder with a config.json, or a hub id")
     parser.add_argument("--params", help=f"instead of a model, a shape: {', '.join(SHAPES)}")
     parser.add_argument("--rank", default="32", help="LoRA rank; 0 or full: full finetuning")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--gpu", choices=list(GPUS), default="h100")
-    parser.add_argument("--gpu-memory", type=float, help="GiB, where the GPU has other than is usual")
+    parser.add_argument("--gpu_memory", type=float, help="GiB, where the GPU has other than is usual")
     parser.add_argument("--completions", type=int, default=256, help="completions per optimizer step")
-    parser.add_argument("--prompt-length", type=int, default=128, help="tokens")
-    parser.add_argument("--completion-length", type=int, default=512, help="tokens")
+    parser.add_argument("--prompt_length", type=int, default=128, help="tokens")
+    parser.add_argument("--completion_length", type=int, default=512, help="tokens")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of a run")
     args = parser.parse_args()
     for name in ("gpus", "gpu_memory", "completions", "prompt_length", "completion_length", "steps"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} takes a positive number, not {value}.")
+            raise UserError(f"--{name} takes a positive number, not {value}.")
     kind = GPUS[args.gpu]
     gpu = kind if args.gpu_memory is None else replace(kind, memory=int(args.gpu_memory * GIB))
     work = Work(args.completions, args.prompt_length, args.completion_length)

@@ -52,9 +52,12 @@ def extract_code(completion: Any, prelude: str = "", entry_point: str = "", test
     """
     text = completion_text(completion).rpartition(_END_OF_THOUGHT)[2]
     name = entry_point.split("(")[0].split(".")[0].strip()
-    blocks = _started_block(text, prelude) + fenced_blocks(text)
-    names = frozenset([name]) if name else _called(tests)
-    code = _best_block(blocks, names) if blocks else _unfenced(text, prelude)
+    if continues(text, prelude, name):
+        code: str | None = text.partition("\n```")[0]  # what is fenced deeper is a part of it, of a docstring perhaps
+    else:
+        blocks = _started_block(text) + fenced_blocks(text)
+        names = frozenset([name]) if name else _called(tests)
+        code = _best_block(blocks, names) if blocks else _unfenced(text, prelude)
     if code is None or not code.strip():
         return None
     program = _without_indentation(code)
@@ -76,14 +79,12 @@ def continues(text: str, prelude: str | None, entry_point: str | None = None) ->
     return (exact and _indentation(first) == expected) or not _defines(_without_indentation(text), entry_point or "")
 
 
-def _started_block(text: str, prelude: str) -> list[Block]:
+def _started_block(text: str) -> list[Block]:
     """What stands before a closing fence whose block the prompt has opened."""
-    head, fence, _ = text.partition("\n```")
-    rest_of_line = text[len(head) + len(fence) :].partition("\n")[0]
-    if not fence or rest_of_line.strip() or "```" in head or "~~~" in head:
+    head, fence, rest = text.partition("\n```")
+    if not fence or rest.partition("\n")[0].strip() or "```" in head or "~~~" in head:
         return []
-    first = _first_line(head)
-    return [Block("python", head + "\n")] if _starts_like_code(first) or continues(head, prelude) else []
+    return [Block("python", head + "\n")] if _starts_like_code(_first_line(head)) else []
 
 
 def _best_block(blocks: list[Block], names: frozenset[str]) -> str | None:
@@ -109,8 +110,7 @@ def _unfenced(text: str, prelude: str) -> str | None:
     code = _without_prose(text)
     if any(map(_starts_like_code, _without_indentation(code).splitlines())):
         return code
-    is_body = prelude and (continues(code, prelude) or _STATEMENT.match(code))
-    return code if is_body else None
+    return code if prelude and (_STATEMENT.match(code) or continues(code, prelude)) else None
 
 
 def _without_prose(text: str) -> str:

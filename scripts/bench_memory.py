@@ -82,8 +82,9 @@ def memory_run(size: str, rank: str, options: argparse.Namespace) -> dict[str, A
     from mua_rl.grpo.trainer import GRPOTrainer
     from mua_rl.lm import models
     from mua_rl.lr.rank import parse_rank
-    from mua_rl.lr.record import machine, package_versions
+    from mua_rl.lr.record import package_versions
     from mua_rl.rollouts.memory import PolicySize, trainer_memory
+    from mua_rl.run.machine import machine
 
     cuda = torch.cuda.is_available()
     _, micro, length = MEMORY[size]

@@ -28,8 +28,9 @@ from stable_baselines3.common.logger import Logger
 
 import mua_rl.envs.control  # noqa: F401  (registers the tasks)
 from mua_rl.adapter.adapters import Full, LoRA
-from mua_rl.lr.record import machine
+from mua_rl.flags import FlagParser
 from mua_rl.ppo.trainer import PPO
+from mua_rl.run.machine import machine
 
 
 def build(name: str, arguments: argparse.Namespace) -> tuple[stable_baselines3.PPO, BaseCallback]:
@@ -60,14 +61,14 @@ def timed(piece: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="mua_rl/CartPole-LongPole-v0")
     parser.add_argument("--net", type=int, nargs="+", default=[128, 128])
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--n-envs", type=int, default=8)
-    parser.add_argument("--n-steps", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--n-epochs", type=int, default=5)
+    parser.add_argument("--n_envs", type=int, default=8)
+    parser.add_argument("--n_steps", type=int, default=128)
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--n_epochs", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=40)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -10,7 +10,7 @@ there (how much memory is planned and taken: `bench_memory.py`).
 
 In miniature on a CPU (gloo, no engine; FSDP2 needs GPUs, since accelerate knows it on those alone):
 
-    python scripts/bench_scale.py --layouts one ddp --models embedded --no-engine --steps 6 --completions 32 --out DIR
+    python scripts/bench_scale.py --layouts one ddp --models embedded --no_engine --steps 6 --completions 32 --out DIR
 """
 
 import argparse
@@ -31,6 +31,8 @@ from typing import Any
 from bench_grpo import PHASES, WARM_UP, Phases, columns, instrument, mean
 from random_llama import random_model
 
+from mua_rl.flags import FlagParser
+
 LAYOUTS = {
     # name: (processes that train, accelerate's configuration)
     "one": (1, None),
@@ -44,7 +46,7 @@ LEARNING_RATES = {False: 2**-13, True: 2**-15}  # of LoRA and of FFT, near SmolL
 
 def main() -> None:
     """Run what was asked for, one after another, and print the table of the folder."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = FlagParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layouts", nargs="*", choices=list(LAYOUTS), default=[])
     parser.add_argument(
         "--models", nargs="*", default=["smollm2", "1.5b"], help="as --model, or a size of random weights"
@@ -52,9 +54,9 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="*", default=["32", "full"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--completions", type=int, default=256, help="completions a step")
-    parser.add_argument("--completion-length", type=int, help="tokens of the longest; default: the task's, random: 128")
+    parser.add_argument("--completion_length", type=int, help="tokens of the longest; default: the task's, random: 128")
     parser.add_argument("--weak", action="store_true", help="so many completions a step for each training process")
-    parser.add_argument("--no-engine", action="store_true", help="generate with transformers instead of vLLM")
+    parser.add_argument("--no_engine", action="store_true", help="generate with transformers instead of vLLM")
     parser.add_argument("--limit", type=float, default=280, help="seconds that a run may take")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--out", type=Path, required=True)
@@ -229,9 +231,10 @@ def layout_run(layout: str, model: str, rank: str, options: argparse.Namespace) 
     from mua_rl.grpo import run as grpo
     from mua_rl.grpo.arguments import parse
     from mua_rl.grpo.setup import prepare
-    from mua_rl.lr.record import machine, package_versions
+    from mua_rl.lr.record import package_versions
     from mua_rl.run import processes
     from mua_rl.run.folder import RunFolder
+    from mua_rl.run.machine import machine
 
     number = LAYOUTS[layout][0]
     folder = random_model(model, options.out)
@@ -305,7 +308,7 @@ def layout_run(layout: str, model: str, rank: str, options: argparse.Namespace) 
 
 def bytes_of_a_sync(trainer: Any, rank: str) -> int:
     """What an engine is given at a sync: A and B of a LoRA, else every weight, in the engine's precision."""
-    from mua_rl.adapter.adapters import lora_layers, lora_matrices
+    from mua_rl.adapter.targets import lora_layers, lora_matrices
     from mua_rl.rollouts.sync import compute_dtype
 
     generation = getattr(trainer, "vllm_generation", None)

@@ -1,4 +1,4 @@
-"""An LR sweep by GRPO: K trials side by side in one process against K runs of `python -m mua_rl.grpo` in sequence.
+"""Benchmark an LR sweep by GRPO: K stacked trials in one process against K runs of `python -m mua_rl.grpo` in sequence.
 
 Both do the same steps of the same trials, start-up included, in one invocation. On a GPU:
 
@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from mua_rl.exits import run_command
-from mua_rl.grpo.stacked.memory import TIMES_ONE_RUN, Parts, StackedMemory
+from mua_rl.grpo.stacked.memory import TIMES_ONE_RUN, BatchLimits
 from mua_rl.lm.models import model_path
-from mua_rl.lr.record import machine, package_versions
+from mua_rl.lr.record import package_versions
 from mua_rl.lr.spec import AdapterSpec
 from mua_rl.rollouts.memory import TrainerMemory
+from mua_rl.run.machine import machine
 from mua_rl.run.trial import Trial
 
 TOP = {"embedded": -9.0, "smollm2": -11.5}
@@ -43,14 +44,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--k", type=int, default=8, help="arms")
+    parser.add_argument("--k", type=int, default=8, help="the number of trials")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--top", type=float, help="log2 of the largest learning rate")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--singles", type=int, help="time only so many single runs and multiply; default: all")
-    parser.add_argument("--memory", type=float, default=TIMES_ONE_RUN, help="of all trials side by side, in runs")
+    parser.add_argument("--memory", type=float, default=TIMES_ONE_RUN, help="the memory of all trials, in runs")
     parser.add_argument(
-        "--parts",
+        "--limits",
         type=int,
         nargs=2,
         metavar=("COMPLETIONS", "TOKENS"),
@@ -109,12 +110,12 @@ def together(options: argparse.Namespace, passed: list[str]) -> dict[str, Any]:
     import dataclasses
 
     from mua_rl.grpo.arguments import parse
-    from mua_rl.grpo.stacked.trainer import SideBySide
+    from mua_rl.grpo.stacked.trainer import StackedTrainer
 
     arguments, _, _ = parse(flags(options, passed))
-    parts = Parts(*options.parts) if options.parts else None
-    trainer = SideBySide(arguments, trials(options), memory=options.memory, parts=parts)
-    print(f"{trainer.parts}, MiB as planned: {mebibytes(trainer.expected_memory)}", flush=True)
+    limits = BatchLimits(*options.limits) if options.limits else None
+    trainer = StackedTrainer(arguments, trials(options), memory=options.memory, limits=limits)
+    print(f"{trainer.limits}, MiB as planned: {mebibytes(trainer.expected_memory)}", flush=True)
     ends: list[float] = []
     histories: dict[int, list[dict[str, float]]] = {k: [] for k in range(options.k)}
 
@@ -124,20 +125,20 @@ def together(options: argparse.Namespace, passed: list[str]) -> dict[str, Any]:
             histories[number].append(values)
         print(step, f"{ends[-1] - ends[0]:.1f} s", [round(values["reward"], 3) for values in metrics.values()])
 
-    outcomes = trainer.train(on_step)
+    results = trainer.train(on_step)
     return {
-        "arms": [trial.as_dict() for trial in trainer.trials],
-        "outcomes": [outcome.as_dict() for outcome in outcomes],
+        "trials": [trial.as_dict() for trial in trainer.trials],
+        "results": [result.as_dict() for result in results],
         "histories": list(histories.values()),
         "step ms": 1000 * (ends[-1] - ends[0]) / max(1, len(ends) - 1),
         "phases ms": {name: 1000 * seconds / len(ends) for name, seconds in trainer.phases.items()},
-        "parts": dataclasses.asdict(trainer.parts),
+        "limits": dataclasses.asdict(trainer.limits),
         "planned MiB": mebibytes(trainer.expected_memory),
         "planned MiB of one run": mebibytes(trainer.one_run),
     }
 
 
-def mebibytes(memory: StackedMemory | TrainerMemory) -> dict[str, int]:
+def mebibytes(memory: TrainerMemory) -> dict[str, int]:
     """Sizes by part, and their sum."""
     return {name: round(size / 2**20) for name, size in {**memory.parts(), "total": memory.total}.items()}
 
@@ -218,11 +219,11 @@ def table(report: dict[str, Any]) -> str:
             f"side by side: {report['times faster']:.2f} times faster, {report['in times of one run']:.2f} times one "
             f"run's time, {report['memory in runs']:.2f} times its memory"
         )
-    for number, (trial, outcome) in enumerate(zip(ours["arms"], ours["outcomes"], strict=True)):
+    for number, (trial, result) in enumerate(zip(ours["trials"], ours["results"], strict=True)):
         alone = report["single"].get(str(number))
         beside = f"; alone {alone['result']['score']:.3f}" if alone else ""
         lines.append(
-            f"lr 2^{trial['log2_lr']:g}: accuracy {outcome['score']:.3f} ± {outcome['standard_error']:.3f}{beside}"
+            f"lr 2^{trial['log2_lr']:g}: accuracy {result['score']:.3f} ± {result['standard_error']:.3f}{beside}"
         )
     return "\n".join(lines)
 
@@ -235,7 +236,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     ours = report["side by side"]
-    for number, (trial, history) in enumerate(zip(ours["arms"], ours["histories"], strict=True)):
+    for number, (trial, history) in enumerate(zip(ours["trials"], ours["histories"], strict=True)):
         colour = colormaps["viridis"](number / max(1, report["k"] - 1))
         label = f"2^{trial['log2_lr']:g}"
         axes.plot(range(1, len(history) + 1), [line["reward"] for line in history], color=colour, label=label)

@@ -6,7 +6,7 @@
 Both start from the shipped base policy and take the same environment steps with the same options; building models and
 environments counts, importing packages and evaluating do not. Only `--singles` of the SB3 runs are timed, at learning
 rates spread over the sweep's, and their mean stands for all. CPU seconds stand beside the wall's, which other programs
-on the machine lengthen. By default no update stops early, so that every run does all of its work; `--target-kl 0.03`
+on the machine lengthen. By default no update stops early, so that every run does all of its work; `--target_kl 0.03`
 is what finetuning uses.
 """
 
@@ -23,12 +23,13 @@ import stable_baselines3
 import torch
 from stable_baselines3.common.logger import Logger
 
-from mua_rl.lr.record import machine
+from mua_rl.flags import FlagParser
 from mua_rl.lr.spec import FFT, AdapterSpec
 from mua_rl.ppo.arguments import PPOArguments
 from mua_rl.ppo.base import BasePolicy, read_base_policy, shipped_policy
 from mua_rl.ppo.setup import training_envs
-from mua_rl.ppo.stacked.trainer import SideBySide
+from mua_rl.ppo.stacked.trainer import StackedPPO
+from mua_rl.run.machine import machine
 from mua_rl.run.trial import Trial
 
 LOW, HIGH = -11.0, -7.0
@@ -50,9 +51,9 @@ def timed(work: Callable[[], object]) -> dict[str, float]:
 
 def run_side_by_side(arguments: PPOArguments, trials: Sequence[Trial], base: BasePolicy, workers: int) -> None:
     """All trials at once, on `workers` threads."""
-    groups = [SideBySide(arguments, trials[first::workers], base) for first in range(workers)]
+    groups = [StackedPPO(arguments, trials[first::workers], base) for first in range(workers)]
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        list(pool.map(SideBySide.train, groups))
+        list(pool.map(StackedPPO.train, groups))
 
 
 def run_singly(arguments: PPOArguments, trial: Trial, base: BasePolicy) -> None:
@@ -69,14 +70,14 @@ def run_singly(arguments: PPOArguments, trial: Trial, base: BasePolicy) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="mua_rl/CartPole-LongPole-v0")
     parser.add_argument("--trials", type=int, default=32)
     parser.add_argument("--singles", type=int, default=3, help="SB3 runs that are timed")
     parser.add_argument("--steps", type=int, default=10_240, help="environment steps of each trial")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--kinds", nargs="+", default=["full", "8"], help="full, or ranks")
-    parser.add_argument("--target-kl", type=float, default=0.0)
+    parser.add_argument("--target_kl", type=float, default=0.0)
     options = parser.parse_args()
     torch.set_num_threads(1)
     path = shipped_policy(options.env)

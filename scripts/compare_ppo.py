@@ -3,7 +3,7 @@
     python scripts/compare_ppo.py --workers 16                    # three tasks; run it again to go on
     python scripts/compare_ppo.py --tasks hopper --stages base tune table
     python scripts/compare_ppo.py --summary                       # the tables of what is there
-    python scripts/compare_ppo.py --write-records mua_rl/assets/records
+    python scripts/compare_ppo.py --write_records mua_rl/assets/records
 
 Stage 1 tunes: Init[B], α = 1, r = 8 over half-octaves of the learning rate, with seeds of their own. The smallest
 learning rate whose mean held-out return lies within one standard error of the best is taken (a plateau is flat, and
@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from mua_rl.flags import FlagParser
 
 os.environ["OMP_NUM_THREADS"] = "1"  # one run per core
 
@@ -98,12 +100,12 @@ def execute(run: Run) -> Result:
     from stable_baselines3.common.logger import Logger
 
     from mua_rl.adapter.adapters import Full, LoRA
-    from mua_rl.lr.record import machine
     from mua_rl.ppo.arguments import FINETUNING, limit_threads, linear_decay
     from mua_rl.ppo.base import SHIPPED, read_base_policy
     from mua_rl.ppo.envs import build_envs, evaluation_envs, with_statistics
     from mua_rl.ppo.evaluation import evaluate
     from mua_rl.ppo.trainer import PPO
+    from mua_rl.run.machine import machine
 
     class Curve(BaseCallback):
         """Mean return of the episodes that ended in each rollout."""
@@ -330,14 +332,14 @@ def write_records(results: list[Result], names: list[str], folder: Path) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=DEFAULT_TASKS)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=Path("runs/compare_ppo.csv"))
-    parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds after which to stop")
+    parser.add_argument("--time_limit", type=float, default=math.inf, help="seconds after which to stop")
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES), help="default: all")
     parser.add_argument(
-        "--write-records", type=Path, metavar="FOLDER", help="write the tuned learning rates as LR records"
+        "--write_records", type=Path, metavar="FOLDER", help="write the tuned learning rates as LR records"
     )
     parser.add_argument("--summary", action="store_true", help="only print the tables")
     arguments = parser.parse_args()

@@ -35,7 +35,9 @@ from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmu
 from transformers.utils import logging as transformers_logging
 
 from mua_rl.adapter import groups as optim
-from mua_rl.adapter.adapters import Adapter, Full, TargetModules, adapter_for, fingerprint, lora_layers
+from mua_rl.adapter.adapters import Adapter, Full, adapter_for
+from mua_rl.adapter.fingerprint import fingerprint
+from mua_rl.adapter.targets import TargetModules, lora_layers
 from mua_rl.analysis.report import FILE_NAME as REPORT
 from mua_rl.errors import Diverged, NoRate, UserError
 from mua_rl.lm import models
@@ -43,8 +45,9 @@ from mua_rl.lr.rank import parse_rank
 from mua_rl.lr.recipe import Recipe
 from mua_rl.lr.record import check_learning_rate
 from mua_rl.lr.spec import AdapterSpec
-from mua_rl.run.arguments import AdapterArguments, Base, parse_arguments, resolve_learning_rate
+from mua_rl.run.arguments import AdapterArguments, parse_arguments
 from mua_rl.run.folder import MODEL_FOLDER, RunFolder, open_run
+from mua_rl.run.learning_rate import Base, resolve_learning_rate
 from mua_rl.run.life import Measurement, Names, announce, live, raise_if_worse
 from mua_rl.run.trial import Trial, TrialResult
 from mua_rl.sweep.closing import CSV, make_record, warnings_of, write_tables
@@ -195,7 +198,7 @@ def train(
     def role_of(name: str) -> str:
         return HEAD if problem.head and _is_in(name, problem.head) else optim.role_of(name)
 
-    optimizer = AdamW(optim.named_groups(model, roles, weight_decay=0.01, role_of=role_of), betas=(0.9, 0.999))
+    optimizer = AdamW(optim.param_groups(model, roles, weight_decay=0.01, role_of=role_of), betas=(0.9, 0.999))
     schedule = get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, round(0.05 * problem.steps), problem.steps, min_lr_rate=0.1
     )
@@ -230,7 +233,7 @@ def attach(problem: Field, adapter: Adapter, model: nn.Module, seed: int = 0) ->
     if problem.head is not None:
         if any(_is_in(f"{name}.", problem.head) for name, _ in lora_layers(model)):
             raise UserError(
-                f"the new head {problem.head} is trained in full: --target-modules takes the other layers, by name."
+                f"the new head {problem.head} is trained in full: --target_modules takes the other layers, by name."
             )
         for name, weight in model.named_parameters():
             if _is_in(name, problem.head):
@@ -308,7 +311,7 @@ def run_once(problem: Field, adapter_arguments: AdapterArguments, curves: CurveA
     """One run with a run folder: settings, versions, what was trained, result and LR record.
 
     Raises:
-        UserError: As `mua_rl.run.arguments.resolve_learning_rate`.
+        UserError: As `mua_rl.run.learning_rate.resolve_learning_rate`.
         Diverged: The run left the finite numbers.
         PolicyWorse: The model ended worse than it began.
     """

@@ -17,22 +17,23 @@ from mua_rl.envs.tasks import get_task
 from mua_rl.evaluation.engines import Engine, TransformersEngine, VLLMEngine
 from mua_rl.evaluation.evaluation import Evaluation, Settings, default_ks, evaluate
 from mua_rl.exits import run_command
+from mua_rl.flags import FlagParser
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model folder, hub id, or an alias of python -m mua_rl.grpo")
     parser.add_argument("--adapter", help="folder of a LoRA adapter to put on the model")
     parser.add_argument("--task", required=True, help="task spec, see mua_rl.envs.tasks")
     parser.add_argument("--samples", type=int, default=1, help="answers per problem (default 1)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
-    parser.add_argument("--max-tokens", type=int, help="most tokens of an answer; default: the task's")
+    parser.add_argument("--max_tokens", type=int, help="most tokens of an answer; default: the task's")
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
     parser.add_argument("--limit", type=int, help="only the first so many problems")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=64, help="answers at once (transformers)")
-    parser.add_argument("--bad-rows", choices=["skip", "refuse"], default="skip", help="rows that cannot be scored")
+    parser.add_argument("--batch_size", type=int, default=64, help="answers at once (transformers)")
+    parser.add_argument("--bad_rows", choices=["skip", "refuse"], default="skip", help="rows that cannot be scored")
     parser.add_argument(
         "--isolation", choices=["strong", "process"], default="strong", help="of programs, in code tasks"
     )

@@ -8,7 +8,7 @@ first, the place ahead, and each colour by the next one's name. The paper's case
     python scripts/finetune_captions.py --model Qwen/Qwen3-VL-2B-Instruct --dataset_name trl-lib/llava-instruct-mix \
         --examples 20000 --held_out 500 --steps 500 --batch_size 32 --ranks 4 16 64 256 full
 
-LoRA sits on the MLP projections of the language model; `--target-modules all-linear` takes both towers. The metric is
+LoRA sits on the MLP projections of the language model; `--target_modules all-linear` takes both towers. The metric is
 minus the loss per token of held-out captions. A data set has the columns `images` or `image`, and `prompt` and
 `completion` or `messages`. Most processors of the hub need torchvision; the small model's does not.
 """

@@ -4,7 +4,7 @@ Without flags it needs neither hub nor GPU: the embedded model, which has only s
 differences. With a learning rate it is one run, whose policy GRPO starts from:
 
     python scripts/finetune_text.py --lr 0.002 --output_dir runs/sft
-    python -m mua_rl.grpo --start-from runs/sft
+    python -m mua_rl.grpo --start_from runs/sft
 
 Any task of `mua_rl.envs.tasks` with answers will do, in the form that its reward reads:
 

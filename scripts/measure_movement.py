@@ -18,8 +18,8 @@ from mua_rl.adapter.adapters import adapter_for
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import Diverged
 from mua_rl.lm import models
-from mua_rl.lr.record import machine
 from mua_rl.probes.movement import movement, probe_batch
+from mua_rl.run.machine import machine
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from mua_rl.envs.arithmetic import Problem, draw_problem, solve
+from mua_rl.flags import FlagParser
 
 BATCH = 512
 
@@ -94,9 +95,9 @@ def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, proble
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--careful-share", type=float, default=0.15, help="share of rightly solved lines")
+    parser.add_argument("--careful_share", type=float, default=0.15, help="share of rightly solved lines")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("mua_rl/assets/arithmetic-1m"))

@@ -1,8 +1,8 @@
 """GRPO's learning-rate curves on SmolLM2: FFT, Init[B] and Init[A] over ranks, each with its optimum found (issue 6).
 
-    python scripts/reproduce_grpo.py --only rank=4,16 --time-limit 500      # LoRA: many trials in one process
+    python scripts/reproduce_grpo.py --only rank=4,16 --time_limit 500      # LoRA: many trials in one process
     python scripts/reproduce_grpo.py --only rank=full --parallel 5          # FFT: runs of their own, five at once
-    python scripts/reproduce_grpo.py --model embedded --steps 120 --per-group 12               # a small model, on a CPU
+    python scripts/reproduce_grpo.py --model embedded --steps 120 --per_group 12               # a small model, on a CPU
     python -m mua_rl.analysis.report docs/results/reproduce_grpo.csv --out docs/results/reproduce_grpo
 
 The search and its runs are those of `python -m mua_rl.sweep`. One line of the CSV is one run; lines that are there are
@@ -21,6 +21,7 @@ from selection import passes
 
 from mua_rl.errors import UserError
 from mua_rl.exits import run_command
+from mua_rl.flags import FlagParser
 from mua_rl.lr.spec import AdapterSpec
 from mua_rl.run.trial import Trial, TrialResult
 from mua_rl.sweep.arguments import parse
@@ -95,16 +96,16 @@ def add_run_options(parser: argparse.ArgumentParser, name: str) -> None:
     """Add what `run_all` reads, but for the task; files are called `name`."""
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--per-group", type=int, default=15, help="LoRA trials side by side")
+    parser.add_argument("--per_group", type=int, default=15, help="LoRA trials side by side")
     parser.add_argument("--parallel", type=int, default=1, help="FFT runs, or groups of LoRA trials, at once")
-    parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds after which no run is started")
+    parser.add_argument("--time_limit", type=float, default=math.inf, help="seconds after which no run is started")
     parser.add_argument("--work", type=Path, default=Path(f"runs/{name}"), help="folder of the FFT runs")
     parser.add_argument("--output", type=Path, default=Path(f"runs/{name}.csv"))
     parser.add_argument("flags", nargs="*", help="after --: more flags of mua_rl.grpo")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="arithmetic")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--resolution", type=float, default=0.5, help="octaves between the best rate and the next")

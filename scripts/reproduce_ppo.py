@@ -2,7 +2,7 @@
 
     python scripts/reproduce_ppo.py --prepare                     # make the base checkpoints only (minutes, CPU)
     python scripts/reproduce_ppo.py                               # all trials, CPU (hours; run it again to go on)
-    python scripts/reproduce_ppo.py --device cuda --per-group 400 # … hundreds of them at once
+    python scripts/reproduce_ppo.py --device cuda --per_group 400 # … hundreds of them at once
     python scripts/reproduce_ppo.py --only task=pendulum rank=full,8 --output runs/half.csv
 
 Each base checkpoint is plain SB3 on the nominal task; each trial adapts it to the shifted one. One line of the CSV is
@@ -23,6 +23,7 @@ from compare_ppo import TASKS, half_octaves
 from selection import passes
 
 from mua_rl.exits import run_command
+from mua_rl.flags import FlagParser
 from mua_rl.lr.spec import FFT, AdapterSpec
 from mua_rl.run.trial import Trial, TrialResult
 from mua_rl.sweep.arguments import parse
@@ -119,15 +120,15 @@ def train(curves: Sequence[Curve], options: argparse.Namespace, deadline: float)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/reproduce_ppo"), help="folder of the base checkpoints")
     parser.add_argument("--output", type=Path, default=Path("runs/reproduce_ppo.csv"))
     parser.add_argument("--prepare", action="store_true", help="make the base checkpoints and stop")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME=VALUE", help="of task, base, rank, init, alpha")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--per-group", type=int, default=32, help="trials side by side")
-    parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds after which no group is started")
+    parser.add_argument("--per_group", type=int, default=32, help="trials side by side")
+    parser.add_argument("--time_limit", type=float, default=math.inf, help="seconds after which no group is started")
     options = parser.parse_args()
 
     deadline = time.monotonic() + options.time_limit

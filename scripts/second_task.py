@@ -1,6 +1,6 @@
 """Learning rates found on `arithmetic`, taken unchanged to another task (issue 6): what does FFT lose there?
 
-    python scripts/second_task.py --time-limit 500 -- --max_completion_length 32       # on a GPU; resumable
+    python scripts/second_task.py --time_limit 500 -- --max_completion_length 32       # on a GPU; resumable
     python scripts/second_task.py --model embedded --task arithmetic --steps 2 --grid -12 -11   # in miniature, on a CPU
 
 The LR record is that of SmolLM2's Init[B] r = 16 in docs/results/reproduce_grpo.csv: the fitted optimum, as the end of
@@ -23,6 +23,7 @@ from mua_rl.analysis.rows import read
 from mua_rl.analysis.tables import ReportTable
 from mua_rl.errors import UserError
 from mua_rl.exits import run_command
+from mua_rl.flags import FlagParser
 from mua_rl.lr.record import LRRecord
 from mua_rl.lr.spec import FFT, AdapterSpec
 from mua_rl.lr.transfer import transfer
@@ -134,14 +135,14 @@ def _mean(runs: Sequence[TrialResult], value: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default=TASK)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64], help="of the LoRA")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="at the transferred learning rates")
     parser.add_argument("--grid", type=float, nargs="+", default=[-17, -16, -15, -14, -13, -12], help="log2, of FFT")
-    parser.add_argument("--grid-seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--grid_seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--source", type=Path, default=SOURCE, help="CSV of the sweep that the record is made of")
-    parser.add_argument("--source-base", default="smollm2", help="whose runs of it")
+    parser.add_argument("--source_base", default="smollm2", help="whose runs of it")
     add_run_options(parser, "second_task")
     options = parser.parse_args()
 

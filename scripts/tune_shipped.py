@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mua_rl.exits import run_command
+from mua_rl.flags import FlagParser
 from mua_rl.lr.record import LRRecord
 from mua_rl.sweep.arguments import parse
 from mua_rl.sweep.run import sweep
@@ -21,7 +22,7 @@ RECORDS = Path(__file__).parent.parent / "mua_rl" / "assets" / "records"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", default="arithmetic-1m", help="name of the record")
     parser.add_argument("--rank", default="32", help="the rank that is tuned")
     parser.add_argument("--out", default="runs/tune-shipped", help="folder of the sweep")

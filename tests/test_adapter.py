@@ -22,7 +22,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from mua_rl.adapter.adapters import Full, LoRA, fingerprint, load_adapter, lora_layers, lora_matrices
+from mua_rl.adapter.adapters import Full, LoRA, load_adapter
+from mua_rl.adapter.fingerprint import fingerprint
+from mua_rl.adapter.targets import lora_layers, lora_matrices
 from mua_rl.errors import UserError
 from mua_rl.lr.spec import AdapterSpec, AlphaRule, Scheme
 
@@ -140,7 +142,7 @@ def test_of_a_model_of_several_parts_the_text_layers_count():
 
 
 def test_a_model_without_any_mlp_by_a_usual_name_is_one_line():
-    with pytest.raises(UserError, match=r"no MLP layers .* --target-modules"):
+    with pytest.raises(UserError, match=r"no MLP layers .* --target_modules"):
         LoRA(4).attach(Zoo())
 
 
@@ -309,7 +311,7 @@ def test_a_layer_whose_weight_another_shares_is_refused_for_it_could_not_be_merg
         (lambda: LoRA(-3), "at least 1"),
         (lambda: LoRA(4, "pissa"), "PiSSA"),
         (lambda: AdapterSpec.parse(4, "B", "nonsense"), "multiplier"),
-        (lambda: LoRA(4).attach(Zoo()), "--target-modules"),
+        (lambda: LoRA(4).attach(Zoo()), "--target_modules"),
         (lambda: LoRA(4, target_modules=["nowhere"]).attach(Zoo()), "nowhere"),
         (lambda: LoRA(4).attach(LoRA(4).attach(tiny_llama())), "carries a LoRA already"),
         (lambda: LoRA(500).configuration(tiny_llama()), "width"),

@@ -6,13 +6,15 @@ import pytest
 import yaml
 from helpers import make_record
 
-from mua_rl.adapter.adapters import LoRA, fingerprint
+from mua_rl.adapter.adapters import LoRA
+from mua_rl.adapter.fingerprint import fingerprint
 from mua_rl.errors import UserError
 from mua_rl.grpo.arguments import parse as parse_grpo
 from mua_rl.lm.models import load_model
 from mua_rl.lr.rank import parse_rank
-from mua_rl.run.arguments import AdapterArguments, Base, find_record, parse_arguments, resolve_learning_rate
+from mua_rl.run.arguments import AdapterArguments, parse_arguments
 from mua_rl.run.folder import RunFolder
+from mua_rl.run.learning_rate import Base, find_record, resolve_learning_rate
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,15 @@ def test_the_program_is_found_in_the_completion(completion: Any, code: str | Non
 
 
 @pytest.mark.parametrize(
-    "completion", ["    return 2 * x\n", "```python\n    return 2 * x\n```", "    y = x\n    return 2 * y"]
+    "completion",
+    [
+        "    return 2 * x\n",
+        "```python\n    return 2 * x\n```",
+        "    y = x\n    return 2 * y",
+        "    return 2 * x\n```\n\nIt doubles.",
+        "    return 2 * x\n\n```python\nprint(f(1))\n```",
+        '    """\n    ```\n    f(1)\n    ```\n    """\n    return 2 * x',
+    ],
 )
 def test_a_continuation_is_put_behind_its_prompt(completion: str) -> None:
     assert extract_code(completion, PROMPT, "f").startswith(PROMPT + "    ")

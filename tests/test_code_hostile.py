@@ -132,6 +132,7 @@ def test_no_cheat_is_rewarded(pool: Pool, clause: str, entry_point: bool) -> Non
     assert_unharmed(pool)
 
 
+@pytest.mark.slow
 def test_neither_is_rewarded_at_the_process_level(targets: dict[str, str]) -> None:
     with Pool(Settings(isolation="process", seconds=1.0, memory_mb=256, workers=2)) as pool:
         jobs = {}
@@ -188,6 +189,7 @@ def descendants(pid: int) -> set[int]:
     return {pid}.union(*map(descendants, children(pid)))
 
 
+@pytest.mark.slow
 def test_no_process_outlives_its_pool() -> None:
     pool = Pool(Settings(seconds=30.0, workers=1))
     thread = threading.Thread(target=lambda: _run_or_fail(pool, "import time\ntime.sleep(20)"))

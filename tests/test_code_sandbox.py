@@ -57,6 +57,7 @@ def running(pids: set[int]) -> set[int]:
 
 @pytest.mark.parametrize("which", ["programs", "tests"])
 @pytest.mark.parametrize("part", ["outer", "inner"])
+@pytest.mark.slow
 def test_a_killed_zygote_is_replaced_while_it_is_at_work(pool: Pool, which: str, part: str) -> None:
     (worker,) = pool._workers
     outer = getattr(worker, which).pid
@@ -72,6 +73,7 @@ def test_a_killed_zygote_is_replaced_while_it_is_at_work(pool: Pool, which: str,
     assert pool.run(RIGHT, ROW).ok
 
 
+@pytest.mark.slow
 def test_a_killed_idle_process_of_the_tests_is_replaced(pool: Pool) -> None:
     assert pool.run(RIGHT, ROW).ok
     (worker,) = pool._workers
@@ -105,6 +107,7 @@ def test_a_program_killed_from_outside_has_a_second_try(pool: Pool, row: Row, pr
     assert pool._workers == {worker}
 
 
+@pytest.mark.slow
 def test_a_sandbox_that_fails_twice_is_a_fault_not_a_verdict(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise worker_module.Died("on purpose")
@@ -308,6 +311,7 @@ def test_as_root_programs_at_the_process_level_load_modules_and_read_nothing_els
     assert result.stdout == "passed\n", result.stderr
 
 
+@pytest.mark.slow
 def test_where_namespaces_are_forbidden_strong_is_refused_and_process_works(tmp_path: Path) -> None:
     """A seccomp filter as containers have it, without unshare."""
     script = (

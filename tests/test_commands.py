@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 
 import pytest
 
-from mua_rl.adapter.adapters import fingerprint
+from mua_rl.adapter.fingerprint import fingerprint
 from mua_rl.errors import UserError
 from mua_rl.grpo import run as grpo
 from mua_rl.grpo.arguments import parse as parse_grpo
@@ -36,7 +36,7 @@ def meant(parsed, *but):
     return {f.name: getattr(parsed[0], f.name) for f in fields(parsed[0]) if f.name not in but}
 
 
-ODD_GRPO = """--target-modules '(.*[kq]_proj|up)' --max_steps=-1 --save_steps 0.5 --bad_rows refuse
+ODD_GRPO = """--target_modules '(.*[kq]_proj|up)' --max_steps=-1 --save_steps 0.5 --bad_rows refuse
     --report_to tensorboard none --mask_truncated_completions false --lr_scheduler_kwargs '{"min_lr_rate": 0.2}'
     --model_init_kwargs '{"attn_implementation": "eager"}' --model '/my models/"x"'"""
 ODD_PPO = """--env_kwargs '{"gravity": 12}' --subprocesses true --target_modules policy_net.2 'a b'
@@ -63,6 +63,7 @@ def test_what_a_yaml_file_gave_is_said_by_flags():
     assert (arguments.env_kwargs, arguments.wandb, arguments.frame_stack) == ({"g": [1]}, True, 2)
 
 
+@pytest.mark.slow
 def test_after_a_ppo_run_in_an_environment_of_ones_own_both_commands_train_in_it(tmp_path, capsys):
     own = ["--env_id", "Pendulum-v1", "--env_kwargs", '{"g": 9.0}', "--base", "none", "--vec_normalize", "new"]
     own += ["--policy_kwargs", '{"net_arch": [16, 16]}', "--seed", "3", "--rank", "4", "--lr", "1e-6"]
@@ -111,11 +112,12 @@ def ppo_default():
     return ppo.PPOArguments().env_id
 
 
+@pytest.mark.slow
 def test_after_a_grpo_run_from_another_run_both_commands_start_where_they_say(tmp_path, capsys):
-    targets = ["--target-modules", r".*\.[ud][po][w_].*proj"]  # of a regular expression nothing may get lost
+    targets = ["--target_modules", r".*\.[ud][po][w_].*proj"]  # of a regular expression nothing may get lost
     grpo.train(*parse_grpo([*GRPO, "--rank", "2", "--output_dir", str(tmp_path / "first")]))
     first = parse_grpo(
-        [*GRPO, *targets, "--rank", "2", "--start-from", str(tmp_path / "first"), "--output_dir", str(tmp_path / "b c")]
+        [*GRPO, *targets, "--rank", "2", "--start_from", str(tmp_path / "first"), "--output_dir", str(tmp_path / "b c")]
     )
     capsys.readouterr()
     grpo.train(*first)

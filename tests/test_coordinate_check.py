@@ -62,6 +62,7 @@ def test_on_random_weights_every_scheme_is_flat_in_width_at_the_transferred_lr_a
         assert found["width", scheme, alpha, FIXED].verdict == "grows"
 
 
+@pytest.mark.slow
 def test_the_command_writes_csv_and_figures_and_ends_well(tmp_path, monkeypatch, capsys):
     arguments = ("--ranks", 4, 64, "--widths", 64, 256, "--schemes", "B", "--seeds", 1, "--steps", 3)
     code, printed = run(monkeypatch, capsys, *arguments, "--output_dir", tmp_path / "out")
@@ -78,6 +79,7 @@ def test_the_command_writes_csv_and_figures_and_ends_well(tmp_path, monkeypatch,
     assert (tmp_path / "out" / "config.yaml").exists()
 
 
+@pytest.mark.slow
 def test_a_broken_rule_is_found_out_with_exit_code_1(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(coordinate_check, "lr_ratio", lambda source, target: 1.0)
     arguments = ("--ranks", 4, 64, "--schemes", "A", "--seeds", 1)
@@ -101,8 +103,8 @@ def test_a_broken_rule_is_found_out_with_exit_code_1(tmp_path, monkeypatch, caps
         (("--tolerance", -1), "--tolerance"),
         (("--model", "/nowhere"), "no model folder"),
         (("--task", "nonsense"), "no task"),
-        (("--target-modules", "nowhere"), "nowhere"),
-        (("--target-modules", "embed_tokens"), "its weight in common with another"),
+        (("--target_modules", "nowhere"), "nowhere"),
+        (("--target_modules", "embed_tokens"), "its weight in common with another"),
     ],
 )
 def test_what_cannot_be_checked_is_refused_before_anything_is_written(

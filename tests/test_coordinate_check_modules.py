@@ -18,7 +18,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from mua_rl.adapter.adapters import LoRA, lora_layers
+from mua_rl.adapter.adapters import LoRA
+from mua_rl.adapter.targets import lora_layers
 from mua_rl.coordinate_check import Place, check
 from mua_rl.probes.coordinate_report import FIXED, TRANSFERRED, lines
 from mua_rl.probes.feature_updates import DELTA_Z_B, feature_updates
@@ -111,6 +112,7 @@ def updates_by_lr_rule(build, targets, init):
 
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("init", ["A", "B"])
+@pytest.mark.slow
 def test_the_feature_update_is_flat_in_rank_for(name, init):
     build, targets = MODULES[name]
     line = updates_by_lr_rule(build, targets, init)

@@ -11,9 +11,9 @@ from mua_rl.run.trial import is_clear
 
 
 def test_a_difference_is_clear_beyond_two_standard_errors_and_in_one_direction():
-    assert is_clear(0.21, error=0.1) and is_clear(1e-9, error=0)
-    assert not any(is_clear(difference, error=0.1) for difference in (0.2, 0, -0.21, math.nan))
-    assert not is_clear(0, error=0) and not is_clear(1, error=math.nan)
+    assert is_clear(0.21, standard_error=0.1) and is_clear(1e-9, standard_error=0)
+    assert not any(is_clear(difference, standard_error=0.1) for difference in (0.2, 0, -0.21, math.nan))
+    assert not is_clear(0, standard_error=0) and not is_clear(1, standard_error=math.nan)
 
 
 @pytest.mark.parametrize(("samples", "right"), [(1, 0), (1, 1), (4, 0), (4, 1), (4, 3), (6, 2), (6, 6)])

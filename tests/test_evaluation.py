@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from helpers import make_record
 
-from mua_rl.adapter.adapters import fingerprint
+from mua_rl.adapter.fingerprint import fingerprint
 from mua_rl.envs.tasks import Task
 from mua_rl.errors import UserError
 from mua_rl.evaluation.engines import TransformersEngine, check_adapter
@@ -201,7 +201,7 @@ def run(monkeypatch, script, *arguments):
 
 
 def test_the_scripts_evaluate_and_compare_a_model_and_its_adapter(tiny_llama, tmp_path, monkeypatch, capsys):
-    common = ["--model", tiny_llama / "model", "--task", "arithmetic", "--limit", 6, "--max-tokens", 4]
+    common = ["--model", tiny_llama / "model", "--task", "arithmetic", "--limit", 6, "--max_tokens", 4]
     run(monkeypatch, "evaluate.py", *common, "--samples", 2, "--temperature", 1.0, "--output", tmp_path / "base")
     shown = capsys.readouterr().out
     assert "pass@1" in shown and "pass@2" in shown and "6 problems" in shown
@@ -218,7 +218,7 @@ def test_the_adapter_of_a_run_goes_on_no_other_weights(engine, tiny_llama, of_a_
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=start))
     monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=lambda *given: given))
-    common = ["evaluate.py", "--task", "arithmetic", "--limit", 2, "--max-tokens", 2, "--engine", engine]
+    common = ["evaluate.py", "--task", "arithmetic", "--limit", 2, "--max_tokens", 2, "--engine", engine]
     common += ["--adapter", of_a_run / "run" / "adapter", "--output", tmp_path / "evaluation", "--model"]
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, *common, of_a_run / "other")

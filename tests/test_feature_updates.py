@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mua_rl.adapter.adapters import Full, LoRA, lora_layers, lora_matrices
+from mua_rl.adapter.adapters import Full, LoRA
+from mua_rl.adapter.targets import lora_layers, lora_matrices
 from mua_rl.errors import UserError
 from mua_rl.lr.spec import AlphaRule
 from mua_rl.probes.feature_updates import DELTA_1, DELTA_2, DELTA_3, DELTA_Z, DELTA_Z_B, feature_updates

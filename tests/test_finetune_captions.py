@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from mua_rl.adapter.adapters import LoRA, fingerprint, load_adapter, lora_layers
+from mua_rl.adapter.adapters import LoRA, load_adapter
+from mua_rl.adapter.fingerprint import fingerprint
+from mua_rl.adapter.targets import lora_layers
 from mua_rl.analysis.rows import read
 from mua_rl.errors import UserError
 from mua_rl.lr.record import LRRecord
@@ -27,6 +29,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
+
+pytestmark = pytest.mark.slow  # what is tested starts training
 
 SMALL = {"pretraining_steps": 3, "steps": 3, "batch_size": 4, "examples": 24, "held_out": 8}
 GROUPS = [("two", "red", "circles", "top left"), ("one", "blue", "square", "bottom right")]
@@ -185,7 +189,7 @@ def test_full_finetuning_goes_on_at_the_rate_of_a_loras_record_and_saves_a_whole
 
 
 def test_a_curve_over_both_towers_ends_in_a_record(launch):
-    flags = ("--ranks", "full", "--grid", -10, -8, "--resolution", 1, "--seeds", 1, "--target-modules", "all-linear")
+    flags = ("--ranks", "full", "--grid", -10, -8, "--resolution", 1, "--seeds", 1, "--target_modules", "all-linear")
     launch(*flags, "--output_dir", "curves")
     record = LRRecord.load("curves")
     assert (record.target_modules, record.widths) == ("all-linear", [128, 256])

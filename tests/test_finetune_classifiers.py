@@ -16,11 +16,15 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from mua_rl.adapter.adapters import Full, LoRA, fingerprint, load_adapter, lora_layers
+from mua_rl.adapter.adapters import Full, LoRA, load_adapter
+from mua_rl.adapter.fingerprint import fingerprint
+from mua_rl.adapter.targets import lora_layers
 from mua_rl.errors import UserError
 from mua_rl.lr.record import LRRecord
 from mua_rl.run.folder import RunFolder
 from mua_rl.run.trial import Status, TrialResult
+
+pytestmark = pytest.mark.slow  # what is tested starts training
 
 for package in ("sklearn", "PIL"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install 'mua-rl[fields]'")
@@ -236,7 +240,7 @@ def test_images_from_a_folder_train_a_model_of_another_size_and_number_of_channe
         ("images", ["--label_column", "image"], "image holds no labels"),
         ("images", ["--head_lr", "-1"], "--head_lr must be a number between 0 and 1"),
         ("text", ["--max_length", "0"], "--max_length takes a number from 1 on"),
-        ("text", ["--target-modules", "classifier", "--rank", "2", "--lr", "0.001"], "new head classifier is trained"),
+        ("text", ["--target_modules", "classifier", "--rank", "2", "--lr", "0.001"], "new head classifier is trained"),
         ("images", ["--model", "nowhere/at/all", "--dataset_name", "pictures"], "there is no model folder"),
         ("images", ["--rank", "200", "--lr", "0.001"], "exceeds the size of the layer"),
         ("text", ["--model", "cache", "--dataset_name", "nothing-here"], "the data set nothing-here cannot be read"),

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from mua_rl.adapter.adapters import Full, LoRA, fingerprint, load_adapter, lora_layers
+from mua_rl.adapter.adapters import Full, LoRA, load_adapter
+from mua_rl.adapter.fingerprint import fingerprint
+from mua_rl.adapter.targets import lora_layers
 from mua_rl.analysis.rows import read
 from mua_rl.errors import Diverged, UserError
 from mua_rl.lr.record import LRRecord

@@ -12,7 +12,8 @@ import torch
 from helpers import make_trial
 from torch.nn.functional import log_softmax
 
-from mua_rl.adapter.adapters import LoRA, fingerprint
+from mua_rl.adapter.adapters import LoRA
+from mua_rl.adapter.fingerprint import fingerprint
 from mua_rl.analysis.rows import SweepRow, append
 from mua_rl.errors import UserError
 from mua_rl.grpo import run as grpo
@@ -22,6 +23,8 @@ from mua_rl.lm.models import load_model, load_tokenizer
 from mua_rl.lr.record import LRRecord
 from mua_rl.run.folder import RunFolder
 from mua_rl.run.trial import Status, TrialResult
+
+pytestmark = pytest.mark.slow  # what is tested starts training
 
 SMALL = ["--max_steps", "4", "--per_device_train_batch_size", "8", "--held_out", "16"]
 
@@ -63,7 +66,7 @@ def test_grpo_goes_on_from_a_finetuned_policy_at_the_rate_of_its_own_record(tmp_
     result = RunFolder.open(str(sft)).result()
     assert result.score > result.before + 1
     assert LRRecord.load(sft).algorithm == "sft"
-    flags = ["--start-from", str(sft), "--rank", "32", "--max_steps", "1", "--per_device_train_batch_size", "16"]
+    flags = ["--start_from", str(sft), "--rank", "32", "--max_steps", "1", "--per_device_train_batch_size", "16"]
     flags += ["--gradient_accumulation_steps", "1", "--held_out_problems", "16", "--held_out_steps", "0"]
     flags += ["--report_to", "none", "--max_completion_length", "6", "--output_dir", str(tmp_path / "grpo")]
     after = grpo.train(*parse(flags))
@@ -81,7 +84,7 @@ def test_grpo_goes_on_with_the_tokenizer_of_the_finetuned_policy(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     run(monkeypatch, "--tokenizer_name", "./chat", "--rank", 4, "--lr", 2**-7, "--output_dir", tmp_path / "sft")
     monkeypatch.chdir("/")
-    setup = prepare(*parse(["--start-from", str(tmp_path / "sft"), "--rank", "4"])[:2])
+    setup = prepare(*parse(["--start_from", str(tmp_path / "sft"), "--rank", "4"])[:2])
     assert setup.tokenizer.chat_template == tokenizer.chat_template
     assert setup.held_out_rows["prompt"][0][0]["role"] == "user"
 
@@ -93,8 +96,8 @@ def test_grpo_wants_a_task_after_a_data_set(tmp_path, monkeypatch):
     run(monkeypatch, "--dataset_name", path, "--rank", 4, "--lr", 2**-7, "--output_dir", tmp_path / "sft")
     assert LRRecord.load(tmp_path / "sft").task == str(path)
     with pytest.raises(UserError, match="has no reward: give a --task"):
-        parse(["--start-from", str(tmp_path / "sft")])
-    parse(["--start-from", str(tmp_path / "sft"), "--task", "differences"])
+        parse(["--start_from", str(tmp_path / "sft")])
+    parse(["--start_from", str(tmp_path / "sft"), "--task", "differences"])
 
 
 def test_the_curves_end_with_a_record_that_serves_full_finetuning(tmp_path, monkeypatch, capsys):
@@ -166,7 +169,7 @@ def test_what_follows_a_prompt_is_written_as_asked():
         (["--dataset_name", "nobody/nothing"], "cannot be read"),
         (["--dataset_name", "x.jsonl", "--task", "arithmetic"], "exclude each other"),
         (["--completion", "yes"], "where the {answer} stands"),
-        (["--target-modules", "("], "LoRA cannot be attached"),
+        (["--target_modules", "("], "LoRA cannot be attached"),
         (["--max_steps", "0"], "--max_steps takes a number from 1 on"),
         (["--max_length", "2"], "within --max_length"),
         (["--held_out", "1"], "--held_out takes a number from 2 on, not 1"),

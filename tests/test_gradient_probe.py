@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mua_rl.adapter.adapters import LoRA
-from mua_rl.lr.rules import AlphaRule
+from mua_rl.lr.spec import AlphaRule
 from mua_rl.probes.gradient import LayerSums, Probe, coherence
 
 TINY = 1e-6

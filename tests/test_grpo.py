@@ -17,7 +17,7 @@ import trl
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from mua_rl.adapter.adapters import lora_layers
+from mua_rl.adapter.targets import lora_layers
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import Diverged, UserError
 from mua_rl.grpo import arguments as grpo_arguments
@@ -51,6 +51,7 @@ def greedy_answers(model):
     return held_out(model, tokenizer, task, task.held_out(False), task.max_completion_length).completions
 
 
+@pytest.mark.slow
 def test_a_run_folder_holds_what_is_needed_to_judge_and_repeat_it(lora_run):
     names = {path.name for path in lora_run.path.iterdir()}
     assert lora_run.learning_rate() == {"learning_rate": 2**-8, "reason": "given by --lr", "warning": ""}
@@ -83,6 +84,7 @@ def test_the_record_of_a_run_gives_its_rate_back(lora_run):
     assert record.batch == {"prompts": 2, "completions_per_prompt": 8, "optimizer_steps_per_batch": 1}
 
 
+@pytest.mark.slow
 def test_the_saved_adapter_is_plain_peft_with_the_trained_policys_answers(lora_run):
     base = models.load_model("embedded")
     unmerged = PeftModel.from_pretrained(base, str(lora_run.path / "adapter"))
@@ -93,8 +95,9 @@ def test_the_saved_adapter_is_plain_peft_with_the_trained_policys_answers(lora_r
     assert greedy_answers(unmerged.merge_and_unload()) == answers
 
 
+@pytest.mark.slow
 def test_full_finetuning_takes_the_lora_tuned_rate_and_saves_all_weights(lora_run, tmp_path):
-    full = run("--rank", "full", "--lr-from", lora_run.path, "--max_steps", 2, "--output_dir", tmp_path / "full")
+    full = run("--rank", "full", "--lr_from", lora_run.path, "--max_steps", 2, "--output_dir", tmp_path / "full")
     assert full.learning_rate()["learning_rate"] == 2**-8 * (8 / 128) ** 0.5  # r = 8 of m = 128 outputs
     assert LRRecord.load(full.path).scheme == "FFT"
     weights = load_file(full.path / "model" / "model.safetensors")
@@ -103,12 +106,13 @@ def test_full_finetuning_takes_the_lora_tuned_rate_and_saves_all_weights(lora_ru
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_starting_from_a_lora_run_begins_at_its_accuracy_with_full_finetuning(lora_run, tmp_path):
-    run_ = run("--start-from", lora_run.path, "--max_steps", 1, "--output_dir", tmp_path / "on")
+    run_ = run("--start_from", lora_run.path, "--max_steps", 1, "--output_dir", tmp_path / "on")
     assert run_.result().before == lora_run.result().score
     assert run_.learning_rate()["learning_rate"] == 2**-8 * (8 / 128) ** 0.5
     assert LRRecord.load(run_.path).rank is None
-    further = run("--start-from", run_.path, "--rank", 4, "--max_steps", 1, "--output_dir", tmp_path / "further")
+    further = run("--start_from", run_.path, "--rank", 4, "--max_steps", 1, "--output_dir", tmp_path / "further")
     assert further.result().before == run_.result().score
 
 
@@ -116,7 +120,7 @@ def test_a_run_that_starts_from_another_has_its_task_unless_one_is_given(tmp_pat
     earlier = RunFolder.create(str(tmp_path / "earlier"), "")
     earlier.start({"task": "differences"})
     for flags, task in ([], "differences"), (["--task", "arithmetic"], "arithmetic"):
-        arguments, _, given = parse(["--start-from", str(earlier.path), *flags])
+        arguments, _, given = parse(["--start_from", str(earlier.path), *flags])
         assert (arguments.task, given["task"]) == (task, task)
     assert parse([])[0].task == "arithmetic"
 
@@ -128,8 +132,8 @@ def test_a_run_that_starts_from_another_model_refuses_model_also_where_it_is_the
     (tmp_path / "c.yaml").write_text("model: embedded\n")
     model = ["--config", str(tmp_path / "c.yaml")] if config else ["--model", "embedded"]
     with pytest.raises(UserError, match="earlier brings its own model, smollm2: drop --model"):
-        parse(["--start-from", str(earlier.path), *model])
-    assert parse(["--start-from", str(earlier.path)])[0].model == "smollm2"
+        parse(["--start_from", str(earlier.path), *model])
+    assert parse(["--start_from", str(earlier.path)])[0].model == "smollm2"
     arguments, _, given = parse(["--model", "embedded", "--task", "arithmetic"])
     assert (arguments.model, given) == ("embedded", {})
 
@@ -155,10 +159,11 @@ def test_a_damaged_checkpoint_is_refused_by_file_before_anything_changes(lora_ru
         path.write_bytes(whole)
 
 
+@pytest.mark.slow
 def test_the_record_of_another_base_model_is_refused(lora_run, tmp_path):
-    on = run("--start-from", lora_run.path, "--max_steps", 1, "--output_dir", tmp_path / "on")
+    on = run("--start_from", lora_run.path, "--max_steps", 1, "--output_dir", tmp_path / "on")
     with pytest.raises(UserError, match="record of another base model"):
-        run("--lr-from", on.path, "--output_dir", tmp_path / "refused")
+        run("--lr_from", on.path, "--output_dir", tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
 
 
@@ -186,7 +191,7 @@ def test_a_config_file_says_the_same_as_flags_and_flags_win(tmp_path, monkeypatc
     ],
 )
 def test_target_modules_are_names_with_spaces_or_commas_or_an_expression(flags, targets):
-    _, adapter_arguments, _ = parse(["--target-modules", *flags])
+    _, adapter_arguments, _ = parse(["--target_modules", *flags])
     assert adapter_arguments.adapter("mlp").target_modules == targets
 
 
@@ -204,6 +209,7 @@ def test_every_grpo_config_field_is_a_flag():
         "isolation",
         "held_out_steps",
         "held_out_problems",
+        "patience",
         "vllm_sync",
         "completions_per_step",
     }
@@ -231,11 +237,13 @@ def test_defaults_are_the_papers_recipe():
     assert str(arguments.optim.value).startswith("adamw_torch")
 
 
+@pytest.mark.slow
 def test_without_a_rate_the_shipped_record_gives_it_and_the_run_says_so(tmp_path):
     run_ = run("--rank", 4, "--max_steps", 1, "--output_dir", tmp_path / "r")
     assert "shipped record" in run_.learning_rate()["reason"]
 
 
+@pytest.mark.slow
 def test_a_reference_policy_sees_the_adapter_we_attached(tmp_path):
     """TRL copies a pre-attached adapter into "ref" where beta != 0; the copy starts as the policy, and stays."""
     run_ = run("--rank", 4, "--lr", 1e-3, "--beta", 0.1, "--max_steps", 2, "--output_dir", tmp_path / "r")
@@ -258,6 +266,7 @@ def poison(monkeypatch, steps):
     monkeypatch.setattr(GRPOTrainer, "training_step", poisoned)
 
 
+@pytest.mark.slow
 def test_a_step_for_which_no_reward_has_a_score_does_not_end_the_run(tmp_path, monkeypatch):
     scores = iter([[None] * 16, [0.0, 1.0] * 8])
 
@@ -271,6 +280,7 @@ def test_a_step_for_which_no_reward_has_a_score_does_not_end_the_run(tmp_path, m
     assert LRRecord.load(run_.path).learning_rate == 1e-3
 
 
+@pytest.mark.slow
 def test_a_run_whose_rewards_never_gave_a_score_says_so_and_leaves_no_record(tmp_path, monkeypatch):
     def silent(prompts, completions, **columns):
         return [None] * len(completions)
@@ -283,6 +293,7 @@ def test_a_run_whose_rewards_never_gave_a_score_says_so_and_leaves_no_record(tmp
     assert not (tmp_path / "r" / "lr_record.json").exists()
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_is_named_with_its_line_below_the_progress_bar(tmp_path, monkeypatch, capsys):
     def broken(prompts, completions, **columns):
         raise KeyError("gold")
@@ -297,14 +308,16 @@ def test_a_reward_that_fails_is_named_with_its_line_below_the_progress_bar(tmp_p
     assert "| 0/1 [" in drawn and drawn.endswith("\n")
 
 
+@pytest.mark.slow
 def test_the_closing_lines_name_no_command_that_would_be_refused(tmp_path, capsys):
     run("--rank", 4, "--init", "A", "--lr", 1e-6, "--max_steps", 1, "--output_dir", tmp_path / "a")
     assert "--rank full" not in capsys.readouterr().out
-    targets = ["--target-modules", "all-linear"]
+    targets = ["--target_modules", "all-linear"]
     run("--rank", 4, "--lr", 1e-6, "--max_steps", 1, *targets, "--output_dir", tmp_path / "b")
-    assert "--target-modules all-linear --rank full" in capsys.readouterr().out
+    assert "--target_modules all-linear --rank full" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_diverged_run_says_so_and_leaves_no_record(tmp_path, monkeypatch):
     poison(monkeypatch, range(9))
     with pytest.raises(Diverged, match="3 steps in a row, up to step 3"):
@@ -314,6 +327,7 @@ def test_a_diverged_run_says_so_and_leaves_no_record(tmp_path, monkeypatch):
         LRRecord.load(tmp_path / "r")
 
 
+@pytest.mark.slow
 def test_one_bad_gradient_is_left_out_and_marked(tmp_path, monkeypatch):
     poison(monkeypatch, [1, 2])
     run_ = run("--rank", 4, "--lr", 1e-3, "--max_steps", 5, "--output_dir", tmp_path / "r")
@@ -337,13 +351,13 @@ def test_one_bad_gradient_is_left_out_and_marked(tmp_path, monkeypatch):
         (["--lr", "nan"], "between 0 and 1"),
         (["--lr", "10"], "between 0 and 1"),
         (["--lr", "1e-3", "--learning_rate", "1e-4"], "same thing"),
-        (["--lr", "1e-3", "--lr-from", "x"], "exclude each other"),
-        (["--lr-from", "nowhere.json"], "no LR record"),
-        (["--start-from", "nowhere"], "no run folder"),
+        (["--lr", "1e-3", "--lr_from", "x"], "exclude each other"),
+        (["--lr_from", "nowhere.json"], "no LR record"),
+        (["--start_from", "nowhere"], "no run folder"),
         (["--resume", "nowhere"], "no run folder"),
         (["--alpha", "two"], "multiplier"),
         (["--init", "A", "--rank", "4"], "Init"),
-        (["--target-modules", "nothing"], "nothing"),
+        (["--target_modules", "nothing"], "nothing"),
         (["--config", "nowhere.yaml"], "--config"),
         (["--num_generations", "7"], "divisible"),
         (["--use_vllm"], "vLLM"),
@@ -416,6 +430,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name_before_anything_is_writ
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.slow
 def test_a_tokenizer_with_tokens_that_the_model_lacks_is_refused_where_the_task_needs_them(tmp_path):
     models.load_model("embedded").save_pretrained(tmp_path / "m")
     tokenizer = models.load_tokenizer("embedded")

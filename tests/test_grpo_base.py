@@ -40,12 +40,14 @@ def lora_run(base_folder, tmp_path_factory):
     return grpo.train(*parsed(*flags, "--output_dir", tmp_path_factory.mktemp("lora") / "run")).path
 
 
+@pytest.mark.slow
 def test_full_finetuning_after_a_lora_is_held_to_the_policy_that_it_starts_from(lora_run, tmp_path):
-    flags = ["--start-from", lora_run, "--beta", 0.1, "--max_steps", 1, "--output_dir", tmp_path / "r"]
+    flags = ["--start_from", lora_run, "--beta", 0.1, "--max_steps", 1, "--output_dir", tmp_path / "r"]
     (kl,) = [line["kl"] for line in grpo.train(*parsed(*flags)).metrics() if "kl" in line]
     assert kl == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_lora_held_to_a_reference_policy_resumes_where_it_was(tmp_path):
     """The reference is an adapter beside the policy's own, and transformers loads the former alone."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -100,17 +102,17 @@ def test_a_tokenizer_without_an_end_token_is_refused_before_anything_is_written(
 
 
 def test_a_run_that_starts_from_another_loads_its_base_as_that_one_did(lora_run):
-    arguments, _, given = parsed("--start-from", lora_run)
+    arguments, _, given = parsed("--start_from", lora_run)
     assert arguments.model_init_kwargs == given["model_init_kwargs"] == json.loads(EAGER)
     assert load_base(arguments, str(lora_run))[0].config._attn_implementation == "eager"
-    parsed("--start-from", lora_run, "--model_init_kwargs", EAGER)
+    parsed("--start_from", lora_run, "--model_init_kwargs", EAGER)
     with pytest.raises(UserError, match=r"brings its own --model_init_kwargs, .*'eager'}: drop"):
-        parsed("--start-from", lora_run, "--model_init_kwargs", '{"attn_implementation": "sdpa"}')
+        parsed("--start_from", lora_run, "--model_init_kwargs", '{"attn_implementation": "sdpa"}')
 
 
 def test_the_precision_that_is_asked_for_is_that_of_a_merged_base_too(lora_run):
-    model, base = load_base(parsed("--start-from", lora_run, "--dtype", "bfloat16")[0], str(lora_run))
-    exact, same = load_base(parsed("--start-from", lora_run)[0], str(lora_run))
+    model, base = load_base(parsed("--start_from", lora_run, "--dtype", "bfloat16")[0], str(lora_run))
+    exact, same = load_base(parsed("--start_from", lora_run)[0], str(lora_run))
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert {weight.dtype for weight in exact.parameters()} == {torch.float32}
     assert base.fingerprint == same.fingerprint
@@ -124,10 +126,10 @@ def test_a_runs_tokenizer_goes_on_unless_another_is_given(base_folder, tmp_path)
     (tmp_path / "chat" / "config.json").write_text((base_folder / "config.json").read_text())
     earlier = RunFolder.create(str(tmp_path / "sft"), "")
     earlier.start({"model": "embedded", "task": "differences", "tokenizer_name": str(tmp_path / "chat")})
-    arguments, _, given = parsed("--start-from", earlier.path)
+    arguments, _, given = parsed("--start_from", earlier.path)
     assert load_tokenizer(arguments).chat_template == tokenizer.chat_template
     assert given["tokenizer_name"] == str(tmp_path / "chat")
-    arguments, _, _ = parsed("--start-from", earlier.path, "--tokenizer_name", base_folder)
+    arguments, _, _ = parsed("--start_from", earlier.path, "--tokenizer_name", base_folder)
     assert load_tokenizer(arguments).chat_template is None
 
 
@@ -165,6 +167,7 @@ def test_a_precision_has_a_flag_of_its_own(name):
         parsed("--model_init_kwargs", f'{{"{name}": "bfloat16"}}')
 
 
+@pytest.mark.slow
 def test_the_record_of_a_run_by_epochs_says_how_many_steps_it_took(base_folder, tmp_path):
     flags = ["--model", base_folder, "--rank", 4, "--lr", 2**-8, "--num_train_epochs", 0.0005]  # of 8192 / 2 steps
     record = LRRecord.load(grpo.train(*parsed(*flags, "--output_dir", tmp_path / "r")).path)

@@ -13,6 +13,7 @@ SMALL = ["--per_device_train_batch_size", "16", "--gradient_accumulation_steps",
 SMALL += ["--held_out_problems", "8", "--max_completion_length", "6", "--rank", "4", "--lr", "1e-9"]
 
 
+@pytest.mark.slow
 def test_the_time_of_a_step_counts_all_steps_since_training_began_logged_or_not(tmp_path, capsys):
     flags = ["--max_steps", "4", "--save_steps", "2", "--logging_steps", "2", "--output_dir", str(tmp_path / "run")]
     run = grpo.train(*parse([*SMALL, *flags]))
@@ -27,6 +28,7 @@ def test_the_time_of_a_step_counts_all_steps_since_training_began_logged_or_not(
     assert resumed["seconds_per_step"] == pytest.approx(resumed["seconds"] / 2)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_after_its_last_step_takes_no_other_when_it_is_resumed(tmp_path):
     flags = ["--max_steps", "2", "--save_steps", "2", "--output_dir", str(tmp_path / "run")]
     run = grpo.train(*parse([*SMALL, *flags]))
@@ -37,6 +39,7 @@ def test_a_run_that_was_cut_off_after_its_last_step_takes_no_other_when_it_is_re
     assert [line["step"] for line in run.metrics() if "loss" in line] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_its_optimizer_is_not_gone_on_from(tmp_path):
     """transformers would begin with a new optimizer and the schedule's warm-up."""
     flags = ["--max_steps", "2", "--save_steps", "1", "--save_only_model", "--output_dir", str(tmp_path / "run")]

@@ -96,12 +96,14 @@ def test_a_hub_out_of_reach_is_one_line_before_the_first_step(made_up_hub, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_has_ended_is_pushed_once_and_whole(made_up_hub, tmp_path):
     calls = made_up_hub().calls
     run("--push_to_hub", "--output_dir", tmp_path / "run")
     assert calls == ["create_repo", "upload_folder"]
 
 
+@pytest.mark.slow
 def test_a_push_that_fails_takes_nothing_with_it_and_says_how_to_push_by_hand(made_up_hub, tmp_path):
     made_up_hub("upload_folder")
     folder = tmp_path / "run"
@@ -138,6 +140,7 @@ def made_up_wandb(monkeypatch):
     return made
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_at_weights_and_biases(made_up_wandb, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "sums")
     folder = run("--report_to", "wandb", "--save_steps", 1, "--output_dir", tmp_path / "run").path

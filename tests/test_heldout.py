@@ -15,7 +15,7 @@ from mua_rl.evaluation.evaluation import Settings, evaluate
 from mua_rl.grpo import run as grpo
 from mua_rl.grpo.arguments import parse
 from mua_rl.grpo.setup import prepare
-from mua_rl.grpo.stacked.trainer import SideBySide
+from mua_rl.grpo.stacked.trainer import StackedTrainer
 from mua_rl.lm import models
 from mua_rl.lm.heldout import HeldOutResult, complete, end_ids, generate, held_out, score
 from mua_rl.lm.text import prompt_ids
@@ -133,5 +133,5 @@ def test_a_single_run_asks_its_held_out_problems_as_a_sweep_does(tmp_path, monke
     asked = []
     monkeypatch.setattr("mua_rl.lm.heldout.complete", lambda m, t, ids, *_: asked.extend(ids) or torch.tensor(ids))
     grpo.make_trainer(setup, arguments, RunFolder(tmp_path))[1]()
-    assert asked == list(SideBySide(arguments, [make_trial(4, "B", "1", -8, 0)]).problems.values())
+    assert asked == list(StackedTrainer(arguments, [make_trial(4, "B", "1", -8, 0)]).problems.values())
     assert tokenizer.decode(asked[0]).replace(" ", "") == "1+2*3="

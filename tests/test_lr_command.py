@@ -1,5 +1,7 @@
 """`python -m mua_rl.lr` says what a record gives, and why."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -83,6 +85,25 @@ def test_a_rank_that_cannot_be_is_refused(tmp_path, monkeypatch, capsys, rank):
 def test_an_exponent_that_cannot_be_is_refused(tmp_path, monkeypatch, capsys, exponent, rank):
     make_record().save(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, capsys, tmp_path, f"--rank-exponent={exponent}", *rank)
+        run(monkeypatch, capsys, tmp_path, f"--rank_exponent={exponent}", *rank)
     assert stop.value.code == 2
     assert "from 0 (the theory alone) to 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--lora_alpha", "--lora-alpha"])
+def test_pefts_lora_alpha_is_taken_and_alpha_of_its_size_is_refused(tmp_path, monkeypatch, capsys, flag):
+    make_record(scheme="Init[A]", alpha="2/r").save(tmp_path)
+    in_pefts_words = run(monkeypatch, capsys, tmp_path, "--rank", 32, flag, 64)
+    assert "α = 64/r, r = 32" in in_pefts_words
+    assert in_pefts_words == run(monkeypatch, capsys, tmp_path, "--rank", 32, "--alpha", "64/r")
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, capsys, tmp_path, "--rank", 32, "--alpha", 64)
+    assert stop.value.code == 2
+    assert "give lora_alpha (64)" in capsys.readouterr().err
+
+
+def test_help_takes_less_than_a_second_of_cpu_time():
+    before = os.times()
+    subprocess.run([sys.executable, "-m", "mua_rl.lr", "--help"], check=True, capture_output=True)
+    after = os.times()
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 1

@@ -223,6 +223,7 @@ def side(text):
     return match[1] if match else None
 
 
+@pytest.mark.slow
 def test_every_difference_from_math_verify_is_listed(suite):
     assert len(suite) > 250
     pairs, places, expected, gold_in_prose = [], [], [], 0

@@ -59,6 +59,7 @@ def pool():
     pool.close()
 
 
+@pytest.mark.slow
 def test_hostile_answers_are_not_right_and_end_in_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pool = WorkerPool(WORKER_MODULE, workers=2, seconds=0.5)
@@ -72,10 +73,12 @@ def test_hostile_answers_are_not_right_and_end_in_time(tmp_path, monkeypatch):
     assert gone_within(pids, 5)
 
 
+@pytest.mark.slow
 def test_the_pool_serves_on_after_kills(pool):
     assert pool.ask([("x^2 + 1", "9^{9^{9^{9}}}"), ("2x", "x+x")]) == ["timeout", "right"]
 
 
+@pytest.mark.slow
 def test_a_timeout_is_told_from_a_wrong_answer(pool):
     assert pool.ask([("x^2+1", "9^{9^{9^{9}}}"), ("x", "y")]) == ["timeout", "wrong"]
 
@@ -154,6 +157,7 @@ def test_more_lost_verdicts_than_one_in_a_hundred_are_told_once(monkeypatch, cap
     assert all(f"{lost} of 100 answers" in message for message in told)
 
 
+@pytest.mark.slow
 def test_limits_hold_off_the_main_thread(pool):
     verdicts = []
     pairs = [("x^2+1", "9^{9^{9^{9}}}"), ("2x", "x+x")]
@@ -259,6 +263,7 @@ def test_a_bad_worker_count_is_refused(monkeypatch, value):
         worker_pool._workers_from_environment()
 
 
+@pytest.mark.slow
 def test_memory_is_bounded():
     pool = WorkerPool(WORKER_MODULE, workers=1, seconds=20.0)
     worker_limit = worker_pool.WORKER_MEMORY_BYTES

@@ -16,6 +16,8 @@ from mua_rl.grpo.base import load_base
 from mua_rl.lm import models
 from mua_rl.run.folder import RunFolder
 
+pytestmark = pytest.mark.slow  # what is tested starts training
+
 SMALL = ["--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1", "--report_to", "none"]
 SMALL += ["--held_out_steps", "0", "--held_out_problems", "8", "--max_completion_length", "6", "--warmup_steps", "0"]
 SMALL += ["--rank", "4", "--lr", "0.01", "--max_steps", "2"]
@@ -26,7 +28,7 @@ def chain(tmp_path_factory):
     """A LoRA run, and another that started from it."""
     folder = tmp_path_factory.mktemp("chain")
     grpo.train(*parse([*SMALL, "--output_dir", str(folder / "first")]))
-    grpo.train(*parse([*SMALL, "--start-from", str(folder / "first"), "--output_dir", str(folder / "second")]))
+    grpo.train(*parse([*SMALL, "--start_from", str(folder / "first"), "--output_dir", str(folder / "second")]))
     return folder
 
 
@@ -42,7 +44,7 @@ def same(one, other):
 
 def test_the_merged_policy_of_a_chain_is_the_one_that_a_next_run_would_start_from(chain, tmp_path, monkeypatch):
     command(monkeypatch, chain / "second", tmp_path / "out")
-    after = ["--start-from", str(chain / "second")]
+    after = ["--start_from", str(chain / "second")]
     expected, _ = load_base(parse(after)[0], str(chain / "second"))
     assert same(models.load_model(str(tmp_path / "out")), expected)
     assert not same(models.load_model("embedded"), expected)
@@ -58,7 +60,7 @@ def test_the_adapter_of_a_run_after_a_lora_run_names_the_command_that_makes_its_
     command(monkeypatch, chain / "first", tmp_path / "base")
     base = models.load_model(str(tmp_path / "base"))
     check_base(adapter, str(tmp_path / "base"), lambda: base)
-    after = ["--start-from", str(chain / "second")]
+    after = ["--start_from", str(chain / "second")]
     expected, _ = load_base(parse(after)[0], str(chain / "second"))
     assert same(PeftModel.from_pretrained(base, adapter).merge_and_unload(), expected)
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mua_rl.adapter.adapters import Full, LoRA, fingerprint
+from mua_rl.adapter.adapters import Full, LoRA
+from mua_rl.adapter.fingerprint import fingerprint
 from mua_rl.envs.tasks import get_task
 from mua_rl.errors import UserError
 from mua_rl.lm import models

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mua_rl.adapter.adapters import Full, LoRA
-from mua_rl.adapter.groups import learning_rates, named_groups, role_of, scale_learning_rates
+from mua_rl.adapter.groups import learning_rates, param_groups, role_of, scale_learning_rates
 
 
 class Net(nn.Module):
@@ -21,7 +21,7 @@ def names_by_group(model, groups):
 
 def test_lora_parameters_are_grouped_by_matrix():
     model = LoRA(4, target_modules=["first", "last"]).attach(Net())
-    groups = named_groups(model, {"lora_A": 1e-3, "lora_B": 2e-3})
+    groups = param_groups(model, {"lora_A": 1e-3, "lora_B": 2e-3})
     found = names_by_group(model, groups)
     prefix = "base_model.model."
     assert found["lora_A"] == [f"{prefix}{layer}.lora_A.default.weight" for layer in ("first", "last")]
@@ -31,7 +31,7 @@ def test_lora_parameters_are_grouped_by_matrix():
 
 def test_full_finetuning_is_one_role_with_and_without_decay():
     model = Full().attach(Net())
-    groups = named_groups(model, {"full": 1e-3}, 0.1, decayed=["first.weight", "last.weight"])
+    groups = param_groups(model, {"full": 1e-3}, 0.1, decayed=["first.weight", "last.weight"])
     found = names_by_group(model, groups)
     assert found["full"] == ["first.weight", "last.weight"]
     assert found["full/no_decay"] == ["first.bias", "last.bias", "norm.bias", "norm.weight"]
@@ -40,12 +40,12 @@ def test_full_finetuning_is_one_role_with_and_without_decay():
 
 def test_a_trained_parameter_without_a_rate_is_an_error():
     with pytest.raises(ValueError, match="role full"):
-        named_groups(Full().attach(Net()), {"lora_A": 1e-3})
+        param_groups(Full().attach(Net()), {"lora_A": 1e-3})
 
 
 def test_a_role_without_parameters_is_an_error():
     with pytest.raises(ValueError, match="role lora_A"):
-        named_groups(Full().attach(Net()), {"full": 1e-3, "lora_A": 1e-3})
+        param_groups(Full().attach(Net()), {"full": 1e-3, "lora_A": 1e-3})
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_roles_are_read_from_whole_path_segments(name, role):
 
 def test_scaling_keeps_the_ratio_between_groups_and_starts_from_the_peak():
     model = LoRA(4, target_modules=["first"]).attach(Net())
-    optimizer = torch.optim.AdamW(named_groups(model, {"lora_A": 1e-3, "lora_B": 4e-3}))
+    optimizer = torch.optim.AdamW(param_groups(model, {"lora_A": 1e-3, "lora_B": 4e-3}))
     for factor in (0.5, 0.25):  # twice: it must not compound
         scale_learning_rates(optimizer, factor)
         assert learning_rates(optimizer) == {"lora_A": factor * 1e-3, "lora_B": factor * 4e-3}

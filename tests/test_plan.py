@@ -140,7 +140,7 @@ def run(monkeypatch, capsys, *arguments):
 
 
 def test_the_command_says_what_to_type(monkeypatch, capsys):
-    printed = run(monkeypatch, capsys, "embedded", "--gpus", "2", "--completion-length", "32")
+    printed = run(monkeypatch, capsys, "embedded", "--gpus", "2", "--completion_length", "32")
     assert "tokens/s (estimate)" in printed
     last = printed.strip().splitlines()[-1]
     assert last.startswith("accelerate launch --config_file $(python -m mua_rl.accelerate_configs ddp)")
@@ -160,7 +160,7 @@ def test_the_command_says_what_to_type(monkeypatch, capsys):
         (["embedded", "--rank", "-1"], "--rank takes"),
         (["embedded", "--gpus", "0"], "--gpus takes a positive number"),
         (["embedded", "--gpus", "3"], "cannot be shared by 3 GPUs"),
-        (["embedded", "--gpu-memory", "nan"], "--gpu-memory takes a positive number"),
+        (["embedded", "--gpu_memory", "nan"], "--gpu_memory takes a positive number"),
         (["--params", "70b", "--rank", "full"], "no layout fits"),
     ],
 )

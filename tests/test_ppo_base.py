@@ -17,7 +17,8 @@ stable_baselines3 = pytest.importorskip("stable_baselines3")
 from stable_baselines3.common.env_util import make_vec_env  # noqa: E402
 from stable_baselines3.common.vec_env import VecNormalize  # noqa: E402
 
-from mua_rl.adapter.adapters import LoRA, fingerprint  # noqa: E402
+from mua_rl.adapter.adapters import LoRA  # noqa: E402
+from mua_rl.adapter.fingerprint import fingerprint  # noqa: E402
 from mua_rl.envs.control import FAMILIES  # noqa: E402
 from mua_rl.errors import UserError  # noqa: E402
 from mua_rl.lr.record import LRRecord  # noqa: E402

@@ -76,3 +76,15 @@ def test_what_a_kill_in_the_middle_of_a_checkpoint_leaves_goes_with_the_next(tmp
     assert list_checkpoints(tmp_path) == []
     save_checkpoint(model, tmp_path / "checkpoint-512")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-512"]
+
+
+def test_each_rollouts_own_return_is_the_same_in_a_resumed_run(folder, tmp_path):
+    """Checkpoints restart the episodes, and only short ones have ended soon after."""
+
+    def own_returns(run):
+        return [(line["step"], line["rollout/return"]) for line in run.metrics() if "rollout/return" in line]
+
+    resumed = train(*parse(["--resume", str(folder)]))
+    flags = [*FLAGS, "--tensorboard_log", "none", "--output_dir", str(tmp_path / "unbroken")]
+    unbroken = train(*parse(flags))
+    assert own_returns(resumed) == own_returns(unbroken) != []

@@ -102,6 +102,7 @@ def test_every_option_of_sb3s_ppo_is_a_flag():
     assert set(inspect.signature(stable_baselines3.PPO).parameters) - {"env", "_init_setup_model"} <= ours
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_it_promises_and_its_record_gives_full_finetuning_the_same_rate(tmp_path):
     folder = run("--rank", "4", "--lr", "0.004", "--output_dir", str(tmp_path / "lora")).path
     present = {path.name for path in folder.iterdir()}
@@ -120,6 +121,7 @@ def test_a_run_leaves_what_it_promises_and_its_record_gives_full_finetuning_the_
     assert LRRecord.load(after.path).scheme == "FFT"
 
 
+@pytest.mark.slow
 def test_head_rate_stays_where_the_rest_scales(tmp_path):
     scaled = ["--alpha", "1/r", "--output_dir"]
     folder = run("--rank", "4", "--lr", "0.004", "--head_lr", "0.002", *scaled, str(tmp_path / "a"))
@@ -128,6 +130,7 @@ def test_head_rate_stays_where_the_rest_scales(tmp_path):
     assert record.learning_rate == pytest.approx(0.008) and record.other_learning_rates == {"head": 0.002}
 
 
+@pytest.mark.slow
 def test_the_heads_rate_is_that_of_the_record_that_gives_the_rest():
     shipped = set_up(*parse(["--rank", "8", "--alpha", "1/r"])[:2])
     assert (shipped.rate.value, shipped.model.head_learning_rate) == (8 * 2**-8, 2**-8)
@@ -139,10 +142,10 @@ def test_the_heads_rate_is_that_of_the_record_that_gives_the_rest():
 
 def test_the_rates_of_all_parts_come_from_one_look_at_where_they_come_from(tmp_path, monkeypatch):
     """Else a record, or a folder, that changes meanwhile would give the heads another's rate."""
-    import mua_rl.run.arguments as arguments
+    import mua_rl.run.learning_rate as resolving
 
-    looks, find_record, learning_rate = [], arguments.find_record, RunFolder.learning_rate
-    monkeypatch.setattr(arguments, "find_record", lambda *given: looks.append("record") or find_record(*given))
+    looks, find_record, learning_rate = [], resolving.find_record, RunFolder.learning_rate
+    monkeypatch.setattr(resolving, "find_record", lambda *given: looks.append("record") or find_record(*given))
     monkeypatch.setattr(RunFolder, "learning_rate", lambda run: looks.append("folder") or learning_rate(run))
     began = set_up(*parse([])[:2])
     folder = RunFolder.create(str(tmp_path / "run"), "")
@@ -178,6 +181,7 @@ def test_the_default_command_needs_no_flag(tmp_path, monkeypatch):
     assert "the shipped record ppo-cartpole" in reason and "guess" not in reason
 
 
+@pytest.mark.slow
 def test_yaml_and_flags_say_the_same(tmp_path):
     (tmp_path / "c.yaml").write_text("n_epochs: 2\nenv_kwargs: {pole_half_length: 1.2}\nrank: 4\nlr: 0.003\n")
     flags = ["--n_epochs", "2", "--env_kwargs", '{"pole_half_length": 1.2}', "--rank", "4", "--lr", "0.003"]
@@ -210,6 +214,7 @@ def test_a_killed_run_ends_where_the_unbroken_one_does(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [["--vec_normalize", "new"], ["--use_sde", "true"]], ids=["normalised", "gSDE"])
+@pytest.mark.slow
 def test_a_resumed_run_equals_the_unbroken_one_and_so_does_what_it_measures(kind, tmp_path, monkeypatch):
     flags = ["--env_id", "Pendulum-v1", "--base", "none", *kind, "--lr", "0.001", "--n_steps", "64"]
     flags += ["--total_timesteps", "4096", "--checkpoint_steps", "1024", "--n_envs", "4", "--n_epochs", "2"]
@@ -239,7 +244,7 @@ def test_a_resumed_run_equals_the_unbroken_one_and_so_does_what_it_measures(kind
 
 def test_a_resumed_run_trains_and_records_the_rates_that_it_began_with(tmp_path, monkeypatch):
     """Whatever the record that they came from says by then, and also where there is none any more."""
-    import mua_rl.run.arguments as arguments
+    import mua_rl.run.learning_rate as resolving
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
@@ -248,12 +253,13 @@ def test_a_resumed_run_trains_and_records_the_rates_that_it_began_with(tmp_path,
         patch.setattr(PPO, "learn", interrupt)
         run(*QUICK, "--output_dir", str(tmp_path / "run"))
     began = RunFolder(tmp_path / "run").learning_rate()
-    monkeypatch.delattr(arguments, "find_record")
+    monkeypatch.delattr(resolving, "find_record")
     setup = set_up(*parse(["--resume", str(tmp_path / "run")])[:2])
     assert (setup.rate.value, setup.rate.reason) == (began["learning_rate"], began["reason"])
     assert setup.model.head_learning_rate == began["head"] is not None
 
 
+@pytest.mark.slow
 def test_of_a_dictionary_the_vectors_are_normalised_in_training_and_on_held_out_episodes(tmp_path):
     flags = ["--env_id", "Mixed-v0", "--policy", "MultiInputPolicy", "--base", "none", "--vec_normalize", "new"]
     folder = run(*flags, "--rank", "full", "--lr", "0.001", "--output_dir", str(tmp_path / "r")).path
@@ -303,6 +309,7 @@ def test_a_module_that_registers_an_environment_may_be_named_with_it():
     assert envs.observation_space.shape == (4,)
 
 
+@pytest.mark.slow
 def test_a_non_finite_value_in_training_keeps_the_last_checkpoint(tmp_path):
     flags = [
         "--env_id",
@@ -363,9 +370,10 @@ def test_bad_input_is_refused_before_anything_is_written(flags, message, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_command_line_exits_with_2_and_one_line():
     outcome = subprocess.run(
-        [sys.executable, "-m", "mua_rl.ppo", "--env-id", "Nowhere-v0"], capture_output=True, text=True
+        [sys.executable, "-m", "mua_rl.ppo", "--env_id", "Nowhere-v0"], capture_output=True, text=True
     )
     assert outcome.returncode == 2 and outcome.stderr.strip().splitlines()[-1].startswith(
         "mua_rl: error: no environment"

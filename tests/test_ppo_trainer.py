@@ -12,10 +12,12 @@ from stable_baselines3.common.env_util import make_vec_env  # noqa: E402
 from stable_baselines3.common.utils import LinearSchedule  # noqa: E402
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize  # noqa: E402
 
-from mua_rl.adapter.adapters import Full, LoRA, lora_layers  # noqa: E402
+from mua_rl.adapter.adapters import Full, LoRA  # noqa: E402
+from mua_rl.adapter.targets import lora_layers  # noqa: E402
 from mua_rl.errors import Diverged, UserError  # noqa: E402
 from mua_rl.lr.rules import Scheme  # noqa: E402
-from mua_rl.ppo.trainer import HEADS, PPO, hidden_layers, resolve_layers  # noqa: E402
+from mua_rl.ppo.layers import HEADS, hidden_layers, resolve_layers  # noqa: E402
+from mua_rl.ppo.trainer import PPO  # noqa: E402
 
 SMALL = dict(n_steps=16, batch_size=16, n_epochs=2, seed=0, device="cpu", policy_kwargs={"net_arch": [16, 16]})
 HIDDEN = ["mlp_extractor.policy_net.2", "mlp_extractor.value_net.2"]
@@ -227,7 +229,7 @@ def test_a_head_may_carry_lora_and_is_then_not_trained_fully():
     assert {"value_net.weight", "log_std"} <= trained
 
 
-def test_a_rank_above_a_layers_size_and_a_network_without_hidden_layers_are_refused():
+def test_a_rank_above_every_layers_size_and_a_network_without_hidden_layers_are_refused():
     with pytest.raises(UserError, match="rank 17 exceeds"):
         ppo(adapter=lora(17))
     with pytest.raises(UserError, match="no layer of the policy matches"):
@@ -288,7 +290,8 @@ def test_plain_peft_puts_the_saved_adapter_onto_the_saved_base(tmp_path):
     model.save_adapter(tmp_path / "adapter")
     merged = weights(model.policy)
     base = stable_baselines3.PPO.load(tmp_path / "adapter" / "base_policy.zip", device="cpu")
-    assert changed(merged, weights(base.policy)) == {f"{name}.weight" for name in HIDDEN}
+    heads = {"action_net.weight", "action_net.bias", "value_net.weight", "value_net.bias", "log_std"}
+    assert changed(merged, weights(base.policy)) == {f"{name}.weight" for name in HIDDEN} | heads
     PeftModel.from_pretrained(base.policy, str(tmp_path / "adapter"))
     batch = observations(model)
     np.testing.assert_allclose(

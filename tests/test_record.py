@@ -8,10 +8,11 @@ import pytest
 from helpers import make_record
 
 from mua_rl.errors import UserError
-from mua_rl.lr.record import FILE_NAME, LRRecord, machine
+from mua_rl.lr.record import FILE_NAME, LRRecord
 from mua_rl.lr.rules import Configuration
 from mua_rl.lr.spec import FFT, AdapterSpec, AlphaRule, Scheme
-from mua_rl.lr.transfer import given, transfer
+from mua_rl.lr.transfer import LearningRate, transfer
+from mua_rl.run.machine import machine
 
 
 def test_a_record_comes_back_from_disk_as_it_was(tmp_path):
@@ -102,7 +103,7 @@ def test_a_missing_record_and_an_unfinished_run_are_told_apart(tmp_path):
 @pytest.mark.parametrize("value", [0, -1e-3, 1, 10, math.nan, math.inf])
 def test_an_unusable_learning_rate_is_refused(value):
     with pytest.raises(UserError, match="between 0 and 1"):
-        given(value)
+        LearningRate(value, "given by --lr")
 
 
 def test_at_the_records_own_configuration_the_policy_returns_its_rate_exactly():

@@ -21,6 +21,7 @@ def try_to_resume(folder):
     return done.stderr.strip().splitlines()[-1] if done.returncode else ""
 
 
+@pytest.mark.slow
 def test_no_two_processes_work_in_one_run_folder(tmp_path):
     run, _ = open_run(None, str(tmp_path / "run"), "x", {})
     assert "another process is at work" in try_to_resume(run.path)
@@ -29,6 +30,7 @@ def test_no_two_processes_work_in_one_run_folder(tmp_path):
     assert try_to_resume(run.path) == ""
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_leaves_the_folder_to_others(tmp_path):
     run = RunFolder.create(str(tmp_path / "run"), "x")
     (run.path / CONFIG).touch()
@@ -50,6 +52,7 @@ def test_resume_is_advised_also_where_a_run_has_no_checkpoint_yet(tmp_path):
         RunFolder.create(str(tmp_path / "run"), "x")
 
 
+@pytest.mark.slow
 def test_a_grpo_run_that_was_killed_before_its_record_was_written_goes_on(tmp_path, monkeypatch):
     class Killed(BaseException):
         pass

@@ -10,7 +10,9 @@ from helpers import make_trial
 
 from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.stacked.checkpoint import Checkpoint, Checkpoints, mark, path_of
-from mua_rl.grpo.stacked.trainer import SideBySide, train_side_by_side
+from mua_rl.grpo.stacked.trainer import StackedTrainer, train_side_by_side
+
+pytestmark = pytest.mark.slow  # what is tested starts training
 
 ARMS = [
     make_trial(rank=4, init="B", alpha="1", log2_lr=-8, seed=1),
@@ -33,7 +35,7 @@ def arguments(**changes):
 def train(trials, folder=None, kill_at=None, **changes):
     """A trainer that has trained, and its outcomes; killed after a step, in the middle of the next."""
     given = arguments(**changes)
-    trainer = SideBySide(given, trials)
+    trainer = StackedTrainer(given, trials)
     kept = Checkpoints(folder, given, trials, "mlp", trainer.base.fingerprint) if folder else None
     steps = []
 
@@ -68,7 +70,7 @@ def test_a_group_that_was_killed_ends_bitwise_where_it_would_have(tmp_path, whol
     assert "4 trials go on from step 2" in capsys.readouterr().out
     expected, outcomes_expected = whole
     assert same(outcomes, outcomes_expected)
-    assert outcomes[1].stopped == "hopeless"
+    assert outcomes[1].reason == "hopeless"
     for ours, theirs in zip(trainer.states, expected.states, strict=True):
         assert same(ours.history, theirs.history)
         assert len(ours.history) == LAST
@@ -161,7 +163,7 @@ def test_settings_without_effect_may_change(tmp_path):
 )
 def test_checkpoints_are_written_as_often_as_the_trainers_own_flags_say(tmp_path, changes, written):
     given = arguments(**changes)
-    trainer, seen = SideBySide(given, ARMS[:1]), []
+    trainer, seen = StackedTrainer(given, ARMS[:1]), []
     kept = Checkpoints(tmp_path, given, ARMS[:1], "mlp", trainer.base.fingerprint)
     trainer.train(lambda step, _: seen.append(mark(tmp_path, ARMS[0])), None, kept)
     last = mark(tmp_path, ARMS[0])

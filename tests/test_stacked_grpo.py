@@ -9,13 +9,16 @@ from helpers import make_trial
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import RepeatSampler
 
-from mua_rl.adapter.adapters import LoRA, adapter_for, load_adapter, lora_layers, lora_matrices
-from mua_rl.errors import UserError
+from mua_rl.adapter.adapters import LoRA, adapter_for, load_adapter
+from mua_rl.adapter.targets import lora_layers, lora_matrices
+from mua_rl.errors import Unscored, UserError
 from mua_rl.grpo.arguments import GRPOArguments
-from mua_rl.grpo.stacked.generation import Decoder, choose, share
-from mua_rl.grpo.stacked.settings import check_dropout, device_of
+from mua_rl.grpo.stacked.cache import share
+from mua_rl.grpo.stacked.generation import Decoder, Sampling, choose
+from mua_rl.grpo.stacked.prompts import prompt_order
+from mua_rl.grpo.stacked.settings import check_base, device_of
 from mua_rl.grpo.stacked.stack import LoRAStack
-from mua_rl.grpo.stacked.trainer import SideBySide, prompt_order, train_side_by_side
+from mua_rl.grpo.stacked.trainer import StackedTrainer, train_side_by_side
 from mua_rl.lm import models
 from mua_rl.lm.heldout import held_out
 from mua_rl.run.folder import RunFolder
@@ -35,7 +38,7 @@ def arguments(**changes):
 
 
 def side_by_side(trials, **changes):
-    return SideBySide(arguments(**changes), trials)
+    return StackedTrainer(arguments(**changes), trials)
 
 
 def matrices(trainer, number):
@@ -66,8 +69,8 @@ def test_an_arm_among_others_equals_the_same_arm_alone(number):
     together, alone = side_by_side(MIXED), side_by_side([MIXED[number]])
     for trainer in (together, alone):
         trainer.seen = []
-        answer = trainer.decoder.answer
-        trainer.decoder.answer = lambda *a, answer=answer, t=trainer: t.seen.append(answer(*a)) or t.seen[-1]
+        complete = trainer.decoder.complete
+        trainer.decoder.complete = lambda *a, complete=complete, t=trainer: t.seen.append(complete(*a)) or t.seen[-1]
     for _ in range(3):
         ours, theirs = together.step()[number], alone.step()[0]
         assert together.seen[-1].tokens[number].tolist() == alone.seen[-1].tokens[0].tolist()
@@ -79,6 +82,7 @@ def test_an_arm_among_others_equals_the_same_arm_alone(number):
     assert together.seen[0].tokens[number].tolist() not in others
 
 
+@pytest.mark.slow
 def test_ranks_are_padded_with_zeros_that_stay_zero():
     trainer = side_by_side(MIXED)
     for _ in range(3):
@@ -90,6 +94,7 @@ def test_ranks_are_padded_with_zeros_that_stay_zero():
 
 
 @pytest.mark.parametrize("fault", ["learning rate", "nan"])
+@pytest.mark.slow
 def test_an_arm_that_goes_wrong_changes_nothing_in_the_others(fault):
     wrong = make_trial(rank=4, init="B", alpha="1", log2_lr=math.log2(10), seed=5)
     trials = [MIXED[0], wrong, MIXED[2]]
@@ -106,13 +111,31 @@ def test_an_arm_that_goes_wrong_changes_nothing_in_the_others(fault):
         assert dataclasses.replace(outcomes[number], seconds=0) == dataclasses.replace(expected[number], seconds=0)
         all_close(matrices(trainer, number), matrices(without, number), rtol=1e-4, atol=1e-6)
         assert math.isfinite(outcomes[number].score)
-    assert outcomes[1].status is Status.DIVERGED
+    assert outcomes[1].status is (Status.DIVERGED if fault == "nan" else Status.WORSE)
     assert (expected[1].reason, expected[1].steps, expected[1].status) == ("no", 1, Status.STOPPED)
     if fault == "nan":
         assert outcomes[1].steps == 4
         assert "not finite in 3 steps" in outcomes[1].reason
         assert math.isnan(outcomes[1].score)
         assert trainer.stack.active == [0, 2]
+
+
+def test_a_trial_that_cannot_learn_any_more_is_stopped_with_cause_and_cure_and_the_others_go_on():
+    ruined = make_trial(rank=4, init="B", alpha="1", log2_lr=math.log2(10), seed=5)
+    trainer = side_by_side([MIXED[0], ruined], max_steps=9, patience=4)
+    ours, theirs = trainer.train()
+    assert (ours.status, ours.steps) == (Status.OK, 9)
+    assert (theirs.status, math.isnan(theirs.score)) == (Status.STOPPED, True)
+    assert 4 < theirs.steps < 9
+    assert "try a quarter" in theirs.reason
+    assert side_by_side([ruined], max_steps=9, patience=0).train()[0].status is Status.WORSE
+
+
+def test_a_group_of_which_no_trial_could_ever_learn_ends_at_once_and_says_why():
+    trainer, steps = side_by_side(MIXED, max_steps=30, patience=3, max_completion_length=1), []
+    with pytest.raises(Unscored, match="cut off at 1 tokens"):
+        trainer.train(lambda step, metrics: steps.append(step))
+    assert steps == [1, 2, 3]
 
 
 def test_every_arm_has_its_own_learning_rate_and_the_schedule_of_a_single_run():
@@ -144,9 +167,9 @@ def test_accuracy_is_that_of_a_single_run_and_a_saved_adapter_is_the_arm(tmp_pat
     ids = torch.randint(3, 100, (2 * 3, 7), generator=torch.Generator().manual_seed(0))
     ours = trainer.gradient.log_probs(ids[:, :-1], ids[:, 1:]).detach()
     for number, trial in enumerate(trainer.trials):
-        trainer.save_adapter(number, tmp_path / str(number))
+        trainer.stack.save_adapter(number, tmp_path / str(number))
         loaded = load_adapter(models.load_model("embedded"), tmp_path / str(number), trainable=False)
-        assert loaded.peft_config["default"].r == trial.rank
+        assert loaded.peft_config["default"].r == trial.spec.rank
         with torch.no_grad():
             theirs = loaded(ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
         rows = slice(3 * number, 3 * number + 3)
@@ -155,6 +178,7 @@ def test_accuracy_is_that_of_a_single_run_and_a_saved_adapter_is_the_arm(tmp_pat
     assert after[0].completions != before.completions
 
 
+@pytest.mark.slow
 def test_arms_learn_and_a_hopeless_one_is_ended_by_name(tmp_path):
     trials = [make_trial(8, "B", "1", -7, 1), make_trial(8, "B", "1", -30, 1)]
     seen = []
@@ -246,7 +270,7 @@ def padded_prompts():
 
 
 def decoder(model, fixed, ends=(4,), at_once=None):
-    return Decoder(model, list(ends), 0, 9, torch.no_grad, at_once, fixed)
+    return Decoder(model, Sampling(list(ends), 0, 9), at_once, fixed=fixed)
 
 
 @pytest.mark.parametrize("fixed", [False, True])
@@ -352,10 +376,10 @@ def test_a_base_with_dropout_is_refused_unless_it_can_be_turned_off(where, tmp_p
     for disabled in (False, True):
         loaded = models.load_model(str(tmp_path))
         if disabled and where == "layer":
-            check_dropout(loaded, disabled)
+            check_base(loaded, disabled)
         else:
             with pytest.raises(UserError, match="dropout, which .* has: " + ("run" if disabled else "set")):
-                check_dropout(loaded, disabled)
+                check_base(loaded, disabled)
     with pytest.raises(UserError, match=r"dropout, which .* has: set --disable_dropout true, or run the trials singly"):
         side_by_side(MIXED, model=str(tmp_path))
 

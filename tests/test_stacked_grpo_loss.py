@@ -4,13 +4,13 @@ import pytest
 import torch
 from helpers import make_trial
 
-from mua_rl.adapter.adapters import lora_layers, lora_matrices
+from mua_rl.adapter.targets import lora_layers, lora_matrices
 from mua_rl.grpo import run as grpo
 from mua_rl.grpo.arguments import parse
 from mua_rl.grpo.setup import prepare
-from mua_rl.grpo.stacked.generation import Answers
-from mua_rl.grpo.stacked.objective import completion_weights, group_advantages
-from mua_rl.grpo.stacked.trainer import SideBySide
+from mua_rl.grpo.stacked.generation import Completions
+from mua_rl.grpo.stacked.scoring import completion_weights, group_advantages
+from mua_rl.grpo.stacked.trainer import StackedTrainer
 from mua_rl.run.folder import RunFolder
 
 ARM = make_trial(rank=4, init="B", alpha="1", log2_lr=-10, seed=1)
@@ -55,7 +55,7 @@ def test_loss_and_gradient_are_trls_on_the_same_batch(flags, tmp_path, monkeypat
     expected.backward()
 
     arguments, _, _ = parse([*FLAGS, *flags])
-    ours = SideBySide(arguments, [ARM])
+    ours = StackedTrainer(arguments, [ARM])
     with torch.no_grad():
         matrices = [lora_matrices(layer) for _, layer in lora_layers(trainer.model)]
         for (_, a, b), (their_a, their_b) in zip(ours.stack.matrices(0), matrices, strict=True):
@@ -63,14 +63,13 @@ def test_loss_and_gradient_are_trls_on_the_same_batch(flags, tmp_path, monkeypat
             b.copy_(their_b)
     mask = batch["completion_ids"] != trainer._tokenizer.pad_token_id  # also where TRL has masked a whole completion
     tokens, lengths = batch["completion_ids"][None], mask.sum(-1)[None]
-    answers = Answers(tokens, lengths, torch.ones(1, dtype=torch.bool))
-    monkeypatch.setattr(ours.decoder, "answer", lambda *args: answers)
+    completions = Completions(tokens, lengths, torch.ones(1, dtype=torch.bool))
+    monkeypatch.setattr(ours.decoder, "complete", lambda *args: completions)
     position = {row["prompt"]: i for i, row in enumerate(ours.train_rows)}
     numbers = [position[row["prompt"]] for row in rows[::8]]
     ours.scoring.rows, ours.prompts = ours._read(ours.train_rows, numbers)
 
-    rollout = ours._roll_out([numbers])
-    losses = sum(map(ours.gradient.backward, ours.gradient.passes(rollout)))
+    losses = sum(map(ours.gradient.backward, ours.gradient.passes(ours._roll_out([numbers]))))
     torch.testing.assert_close(losses[0], expected.detach(), rtol=1e-5, atol=1e-6)
     for layer, (a, b) in zip(ours.stack.layers.values(), matrices, strict=True):
         torch.testing.assert_close(layer.a.grad[0], a.grad, rtol=1e-4, atol=1e-6)

@@ -13,15 +13,16 @@ from stable_baselines3.common.env_util import make_vec_env  # noqa: E402
 from stable_baselines3.common.logger import Logger  # noqa: E402
 from stable_baselines3.common.vec_env import VecNormalize  # noqa: E402
 
+from mua_rl.adapter.adapters import adapter_for  # noqa: E402
 from mua_rl.errors import UserError  # noqa: E402
 from mua_rl.ppo.arguments import PPOArguments  # noqa: E402
 from mua_rl.ppo.base import read_base_policy  # noqa: E402
 from mua_rl.ppo.stacked.policy import StackedPolicy, build_policy  # noqa: E402
 from mua_rl.ppo.stacked.rollouts import generalized_advantages  # noqa: E402
-from mua_rl.ppo.stacked.trainer import SideBySide, ppo_options, train_side_by_side  # noqa: E402
+from mua_rl.ppo.stacked.trainer import StackedPPO, ppo_options, train_side_by_side  # noqa: E402
 from mua_rl.ppo.stacked.update import (  # noqa: E402
-    Rollout,
     StackedAdam,
+    Transitions,
     clipped,
     gradient_and_kl,
     loss_and_kl,
@@ -63,7 +64,8 @@ def single_run(base, trial, options=None, env_id=CARTPOLE):
     given = arguments(env_id, seed=trial.seed, **(options or {}))
     envs = make_vec_env(env_id, n_envs=2, seed=trial.seed)
     model = PPO.from_base(
-        base, envs, adapter=trial.adapter("hidden"), device="cpu", learning_rate=given.schedule(trial.learning_rate),
+        base, envs, adapter=adapter_for(trial.spec, "hidden"), device="cpu",
+        learning_rate=given.schedule(trial.learning_rate),
         **given.sb3_options(),
     )  # fmt: skip
     model.set_logger(Logger(None, []))
@@ -88,7 +90,7 @@ def buffer_as_rollout(model, trials=1):
     tensors = [t.flatten() if i >= 2 or (i == 1 and discrete) else t for i, t in enumerate(tensors)]
     if discrete:
         tensors[1] = tensors[1].long()
-    return Rollout(*(t.expand(trials, *t.shape).clone() for t in tensors))
+    return Transitions(*(t.expand(trials, *t.shape).clone() for t in tensors))
 
 
 def named_gradients(policy, gradient, trial=0):
@@ -117,7 +119,7 @@ def assert_same_weights(policy, model, rank, trial=0, **tolerance):
 
 
 @pytest.mark.parametrize("init", ["A", "B"])
-def test_arms_start_where_their_single_runs_start(bases, init):
+def test_trials_start_where_their_single_runs_start(bases, init):
     trials = [make_trial(rank, init, "1/r", -8.0, seed) for rank, seed in ((2, 0), (4, 0), (4, 7))]
     base = bases[PENDULUM]
     for k, trial in enumerate(trials):
@@ -147,7 +149,7 @@ def test_advantages_and_returns_are_sb3s(bases, env_id):
     torch.testing.assert_close(ours[0], torch.as_tensor(buffer.advantages), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("arm", [LORA, replace(LORA, spec=spec(4, "A", "1/r")), FFT], ids=["B", "A", "FFT"])
+@pytest.mark.parametrize("trial", [LORA, replace(LORA, spec=spec(4, "A", "1/r")), FFT], ids=["B", "A", "FFT"])
 @pytest.mark.parametrize(
     ("env_id", "options"),
     [
@@ -179,7 +181,7 @@ def test_an_update_on_sb3s_own_rollout_gives_sb3s_weights(bases, trial, env_id, 
         assert 0 < int(adam.steps) < settings.n_epochs * math.ceil(count / settings.batch_size)
 
 
-@pytest.mark.parametrize("arm", [LORA, FFT], ids=["LoRA", "FFT"])
+@pytest.mark.parametrize("trial", [LORA, FFT], ids=["LoRA", "FFT"])
 def test_loss_and_gradients_are_sb3s_to_rounding(bases, trial):
     """Against autograd through SB3's policy, on the first minibatch."""
     model = single_run(bases[PENDULUM], trial, env_id=PENDULUM)
@@ -198,7 +200,7 @@ def test_loss_and_gradients_are_sb3s_to_rounding(bases, trial):
         torch.testing.assert_close(gradient, theirs[sb3_name(name)].grad, rtol=1e-4, atol=1e-5)
 
 
-def test_adam_is_torchs_with_a_rate_and_a_count_of_steps_for_each_arm(bases):
+def test_adam_is_torchs_with_a_rate_and_a_count_of_steps_for_each_trial(bases):
     trials = [make_trial(None, "B", "1", rate, 0) for rate in (-8.0, -6.0, -7.0)]
     model = single_run(bases[CARTPOLE], FFT)
     policy, generator = stacked(model, bases[CARTPOLE], trials), torch.Generator().manual_seed(0)
@@ -227,13 +229,13 @@ def test_adam_is_torchs_with_a_rate_and_a_count_of_steps_for_each_arm(bases):
 
 
 def trained(trials, base, given):
-    trainer = SideBySide(given, trials, base)
+    trainer = StackedPPO(given, trials, base)
     return trainer, trainer.learn()
 
 
 @pytest.mark.parametrize("env_id", [CARTPOLE, PENDULUM])
 @pytest.mark.parametrize("full", [False, True], ids=["LoRA", "FFT"])
-def test_an_arm_among_others_equals_the_arm_alone(bases, env_id, full):
+def test_an_trial_among_others_equals_the_trial_alone(bases, env_id, full):
     trials = [
         make_trial(None if full else rank, "B", "1", lr, seed)
         for rank, lr, seed in ((2, -7, 0), (4, -8, 1), (3, -6, 2))
@@ -244,12 +246,12 @@ def test_an_arm_among_others_equals_the_arm_alone(bases, env_id, full):
         alone, (outcome,) = trained([trial], bases[env_id], given)
         for name, value in alone.policy.state_dict(0).items():
             torch.testing.assert_close(together.policy.state_dict(k)[name], value, rtol=1e-4, atol=1e-5)
-        for field in ("metric", "reward_mean", "reward_last", "before", "steps"):
+        for field in ("score", "reward_mean", "reward_last", "before", "steps"):
             assert getattr(outcomes[k], field) == pytest.approx(getattr(outcome, field), rel=1e-3)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["LoRA", "FFT"])
-def test_an_arm_at_a_rate_of_ten_changes_nothing_in_the_others(bases, full):
+def test_an_trial_at_a_rate_of_ten_changes_nothing_in_the_others(bases, full):
     trials = [make_trial(None if full else 4, "B", "1", lr, seed) for lr, seed in ((-8, 0), (-7, 1), (-6, 2))]
     wild = [trials[0], replace(trials[1], log2_lr=math.log2(10)), trials[2]]
     given = arguments(target_kl=0.0)
@@ -258,7 +260,7 @@ def test_an_arm_at_a_rate_of_ten_changes_nothing_in_the_others(bases, full):
     assert not torch.equal(calm[1], disturbed[1])
 
 
-def test_an_arm_that_leaves_the_finite_numbers_is_dropped_and_the_others_go_on(bases):
+def test_an_trial_that_leaves_the_finite_numbers_is_dropped_and_the_others_go_on(bases):
     trials = [replace(LORA, log2_lr=lr) for lr in (-8.0, 100.0, -7.0)]
     trainer, outcomes = trained(trials, bases[CARTPOLE], arguments(target_kl=0.0))
     assert trainer.alive.tolist() == [True, False, True]
@@ -281,7 +283,7 @@ def test_smaller_ranks_stay_zero_beyond_their_rank(bases):
 # Environments, files, refusals
 
 
-def test_environments_that_are_no_tensors_train_too_with_statistics_of_each_arms_own(tmp_path):
+def test_environments_that_are_no_tensors_train_too_with_statistics_of_each_trials_own(tmp_path):
     env_id = "MountainCarContinuous-v0"
     base = make_base(tmp_path, env_id, activation=torch.nn.ReLU, normalize=True)
     trials = [replace(LORA, seed=seed) for seed in (0, 1)]
@@ -305,7 +307,7 @@ def test_the_same_task_as_tensors_and_under_gymnasium_gives_the_same_kind_of_run
         assert outcome.steps == 192 and 5 < outcome.reward_mean < 60 and outcome.before > 5
 
 
-@pytest.mark.parametrize("arm", [LORA, FFT], ids=["LoRA", "FFT"])
+@pytest.mark.parametrize("trial", [LORA, FFT], ids=["LoRA", "FFT"])
 @pytest.mark.parametrize("env_id", [CARTPOLE, PENDULUM])
 def test_plain_sb3_loads_what_is_saved_and_acts_alike(bases, env_id, trial, tmp_path):
     trainer, _ = trained([replace(trial, seed=0), trial], bases[env_id], arguments(env_id))
@@ -332,14 +334,14 @@ def test_what_has_no_stacked_form_is_refused_and_the_message_says_to_run_singly(
     with pytest.raises(UserError, match="no trials"):
         train_side_by_side(arguments(), [], base)
     with pytest.raises(UserError, match="rank 17 exceeds"):
-        train_side_by_side(arguments(), [replace(LORA, rank=17)], base)
+        train_side_by_side(arguments(), [replace(LORA, spec=spec(17))], base)
     with pytest.raises(UserError, match="no environment"):
         train_side_by_side(arguments("NoSuchTask-v0"), [LORA], base)
     with pytest.raises(UserError, match="trained with observations"):
         train_side_by_side(arguments(PENDULUM), [LORA], base)
 
 
-def test_workers_share_out_the_arms_and_change_no_result(bases):
+def test_workers_share_out_the_trials_and_change_no_result(bases):
     trials = [replace(LORA, seed=seed) for seed in range(3)]
     one, two = (train_side_by_side(arguments(), trials, bases[CARTPOLE], workers=workers) for workers in (1, 2))
     assert [outcome.score for outcome in two] == pytest.approx([outcome.score for outcome in one])

@@ -102,7 +102,7 @@ def test_schemes_are_read_as_people_write_them():
 
 
 def test_every_flag_of_the_trainer_is_passed_on_and_the_sweeps_own_are_not():
-    request = parse(["--max_steps", "7", "--model", "smollm2", "--workers", "2", "--seed", "5", "--lr-from", "x"])
+    request = parse(["--max_steps", "7", "--model", "smollm2", "--workers", "2", "--seed", "5", "--lr_from", "x"])
     assert request.trainer_settings == {"max_steps": 7, "model": "smollm2"}
     assert request.seeds == (5, 6)
     assert parse(["--max_steps", "300", "--init", "B"]).comparable() == parse([]).comparable() == {"algo": "grpo"}
@@ -190,14 +190,14 @@ def test_a_sweep_ends_with_csv_report_figure_and_a_record_of_the_first_lora_curv
     assert {row.trial for row in rows.read(folder / "sweep.csv")} == set(runner.trials)
     assert (folder / "report.md").exists()
     assert list(folder.glob("*-curves.png"))
-    assert f"--rank full --lr-from {folder}" in text
+    assert f"--rank full --lr_from {folder}" in text
     assert "Init[B] α=1 r=8" in text
 
 
 def test_the_command_after_a_sweep_is_accepted_and_trains_on_what_the_sweep_was_about(sweep, tmp_path):
     (tmp_path / "my model").mkdir()
-    own = ["--model", str(tmp_path / "my model"), "--target-modules", "(.*[kq]_proj|up)", "--seed", "5"]
-    own += ["--max_steps", "7", "--lr-from", str(tmp_path), "--ranks", "8", "--seeds", "1"]
+    own = ["--model", str(tmp_path / "my model"), "--target_modules", "(.*[kq]_proj|up)", "--seed", "5"]
+    own += ["--max_steps", "7", "--lr_from", str(tmp_path), "--ranks", "8", "--seeds", "1"]
     text, folder, _ = sweep(*own, "--output_dir", str(tmp_path / "a sweep"))
     line = re.search("python -m mua_rl.grpo (.*)", text)[1]
     arguments, adapter, given = grpo_arguments.parse(shlex.split(line))
@@ -208,11 +208,12 @@ def test_the_command_after_a_sweep_is_accepted_and_trains_on_what_the_sweep_was_
 
 def test_a_record_that_a_sweep_wrote_gives_other_runs_their_rate(sweep):
     _, folder, _ = sweep()
-    again = parse(["--lr-from", str(folder)])
+    again = parse(["--lr_from", str(folder)])
     assert again.adapter.lr_from == str(folder)
     assert LRRecord.load(folder).configuration().rank == 32
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_and_repeats_nothing_and_more_ranks_can_be_added(sweep):
     _, _, first = sweep("--ranks", "8")
     _, _, second = sweep("--ranks", "8")
@@ -233,6 +234,7 @@ def test_resume_takes_the_sweeps_own_settings(sweep, tmp_path):
         parse(["--resume", str(folder), "--max_steps", "5"])
 
 
+@pytest.mark.slow
 def test_resume_goes_on_with_the_ranks_that_a_later_command_added(sweep):
     sweep("--ranks", "8")
     _, folder, _ = sweep("--ranks", "8", "full", "--time_limit", "1e-9")
@@ -505,6 +507,7 @@ def run_command(*flags):
     )
 
 
+@pytest.mark.slow
 def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
     run = run_command("--ranks", "many")
     assert run.returncode == 2
@@ -560,7 +563,7 @@ def test_a_ppo_sweep_from_command_to_record_and_on_to_full_finetuning(tmp_path):
     assert record.other_learning_rates == {"head": record.learning_rate}
     ppo = importlib.import_module("mua_rl.ppo.run")
     arguments, adapter, given = importlib.import_module("mua_rl.ppo.arguments").parse(
-        ["--rank", "full", "--lr-from", str(out), *steps]
+        ["--rank", "full", "--lr_from", str(out), *steps]
     )
     assert ppo.set_up(arguments, adapter).rate.value == record.learning_rate
     assert given["rank"] == "full"

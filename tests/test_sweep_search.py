@@ -2,6 +2,8 @@
 
 import math
 import random
+import statistics
+from collections import deque
 
 import pytest
 from helpers import make_trial, spec
@@ -220,3 +222,61 @@ def test_returns_below_zero_are_judged_by_their_gain():
     )
     fallen = [(k, -300 - 5 * k + 7 * (k % 3)) for k in range(50)]
     assert why_hopeless(fallen, [], 100).startswith("the reward fell")
+
+
+def constant_policy(seed, episodes_per_step, length, steps=50):
+    """What SB3 logs of a policy that does not change: the mean over its last 100 episodes, at each of 50 rollouts.
+
+    Args:
+        episodes_per_step: How many environments there are.
+        length: Length and return of an episode, from a generator.
+    """
+    draw, newest, curve = random.Random(seed), deque(maxlen=100), []
+    under_way = [[0, *length(draw)] for _ in range(episodes_per_step)]
+    for step in range(1, steps + 1):
+        for episode in under_way:
+            left = 128
+            while left:
+                taken = min(left, episode[1] - episode[0])
+                left, episode[0] = left - taken, episode[0] + taken
+                if episode[0] == episode[1]:
+                    newest.append(episode[2])
+                    episode[:] = [0, *length(draw)]
+        if newest:
+            curve.append((step * 128 * episodes_per_step, statistics.fmean(newest)))
+    return curve, steps * 128 * episodes_per_step
+
+
+EPISODES = {
+    "CartPole": lambda draw: (8 + int(draw.expovariate(1 / 12)),) * 2,
+    "Pendulum": lambda draw: (200, draw.gauss(-600, 350)),
+    "Acrobot": lambda draw: (n := min(500, 60 + int(draw.expovariate(1 / 60))), -float(n)),
+}
+
+
+def is_stopped(curve, steps, independent=None):
+    return any(why_hopeless(curve[: k + 1], [], steps, independent) for k in range(len(curve)))
+
+
+@pytest.mark.parametrize("task", EPISODES)
+def test_a_policy_that_does_not_change_is_stopped_in_at_most_one_run_of_a_hundred(task):
+    """Its rewards are running means over 100 episodes, of which the short ones end first."""
+    stopped = sum(is_stopped(*constant_policy(seed, 8, EPISODES[task])) for seed in range(100))
+    assert stopped <= 1
+
+
+@pytest.mark.parametrize("independent", [None, True])
+def test_independent_rewards_that_do_not_change_are_stopped_as_seldom(independent):
+    def white(seed):
+        draw = random.Random(seed)
+        return [(k, draw.gauss(0.4, 0.05)) for k in range(1, 61)]
+
+    assert sum(is_stopped(white(seed), 60, independent) for seed in range(200)) <= 2
+
+
+def test_a_collapse_of_independent_rewards_is_seen_at_the_next_tenth():
+    def collapsing(seed):
+        draw = random.Random(seed)
+        return [(k, draw.gauss(500 if k < 15 else 10, 80 if k < 15 else 2)) for k in range(1, 51)]
+
+    assert all(is_stopped(collapsing(seed)[:20], 50, independent=True) for seed in range(40))

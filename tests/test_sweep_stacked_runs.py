@@ -27,7 +27,7 @@ def conv1d_model(tmp_path):
 
 
 def test_arms_on_layers_that_cannot_be_stacked_go_singly_without_being_asked(conv1d_model):
-    request = parse(["--model", conv1d_model, "--ranks", "2", "--target-modules", "c_fc"])
+    request = parse(["--model", conv1d_model, "--ranks", "2", "--target_modules", "c_fc"])
     facts = find_facts(request)
     assert "take linear layers" in why_single(request, Trial(request.specs[0], -10.0, 0), facts.obstacle)
 

@@ -66,6 +66,7 @@ def runs(log, word="ends"):
 
 
 @pytest.mark.parametrize("location", ["study.journal", "sqlite:///{}/study.db"])
+@pytest.mark.slow
 def test_a_study_goes_through_its_searches_and_a_second_start_repeats_nothing(tmp_path, location):
     location = location.format(tmp_path) if "://" in location else str(tmp_path / location)
     log = tmp_path / "log"
@@ -263,6 +264,7 @@ def work_on(path, log, seconds):
 
 
 @pytest.mark.parametrize("location", ["study.journal", "sqlite:///{}/study.db"])
+@pytest.mark.slow
 def test_of_four_workers_one_is_killed_and_every_arm_is_done_once_and_none_lost(tmp_path, location):
     location = location.format(tmp_path) if "://" in location else str(tmp_path / location)
     log = tmp_path / "log"

@@ -12,7 +12,7 @@ from mua_rl.envs import tasks
 from mua_rl.envs.row_files import read_split
 from mua_rl.envs.tasks import checked, get_task, register_task, task_names
 from mua_rl.errors import UserError
-from mua_rl.run.folder import with_whole_paths
+from mua_rl.grpo.arguments import parse as parse_grpo
 
 GSM8K_ROWS = [
     {"question": "What is 2+3?", "answer": "It is 2+3=<<2+3=5>>5.\n#### 5"},
@@ -317,7 +317,7 @@ def test_a_spec_that_a_run_keeps_finds_its_file_from_any_folder(tmp_path, monkey
         "arithmetic",
         "reasoning-gym:chain_sum",
     ]
-    kept = [with_whole_paths({"task": spec})["task"] for spec in specs]
+    kept = [parse_grpo(["--task", spec])[2].get("task", spec) for spec in specs]
     assert kept == [f"jsonl:{tmp_path}/rows.jsonl", f"gsm8k:{tmp_path}", f"{tmp_path}/mine.py:NAME", *specs[3:]]
 
 

@@ -104,6 +104,7 @@ def test_options_are_literals_or_text():
 
 
 @pytest.mark.parametrize("name", sorted(set(DATASETS) - {"composite"}))
+@pytest.mark.slow
 def test_every_generator_is_a_task(name):
     """`composite` mixes other generators and needs to be told which."""
     if name in ("knight_swap", "futoshiki", "zebra_puzzles"):
@@ -171,6 +172,7 @@ def test_no_call_reaches_pythons_eval(name, answer):
 
 
 @pytest.mark.parametrize("name", sorted(EVALUATE_PYTHON | EVALUATE_SYMPY))
+@pytest.mark.slow
 def test_the_generators_own_answers_are_harmless(name):
     problems = reasoning_gym.create_dataset(name, seed=0, size=20)
     answers = [answer for answer in (problems[i]["answer"] for i in range(20)) if answer and "Integral" not in answer]

@@ -23,6 +23,7 @@ def run(path, *flags):
     return folder, steps
 
 
+@pytest.mark.slow
 def test_a_math_run_logs_the_watch_and_the_strict_check(tmp_path):
     rows = [{"question": f"{a}+{b}=", "answer": f"#### {a + b}"} for a in range(5) for b in range(5)]
     for name in ("train", "test"):
@@ -34,6 +35,7 @@ def test_a_math_run_logs_the_watch_and_the_strict_check(tmp_path):
     assert any("held_out/strict_accuracy" in line for line in folder.metrics())
 
 
+@pytest.mark.slow
 def test_a_code_run_logs_why_programs_failed(tmp_path):
     _, steps = run(tmp_path / "run", "--task", "one-liners")
     reasons = {"code/passed", "code/wrong", "code/error", "code/timeout", "code/no_code", "code/grader_fault"}

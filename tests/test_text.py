@@ -1,5 +1,8 @@
 """Prompts as a policy is asked them and its answers as rewards get them: templates, begun answers, tags."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -7,6 +10,7 @@ from transformers import AddedToken
 
 from mua_rl.envs.tasks import RESERVED_COLUMNS, Task, load_split, register_task
 from mua_rl.errors import UserError
+from mua_rl.evaluation.engines import VLLMEngine
 from mua_rl.evaluation.evaluation import Settings, evaluate
 from mua_rl.grpo import run as grpo
 from mua_rl.grpo.arguments import parse
@@ -126,6 +130,41 @@ def test_a_run_asks_begun_answers_and_rewards_tags_as_an_evaluation_does(with_ta
     completions = trainer._generate(prompts)[3]
     assert asked == prompt_ids(setup.tokenizer, prompts)
     assert completions == [[{"role": "assistant", "content": "<think>5</think>6"}]] * 16
+
+
+class _Engine:
+    """Stands in for vLLM's `LLM`: notes what it was asked, and gives token ids."""
+
+    def __init__(self, model, **options):
+        self.asked = []
+
+    def get_tokenizer(self):
+        return _Engine.tokenizer
+
+    def chat(self, prompts, parameters, **options):
+        self.asked.append(("chat", prompts))
+        ids = self.get_tokenizer()("<think>5</think>6<eos>")["input_ids"]
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids, text="56")]) for _ in prompts]
+
+    def generate(self, prompts, parameters, **options):
+        answers = self.chat(prompts, parameters)
+        self.asked[-1] = ("generate", prompts)
+        return answers
+
+
+def test_vllm_goes_on_with_begun_answers_and_keeps_tags(with_tags, monkeypatch):
+    fake = {"vllm": {"LLM": _Engine, "SamplingParams": dict}, "vllm.lora": {}, "vllm.lora.request": {"LoRARequest": 0}}
+    for name, contents in fake.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**contents))
+    _Engine.tokenizer = with_tags
+    engine = VLLMEngine("embedded", None, max_tokens=4, temperature=0.0)
+    assert engine.answer([[USER], [USER, BEGUN, USER]], 1, 0) == [["<think>5</think>6"]] * 2
+    assert engine.answer([[USER, BEGUN], [USER]], 1, 0) == [["<think>5</think>6"]] * 2
+    ids = prompt_ids(with_tags, [[USER, BEGUN], [USER]])
+    expected = [("chat", [[USER], [USER, BEGUN, USER]]), ("generate", [{"prompt_token_ids": one} for one in ids])]
+    assert engine._llm.asked == expected
+    with pytest.raises(UserError, match=r"refuses .*\(system, user\)"):
+        engine.answer([[SYSTEM, USER]], 1, 0)
 
 
 def test_a_template_that_refuses_the_task_writes_nothing(tokenizer, tmp_path):

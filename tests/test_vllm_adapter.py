@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer as trl_grpo_trainer
 
-from mua_rl.adapter.adapters import LoRA, lora_layers, lora_matrices
+from mua_rl.adapter.adapters import LoRA
+from mua_rl.adapter.targets import lora_layers, lora_matrices
 from mua_rl.errors import UserError
 from mua_rl.grpo import run as grpo
 from mua_rl.grpo.arguments import parse

@@ -12,7 +12,7 @@ import torch
 import trl
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
-from mua_rl.adapter.adapters import lora_layers, lora_matrices
+from mua_rl.adapter.targets import lora_layers, lora_matrices
 from mua_rl.errors import EngineFailed, UserError
 from mua_rl.grpo import run as grpo
 from mua_rl.grpo.arguments import parse as parse_grpo

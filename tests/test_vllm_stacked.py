@@ -13,9 +13,9 @@ from helpers import make_trial
 from mua_rl.errors import UserError
 from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.base import load_base
-from mua_rl.grpo.stacked import engine as vllm_rollouts
+from mua_rl.grpo.stacked import engine as stacked_engine
 from mua_rl.grpo.stacked import trainer as grpo
-from mua_rl.grpo.stacked.trainer import SideBySide
+from mua_rl.grpo.stacked.trainer import StackedTrainer
 from mua_rl.rollouts.correction import importance_ratio
 
 if find_spec("vllm") is None:
@@ -38,10 +38,10 @@ def side_by_side(trials, **changes):
     small = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "max_steps": 6, "use_vllm": True}
     given = GRPOArguments(**{**small, "report_to": "none", "held_out_problems": 24, **changes})
     padding = make_trial(8, "B", "1", -8, 9)  # the largest rank
-    trainer = SideBySide(given, trials if any(trial.rank == 8 for trial in trials) else [*trials, padding])
+    trainer = StackedTrainer(given, trials if any(trial.rank == 8 for trial in trials) else [*trials, padding])
     trainer.seen = []
-    answer = trainer._complete
-    trainer._complete = lambda *a, **k: trainer.seen.append(answer(*a, **k)) or trainer.seen[-1]
+    complete = trainer._complete
+    trainer._complete = lambda *a, **k: trainer.seen.append(complete(*a, **k)) or trainer.seen[-1]
     return trainer
 
 
@@ -156,12 +156,13 @@ def test_the_gradient_is_corrected_for_an_engine_with_another_policy(trained, mo
     """Against the correction of each completion in a row of its own."""
     monkeypatch.setattr(trained.arguments, "vllm_importance_sampling_mode", mode)
     monkeypatch.setattr(trained.arguments, "vllm_importance_sampling_clip_max", 1.2)
-    rollout = trained._roll_out([state.order[0] for state in trained.states])
-    rollout.answers.logps.add_(torch.randn(rollout.answers.logps.shape, generator=torch.Generator().manual_seed(0)) / 4)
-    (batch,) = trained.gradient.passes(rollout)
-    ours = trained.gradient.log_probs(batch.ids, batch.labels, batch.positions, batch.parts).detach()
+    scored = trained._roll_out([state.order[0] for state in trained.states])
+    logps = scored.completions.logps
+    logps.add_(torch.randn(logps.shape, generator=torch.Generator().manual_seed(0)) / 4)
+    (batch,) = trained.gradient.passes(scored)
+    ours = trained.gradient.log_probs(batch.ids, batch.labels, batch.positions, batch.segments).detach()
     found, engine = trained.gradient.importance(ours, batch).view(ours.shape), batch.logps.view(ours.shape)
-    completions = [batch.parts == part for part in range(1, int(batch.parts.max()) + 1)]
+    completions = [batch.segments == segment for segment in range(1, int(batch.segments.max()) + 1)]
     rows = [(row, completion[row]) for completion in completions for row in range(len(ours)) if completion[row].any()]
     assert len(rows) > 4
     for row, at in rows:
@@ -201,8 +202,8 @@ def test_an_engine_for_another_base_takes_the_place_of_the_one_before(trained, m
         return model, dataclasses.replace(base, fingerprint="another")
 
     monkeypatch.setattr(grpo, "load_base", changed)
-    assert list(vllm_rollouts._kept.values()) == [trained.engine]
+    assert list(stacked_engine._running.values()) == [trained.engine]
     trainer = side_by_side(ARMS)
-    assert list(vllm_rollouts._kept.values()) == [trainer.engine] != [trained.engine]
+    assert list(stacked_engine._running.values()) == [trainer.engine] != [trained.engine]
     assert max(values["rollout/logp_difference"] for values in trainer.step().values()) < EXACT
     assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & os.environ.keys()

@@ -2,7 +2,7 @@
 
 Importing this module registers the tasks. In code that does not import it, name it in the id, as Gymnasium provides
 for (since 1.0 it loads no entry points): `gymnasium.make("mua_rl.envs.control:mua_rl/CartPole-LongPole-v0")`; the same
-string works in `gymnasium.make_vec`, stable-baselines3's `make_vec_env` and `python -m mua_rl.ppo --env-id`.
+string works in `gymnasium.make_vec`, stable-baselines3's `make_vec_env` and `python -m mua_rl.ppo --env_id`.
 
 The nominal task of a family (`mua_rl/CartPole-v0`) has Gymnasium's own dynamics, rewards, spaces and time limit; a
 shifted one differs in the physical parameters named here and in nothing else. Any other value is a keyword of `make`:

@@ -162,7 +162,7 @@ DYNAMICS: dict[type, Any] = {
 
 
 @dataclass(frozen=True)
-class Task:
+class TensorTask:
     """A task that can be stepped as tensors.
 
     Attributes:
@@ -187,7 +187,7 @@ class Task:
         return low + (high - low) * random_numbers
 
 
-def tensor_task(env_id: str, env_kwargs: dict[str, Any] | None = None) -> Task | None:
+def tensor_task(env_id: str, env_kwargs: dict[str, Any] | None = None) -> TensorTask | None:
     """The task that `gymnasium.make(env_id, **env_kwargs)` builds, as tensors; None where it has no tensor version.
 
     Raises:
@@ -202,7 +202,7 @@ def tensor_task(env_id: str, env_kwargs: dict[str, Any] | None = None) -> Task |
         return None
     if getattr(bare, "_sutton_barto_reward", False):
         return None
-    return Task(dynamics(bare), spec.max_episode_steps, env.observation_space, env.action_space)
+    return TensorTask(dynamics(bare), spec.max_episode_steps, env.observation_space, env.action_space)
 
 
 class Step(NamedTuple):
@@ -236,7 +236,11 @@ class TensorEnvs:
     """
 
     def __init__(
-        self, task: Task, generators: Sequence[torch.Generator], envs_per_trial: int, device: torch.device | str = "cpu"
+        self,
+        task: TensorTask,
+        generators: Sequence[torch.Generator],
+        envs_per_trial: int,
+        device: torch.device | str = "cpu",
     ):
         self.task, self.generators, self.envs_per_trial, self.device = task, generators, envs_per_trial, device
         self.reset()

@@ -5,124 +5,149 @@ it has. What LoRA saves is plain PEFT: only the starting values of A and B are o
 (its default is `var 1/(3n)`, its "gaussian" `std 1/r`) nor Init[B] (A zero, B random).
 """
 
-import copy
-import hashlib
 import math
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast
+from typing import ClassVar
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 
 from mua_rl.adapter.groups import FULL, LORA_A, LORA_B
-from mua_rl.errors import UserError, one_line
-from mua_rl.lr.rules import Configuration
-from mua_rl.lr.spec import ALPHA_ONE, FFT, AdapterSpec, AlphaRule, Scheme
-
-MLP_PROJECTIONS = (
-    ("gate_proj", "up_proj", "gate_up_proj", "down_proj"),  # Llama and its like, the first two fused in Phi-3's
-    ("mlp.c_fc", "mlp.c_proj"),  # GPT-2, StarCoder2
-    ("dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
-    ("fc1", "fc2"),  # OPT, Phi
+from mua_rl.adapter.targets import (
+    TargetModules,
+    fan_in,
+    inject,
+    leave_fast_path,
+    lora_layers,
+    lora_matrices,
+    resolve_targets,
+    sizes,
 )
-"""The default of the paper, the MLP projections of every decoder layer, by families; a model has the first it shows.
-
-The order matters for models of several parts: a vision-language model's text layers come before its vision tower's.
-"""
-
-TargetModules = str | list[str]
-"""`"mlp"`, `"all-linear"` (every linear layer but the output head), a regular expression, or a list of names."""
+from mua_rl.errors import UserError
+from mua_rl.lr.rules import Configuration
+from mua_rl.lr.spec import ALPHA_ONE, FFT, AdapterSpec, AlphaRule, Scheme, multiplier_rule
 
 
-class Adapter(Protocol):
-    """What a trainer may ask of LoRA and of full finetuning alike."""
+class Adapter(ABC):
+    """What a trainer may ask of LoRA and of full finetuning alike.
 
-    @property
-    def rank(self) -> int | None:
-        """LoRA rank, or `None` for full finetuning."""
+    Attributes:
+        target_modules: The layers that the rules speak of.
+        saved_as: The name of the folder, within a run's, for what was trained.
+    """
 
-    @property
-    def target_modules(self) -> TargetModules:
-        """The layers that the rules speak of."""
+    target_modules: TargetModules
+    saved_as: ClassVar[str]
+    rank: int | None
 
     @property
-    def saved_as(self) -> str:
-        """Name of the folder, within a run's, for what was trained."""
+    @abstractmethod
+    def spec(self) -> AdapterSpec:
+        """Rank, scheme and multiplier."""
 
+    @abstractmethod
     def learning_rates(self, learning_rate: float) -> dict[str, float]:
         """The learning rate of each role of trained parameters (`mua_rl.adapter.groups`)."""
 
+    @abstractmethod
     def attach(self, model: nn.Module, seed: int = 0) -> nn.Module:
         """Make `model` trainable (trained weights in fp32) and return it, wrapped in a `PeftModel` for LoRA.
 
+        Args:
+            model: The model, which is changed in place.
+            seed: The seed of the starting values, which alone decides them.
+
         Raises:
-            UserError: It cannot be done with this model.
+            UserError: The model cannot be trained so; the message says why.
         """
 
-    def configuration(self, model: nn.Module, optimizer: str = "adamw") -> Configuration:
-        """What the LR rules need to know, for a model before or after `attach`."""
-
-    def widths(self, model: nn.Module) -> list[int]:
-        """Fan-ins of the layers that the rules speak of, each once, ascending; before or after `attach`."""
-
+    @abstractmethod
     def merged(self, model: nn.Module) -> nn.Module:
         """The plain model with what was learnt inside its weights (in place, for good)."""
 
+    def configuration(self, model: nn.Module, optimizer: str = "adamw") -> Configuration:
+        """What the rules of the learning rate need to know, for a model before or after `attach`.
+
+        Raises:
+            UserError: No layer matches the target modules, or the rank exceeds the model's width.
+        """
+        fan_ins, outputs = sizes(model, self.target_modules)
+        if self.rank is not None and self.rank > max(fan_ins):
+            raise UserError(
+                f"rank {self.rank} exceeds the width {max(fan_ins)} of the model's layers: choose a smaller --rank."
+            )
+        return Configuration(self.spec, max(fan_ins), optimizer, outputs=outputs)
+
+    def widths(self, model: nn.Module) -> list[int]:
+        """Fan-ins of the layers that the rules speak of, each once, ascending; before or after `attach`."""
+        return sizes(model, self.target_modules)[0]
+
 
 @dataclass(frozen=True)
-class LoRA:
+class LoRA(Adapter):
     """Low-rank adaptation, `W = W* + α B A`, with Init[A] or Init[B].
 
     Attributes:
-        rank: r.
+        rank: The rank r.
         init: "A" for Init[A] (`A₀ ~ N(0, 1/n)`, `B₀ = 0`), "B" for Init[B] (`A₀ = 0`, `B₀ ~ N(0, 1/r)`).
-        alpha: The multiplier's rule α(r).
-        target_modules: Which layers carry LoRA.
+        alpha: The multiplier's rule α(r), or what `mua_rl.lr.spec.multiplier_rule` reads as one, such as "16/r".
+        target_modules: The layers that carry LoRA.
+        layer_ranks: Ranks of layers that are smaller than r, by their full names; their multiplier is α(r) too.
+
+    Args:
+        lora_alpha: PEFT's own setting instead of `alpha`: the multiplier is `lora_alpha / r`.
+        use_rslora: Whether it is `lora_alpha / √r`, as in PEFT.
+
+    Raises:
+        UserError: There is no such LoRA, or the multiplier looks like PEFT's `lora_alpha`.
     """
 
     rank: int
     init: str = "B"
     alpha: AlphaRule = ALPHA_ONE
     target_modules: TargetModules = "mlp"
+    layer_ranks: Mapping[str, int] = field(default_factory=dict, compare=False)
+    lora_alpha: InitVar[float | None] = None
+    use_rslora: InitVar[bool] = False
     saved_as: ClassVar[str] = "adapter"
 
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"a LoRA needs a rank of at least 1, not {self.rank}; full finetuning is rank 0 or 'full'.")
-        if self.init not in ("A", "B"):
-            raise UserError(
-                f"the initialisation {self.init!r} is not one of A and B: others, PiSSA and OLoRA among them, shift "
-                "the base weights or have no learning-rate rule."
-            )
+    def __post_init__(self, lora_alpha: float | None, use_rslora: bool) -> None:
+        object.__setattr__(self, "alpha", multiplier_rule(self.alpha, lora_alpha, use_rslora))
+        AdapterSpec.parse(self.rank, self.init, str(self.alpha))
 
     @property
     def spec(self) -> AdapterSpec:
-        """Rank, scheme and multiplier."""
-        return AdapterSpec(self.rank, Scheme.INIT_A if self.init == "A" else Scheme.INIT_B, self.alpha)
+        return AdapterSpec(self.rank, Scheme(f"Init[{self.init}]"), self.alpha)
 
     def learning_rates(self, learning_rate: float) -> dict[str, float]:
-        """See `Adapter.learning_rates`. The theory has one learning rate for A and B."""
-        return {LORA_A: learning_rate, LORA_B: learning_rate}
+        return {LORA_A: learning_rate, LORA_B: learning_rate}  # the theory has one for both
 
     def peft_config(self, model: nn.Module) -> LoraConfig:
-        """The PEFT configuration: dropout and bias off, `lora_alpha = α r` so that PEFT's multiplier is α."""
+        """The PEFT configuration: dropout and bias off, `lora_alpha = α r` so that PEFT's multiplier is α.
+
+        It is for loading and saving. PEFT alone would draw its own starting values by it, to which no learning rate of
+        Init[A] or Init[B] belongs: train what `attach` returns.
+        """
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha(self.rank) * self.rank,  # type: ignore[arg-type]  # PEFT divides it, so a float does
             target_modules=resolve_targets(model, self.target_modules),
+            rank_pattern={re.escape(name): rank for name, rank in self.layer_ranks.items()},
+            alpha_pattern={re.escape(name): self.alpha(self.rank) * rank for name, rank in self.layer_ranks.items()},
             lora_dropout=0.0,
             bias="none",
             task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         )
 
     def attach(self, model: nn.Module, seed: int = 0) -> PeftModel:
-        """See `Adapter.attach`. A and B are drawn from a generator of their own, so that `seed` alone decides them.
+        """Put A and B into a model; see `Adapter.attach`.
 
         Raises:
             UserError: The rank exceeds a layer's size, no layer matches, one is tied to another or never called, or
@@ -130,10 +155,10 @@ class LoRA:
         """
         if any(isinstance(module, LoraLayer) for module in model.modules()):
             raise UserError(
-                "the model carries a LoRA already: merge it first (--start-from does), or go on with --resume."
+                "the model carries a LoRA already: merge it first (--start_from does), or go on with --resume."
             )
         shared = _shared_weights(model)
-        wrapped = _inject(model, self.peft_config(model))
+        wrapped = inject(model, self.peft_config(model))
         generator = torch.Generator().manual_seed(seed)
         for name, layer in lora_layers(wrapped):
             a, b = lora_matrices(layer)
@@ -141,17 +166,17 @@ class LoRA:
             if id(getattr(layer.get_base_layer(), "weight", None)) in shared:
                 raise UserError(
                     f"the layer {layer_name} has its weight in common with another (tied embeddings, say), so that "
-                    "its LoRA could not be merged without changing that one too: leave it out of --target-modules."
+                    "its LoRA could not be merged without changing that one too: leave it out of --target_modules."
                 )
             if _is_read_past(wrapped, name):
                 raise UserError(
                     f"PyTorch's MultiheadAttention reads the weight of {layer_name} past any LoRA, which would train "
-                    "nothing: leave it out of --target-modules."
+                    "nothing: leave it out of --target_modules."
                 )
-            if self.rank > min(fan_in(a), len(b)):
+            if self.layer_ranks.get(layer_name, self.rank) > min(fan_in(a), len(b)):
                 raise UserError(
                     f"rank {self.rank} exceeds the size of the layer {layer_name} ({fan_in(a)} → {len(b)}): choose a "
-                    "smaller --rank or other --target-modules, or full finetuning (--rank full)."
+                    "smaller --rank or other --target_modules, or full finetuning (--rank full)."
                 )
             self.draw(a, b, generator, experts=layer.num_experts if isinstance(layer, ParamWrapper) else 1)
         return wrapped
@@ -161,8 +186,11 @@ class LoRA:
         """Fill the A and B of a layer with starting values, the random one from a generator on the CPU.
 
         Args:
-            experts: Of a mixture-of-experts layer, whose A and B PEFT lays side by side: `(experts r, n)` and
-                `(m, r experts)`.
+            a: `(r, n)`, with the kernel's axes after them for a convolution.
+            b: `(m, r)`.
+            generator: The source of the random values.
+            experts: How many experts a mixture-of-experts layer has, whose A and B PEFT lays side by side:
+                `(experts r, n)` and `(m, r experts)`.
         """
         random, zero = (a, b) if self.init == "A" else (b, a)
         zero.zero_()
@@ -170,26 +198,12 @@ class LoRA:
         inputs = fan_in(random) // (experts if random is b else 1)
         random.copy_(torch.randn(random.shape, generator=generator) / math.sqrt(inputs))
 
-    def configuration(self, model: nn.Module, optimizer: str = "adamw") -> Configuration:
-        """See `Adapter.configuration`."""
-        width, outputs = _sizes(model, self.target_modules)
-        if self.rank > width:
-            raise UserError(
-                f"rank {self.rank} exceeds the width {width} of the model's layers: choose a smaller --rank."
-            )
-        return Configuration(self.spec, width, optimizer, outputs=outputs)
-
-    def widths(self, model: nn.Module) -> list[int]:
-        """See `Adapter.widths`."""
-        return _widths(model, self.target_modules)
-
     def merged(self, model: nn.Module) -> nn.Module:
-        """See `Adapter.merged`."""
-        return model.merge_and_unload()  # type: ignore[operator]
+        return model.merge_and_unload()  # type: ignore[operator]  # a PeftModel's
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(Adapter):
     """Full finetuning (FFT): every weight of the model is trained.
 
     Attributes:
@@ -197,28 +211,20 @@ class Full:
     """
 
     target_modules: TargetModules = "mlp"
-    rank: int | None = field(default=None, init=False)
+    rank: None = field(default=None, init=False)
     saved_as: ClassVar[str] = "model"
 
+    @property
+    def spec(self) -> AdapterSpec:
+        return FFT
+
     def learning_rates(self, learning_rate: float) -> dict[str, float]:
-        """See `Adapter.learning_rates`."""
         return {FULL: learning_rate}
 
     def attach(self, model: nn.Module, seed: int = 0) -> nn.Module:
-        """See `Adapter.attach`."""
         return model.float().requires_grad_(True)
 
-    def configuration(self, model: nn.Module, optimizer: str = "adamw") -> Configuration:
-        """See `Adapter.configuration`."""
-        width, outputs = _sizes(model, self.target_modules)
-        return Configuration(FFT, width, optimizer, outputs=outputs)
-
-    def widths(self, model: nn.Module) -> list[int]:
-        """See `Adapter.widths`."""
-        return _widths(model, self.target_modules)
-
     def merged(self, model: nn.Module) -> nn.Module:
-        """See `Adapter.merged`."""
         return model
 
 
@@ -229,74 +235,21 @@ def adapter_for(spec: AdapterSpec, target_modules: TargetModules) -> Adapter:
     return LoRA(spec.rank, spec.init, spec.alpha, target_modules)
 
 
-def resolve_targets(model: nn.Module, targets: TargetModules) -> TargetModules:
-    """The names that PEFT shall match for `targets`.
-
-    Raises:
-        UserError: The model has no MLP projections under their usual names.
-    """
-    if targets != "mlp":
-        return targets
-    paths = [path for path, _ in model.named_modules()]
-    for family in MLP_PROJECTIONS:
-        if present := [name for name in family if any(path.endswith(f".{name}") for path in paths)]:
-            return present
-    raise UserError(
-        f"the model has no MLP layers under their usual names ({', '.join(map(', '.join, MLP_PROJECTIONS))}): name the "
-        "layers to adapt with --target-modules, or take all-linear."
-    )
-
-
 def load_adapter(model: nn.Module, folder: Path | str, trainable: bool = True) -> PeftModel:
     """Attach a saved adapter, its trained values and nothing drawn anew.
 
     Raises:
         UserError: The folder holds no LoRA of this model.
     """
-    _leave_fast_path(model)
+    leave_fast_path(model)
     try:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} holds no adapter of this model: {str(error).splitlines()[0]}") from None
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """Every layer that carries LoRA, with its name."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            yield name, module
-
-
-def lora_matrices(layer: LoraLayer, adapter_name: str = "default") -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of a layer: `(r, n)` and `(m, r)`, with the kernel's axes after them for convolutions."""
-    if adapter_name in layer.lora_embedding_A:
-        return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
-    a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    return cast(torch.Tensor, a), cast(torch.Tensor, b)
-
-
-def fan_in(weight: torch.Tensor) -> int:
-    """Inputs that one output of a linear or convolutional weight sums over."""
-    return math.prod(weight.shape[1:])
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A short hash of a model's weights, the same in whatever precision and wrapping they were loaded.
-
-    It reads the name, the shape and up to 64 evenly spaced values of every parameter, rounded to bf16's precision.
-    """
-    digest = hashlib.sha256()
-    with torch.no_grad():
-        for name, weight in sorted(model.named_parameters()):
-            values = weight.detach().flatten()
-            sample = values[:: max(1, len(values) // 64)][:64].to("cpu", torch.bfloat16)
-            digest.update(f"{name} {tuple(weight.shape)}".encode())
-            digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _shared_weights(model: nn.Module) -> set[int]:
-    """`id`s of the parameters that several modules hold."""
+    """The `id`s of the parameters that several modules hold."""
     held = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     return {weight for weight, modules in held.items() if modules > 1}
 
@@ -306,63 +259,3 @@ def _is_read_past(model: nn.Module, name: str) -> bool:
     parent, _, own = name.rpartition(".")
     attention = model.get_submodule(parent)
     return own == "out_proj" and isinstance(attention, nn.MultiheadAttention) and not parent.endswith("base_layer")
-
-
-def _leave_fast_path(model: nn.Module) -> None:
-    """Keep PyTorch's own encoder layers from their fast path, which reads the bare weights and passes LoRA by.
-
-    It is taken in evaluation, by rollouts say, and of no other layer; the switch is this process's.
-    """
-    if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
-        torch.backends.mha.set_fastpath_enabled(False)
-
-
-def _inject(model: nn.Module, config: LoraConfig) -> PeftModel:
-    _leave_fast_path(model)
-    try:
-        return get_peft_model(model, config)
-    except (ValueError, re.error) as error:
-        raise UserError(f"LoRA cannot be attached: {one_line(error)}") from None
-
-
-def _widths(model: nn.Module, targets: TargetModules) -> list[int]:
-    """Fan-ins of the targeted layers of a plain or LoRA-carrying model."""
-    return sorted({fan_in(a) for a, _ in _matrices(model, targets)})
-
-
-def _sizes(model: nn.Module, targets: TargetModules) -> tuple[int, int]:
-    """The largest fan-in n and the smallest fan-out m of the targeted layers."""
-    matrices = _matrices(model, targets)
-    return max(fan_in(a) for a, _ in matrices), min(len(b) for _, b in matrices)
-
-
-def _matrices(model: nn.Module, targets: TargetModules) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """A and B of the targeted layers of a plain or LoRA-carrying model; of a plain one, shapes without values."""
-    found = [lora_matrices(layer) for _, layer in lora_layers(model)]
-    found = found or [matrices for _, matrices in targeted_layers(model, targets)]
-    if not found:
-        raise UserError(f"no layer of the model matches the target modules {targets!r}.")
-    return found
-
-
-def targeted_layers(
-    model: nn.Module, targets: TargetModules
-) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """Layers of a plain model that PEFT would adapt, found by PEFT itself on a copy without storage.
-
-    Yields:
-        Each layer's name, and the A and B that a LoRA would have, shapes without values; their rank means nothing.
-
-    Raises:
-        UserError: There is none.
-    """
-    weights = [*model.parameters(), *model.buffers()]
-    shapes = {id(weight): torch.empty_like(weight, device="meta") for weight in weights}
-    shapes |= {id(p): nn.Parameter(shapes[id(p)], requires_grad=False) for p in model.parameters()}
-    with torch.device("meta"):
-        skeleton = copy.deepcopy(model, shapes)  # a weight that is found among the shapes is not copied
-    convolutions = [module for module in model.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
-    rank = math.lcm(*(module.groups for module in convolutions))  # PEFT wants a rank that every grouping divides
-    config: Any = LoraConfig(r=rank, target_modules=resolve_targets(model, targets))
-    for name, layer in lora_layers(_inject(skeleton, config)):
-        yield name.removeprefix("base_model.model."), lora_matrices(layer)

@@ -19,9 +19,9 @@ def role_of(name: str) -> str:
     return FULL
 
 
-def named_groups(
+def param_groups(
     model: nn.Module,
-    learning_rates: Mapping[str, float],
+    learning_rates: float | Mapping[str, float],
     weight_decay: float = 0.0,
     decayed: Iterable[str] | None = None,
     role_of: Callable[[str], str] = role_of,
@@ -29,8 +29,8 @@ def named_groups(
     """Groups for an optimizer, one per role, with `name`, `lr`, `initial_lr` and `weight_decay`.
 
     Args:
-        model: Its parameters that require gradients are grouped.
-        learning_rates: Peak learning rate of each role.
+        model: The model whose parameters that require gradients are grouped.
+        learning_rates: Peak learning rate of each role, or one for all roles that the model has.
         weight_decay: Decay of the parameters named in `decayed`.
         decayed: Names of the parameters that decay; `None`: all. The others get a group `<role>/no_decay`.
         role_of: Maps a parameter's name to its role.
@@ -40,6 +40,8 @@ def named_groups(
             that something would silently not be trained as intended.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not isinstance(learning_rates, Mapping):
+        learning_rates = dict.fromkeys((role_of(name) for name, _ in trained), float(learning_rates))
     if leftover := sorted({role_of(name) for name, _ in trained} - learning_rates.keys()):
         examples = ", ".join([name for name, _ in trained if role_of(name) in leftover][:3])
         raise ValueError(f"no learning rate is given for the role {', '.join(leftover)} (of {examples}).")
@@ -49,20 +51,10 @@ def named_groups(
         members = [(name, parameter) for name, parameter in trained if role_of(name) == role]
         if not members:
             raise ValueError(f"no trained parameter has the role {role}.")
-        for group_name, decay, parameters in (
-            (role, weight_decay, [p for name, p in members if name in decays]),
-            (f"{role}/no_decay", 0.0, [p for name, p in members if name not in decays]),
-        ):
-            if parameters:
-                groups.append(
-                    {
-                        "params": parameters,
-                        "name": group_name,
-                        "lr": rate,
-                        "initial_lr": rate,
-                        "weight_decay": decay,
-                    }
-                )
+        for group, decay, decaying in ((role, weight_decay, True), (f"{role}/no_decay", 0.0, False)):
+            if parameters := [parameter for name, parameter in members if (name in decays) is decaying]:
+                rates = {"lr": rate, "initial_lr": rate, "weight_decay": decay}
+                groups.append({"params": parameters, "name": group, **rates})
     return groups
 
 

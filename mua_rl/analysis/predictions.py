@@ -17,8 +17,8 @@ import numpy as np
 from mua_rl.analysis.measured import Measured, Sweep
 from mua_rl.analysis.optimum import COVERAGE, RESOLUTION
 from mua_rl.analysis.transfer_rules import THEORY, Rule, log2_rank_ratio, rank_corrected
+from mua_rl.lr.evidence import Evidence, pair_kind
 from mua_rl.lr.spec import FFT
-from mua_rl.lr.transfer import Evidence, pair_kind
 
 HIT = 0.5
 """Octaves within which a prediction counts as right."""
@@ -107,7 +107,7 @@ class Comparison:
 
     @property
     def pair(self) -> str:
-        """Between what the prediction is, as `mua_rl.lr.transfer.EVIDENCE` has it."""
+        """Between what the prediction is, as `mua_rl.lr.evidence.EVIDENCE` has it."""
         return pair_kind(self.source.spec.scheme, self.target.spec.scheme)
 
     @property
@@ -164,7 +164,7 @@ def fitted(sweeps: Sequence[Sweep]) -> Rule | None:
 
 
 def evidence(sweeps: Sequence[Sweep], rule: Rule) -> dict[str, Evidence]:
-    """How far off a rule was in these sweeps, by kind of pair: `mua_rl.lr.transfer.EVIDENCE`."""
+    """How far off a rule was in these sweeps, by kind of pair: `mua_rl.lr.evidence.EVIDENCE`."""
     comparisons, by_pair = compare(sweeps, rule), {}
     for pair, alike in _by_pair(comparisons).items():
         curves = [curve for one in comparisons if one.pair == pair for curve in (one.source, one.target)]

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from mua_rl.analysis.measured import Context, Measured, log2_ratio
+from mua_rl.lr.evidence import UNMOVED, default_exponent, pair_kind
 from mua_rl.lr.spec import FFT, AdapterSpec, Scheme
-from mua_rl.lr.transfer import UNMOVED, default_exponent, pair_kind
 
 Predict = Callable[[Measured, AdapterSpec, Context], float | None]
 """From a tuned curve and a target to log2 of the target's best learning rate; `None` where a rule does not apply."""

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from mua_rl.adapter.adapters import fingerprint
+from mua_rl.adapter.adapters import load_adapter
+from mua_rl.adapter.fingerprint import fingerprint
 from mua_rl.errors import UserError
 from mua_rl.lm import models
 from mua_rl.lm.heldout import generate
@@ -35,11 +36,11 @@ class TransformersEngine:
     """Generation by transformers, on the GPU if there is one.
 
     Args:
-        model: Folder, hub id, or one of the names that `--model` takes.
-        adapter: Folder of a PEFT adapter to put on it.
-        max_tokens: Most tokens of a completion.
-        temperature: 0 is greedy decoding.
-        batch_size: Completions generated at once.
+        model: A folder, a hub id, or one of the names that `--model` takes.
+        adapter: The folder of a PEFT adapter to put on the model; `None` for none.
+        max_tokens: The largest number of tokens of a completion.
+        temperature: The sampling temperature; 0 is greedy decoding.
+        batch_size: The number of completions generated at once.
 
     Raises:
         UserError: Model or adapter cannot be loaded, or do not belong together.
@@ -55,14 +56,8 @@ class TransformersEngine:
         cuda = torch.cuda.is_available()
         policy: Any = models.load_model(model, "bfloat16" if cuda else "float32")
         if adapter is not None:
-            from peft import PeftModel
-
             check_base(adapter, model, lambda: policy)
-            try:
-                policy = PeftModel.from_pretrained(policy, adapter).merge_and_unload()
-            except (OSError, ValueError, RuntimeError) as error:
-                reason = str(error).splitlines()[0]
-                raise UserError(f"the adapter {adapter} does not fit the model {model}: {reason}") from None
+            policy = load_adapter(policy, adapter, trainable=False).merge_and_unload()
         self.policy = policy.to("cuda" if cuda else "cpu")
         self.max_tokens = max_tokens
         self.temperature = temperature
@@ -79,8 +74,8 @@ class VLLMEngine:
     """Generation by vLLM; arguments as for `TransformersEngine`.
 
     Raises:
-        UserError: vLLM is not installed, or the adapter is none, of other weights or of a rank that it does not
-            offer.
+        UserError: vLLM is not installed, or the folder holds no adapter, or one of other weights or of a rank that
+            vLLM does not offer.
     """
 
     def __init__(self, model: str, adapter: str | None, max_tokens: int, temperature: float) -> None:
@@ -109,13 +104,8 @@ class VLLMEngine:
 
         # A seed for each prompt (and, by vLLM, for each sample): one for all would give them all the same luck.
         parameters = [
-            SamplingParams(
-                n=samples,
-                temperature=self.temperature,
-                max_tokens=self.max_tokens,
-                seed=(seed + i) * _SEED_STRIDE,
-            )
-            for i in range(len(prompts))
+            SamplingParams(n=samples, temperature=self.temperature, max_tokens=self.max_tokens, seed=one * _SEED_STRIDE)
+            for one in range(seed, seed + len(prompts))
         ]
         tokenizer = self._llm.get_tokenizer()
         check_template(tokenizer, prompts)
@@ -130,7 +120,7 @@ def check_adapter(folder: str) -> int:
     """The rank of the PEFT adapter in a folder.
 
     Raises:
-        UserError: There is none.
+        UserError: The folder holds no adapter.
     """
     try:
         config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
@@ -144,8 +134,8 @@ def check_base(adapter: str, name: str, load: Callable[[], nn.Module]) -> None:
 
     Args:
         adapter: The adapter's folder; the run's is around it.
-        name: Of the model, as it was given.
-        load: Gives the model; called only where there is a record.
+        name: The model's name, as it was given.
+        load: Loads the model; it is called only where there is a record.
 
     Raises:
         UserError: The model has other weights, or the record cannot be read.

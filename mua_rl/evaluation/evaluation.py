@@ -142,7 +142,7 @@ def compare(first: Evaluation, second: Evaluation) -> PairedDifference:
     """The paired difference in pass@1, second minus first.
 
     Raises:
-        UserError: They are not of the same problems.
+        UserError: The evaluations are not of the same problems.
     """
     keys_first, keys_second = ([p["key"] for p in evaluation.problems] for evaluation in (first, second))
     if sorted(keys_first) != sorted(keys_second):

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 _RESAMPLES = 10_000
-_CHUNK = 500
-_Z95 = 1.959963984540054
+_BATCH = 500
+"""Resamples that are drawn at once, which bounds the memory."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,10 @@ class PairedDifference:
 
     Attributes:
         difference: Second minus first, with its 95% paired-bootstrap interval.
-        p_value: Two-sided, of no difference.
+        p_value: The two-sided p-value of no difference.
         test: "McNemar exact", or "sign-flip permutation".
-        better, worse: Problems on which the second is better, and worse.
+        better: The number of problems on which the second is better.
+        worse: The number of problems on which it is worse.
     """
 
     difference: Estimate
@@ -42,9 +44,9 @@ class PairedDifference:
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Chance that one of `k` answers is right that are drawn without replacement from `samples`, `right` of them right.
+    """The chance that one of `k` answers is right, drawn without replacement from `samples`, of which `right` are.
 
-    The unbiased estimator of pass@k (Chen et al. 2021, arXiv 2107.03374, equation 1), in exact integer arithmetic.
+    This is the unbiased estimator of pass@k (Chen et al. 2021, arXiv 2107.03374, equation 1), by exact integers.
 
     Raises:
         ValueError: `k` is below 1 or above `samples`, or `right` is not between 0 and `samples`.
@@ -57,28 +59,30 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 def mean_estimate(values: Sequence[float], seed: int = 0) -> Estimate:
     """Mean of per-problem shares (each in [0, 1]) with a 95% interval over problems.
 
-    Wilson's score interval where each value is 0 or 1, or all are the same (there the bootstrap's has no width); else
-    the percentile bootstrap over problems.
+    The interval is Wilson's where each value is 0 or 1, or all are the same (there the bootstrap's has no width); else
+    it is that of the percentile bootstrap over problems.
+
+    Raises:
+        ValueError: There are no problems.
     """
     array = np.asarray(values, dtype=float)
     if array.size == 0:
         raise ValueError("no problems")
-    mean = float(array.mean())
     if np.isin(array, (0.0, 1.0)).all() or (array == array[0]).all():
-        return Estimate(mean, *_wilson(mean, array.size))
-    means = _bootstrap_means(array, seed)
-    return Estimate(mean, float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975)))
+        return Estimate(float(array.mean()), *_wilson(float(array.mean()), array.size))
+    return _bootstrap(array, seed)
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float], seed: int = 0) -> PairedDifference:
     """Compare two evaluations of the same problems, problem by problem.
 
-    McNemar's exact test where every value is 0 or 1; otherwise a permutation test that flips the signs of the
-    differences (exact for up to 12 problems that differ, else 10,000 random flips).
+    The test is McNemar's exact one where every value is 0 or 1; otherwise a permutation test that flips the signs of
+    the differences (exact for up to 13 problems that differ, else 10,000 random flips).
 
     Args:
-        first, second: Share of right answers to each problem, in the same order.
-        seed: Of the resampling.
+        first: Share of right answers to each problem.
+        second: The same of the other evaluation, in the same order.
+        seed: The seed of the resampling.
 
     Raises:
         ValueError: The lengths differ, or there are no problems.
@@ -87,49 +91,51 @@ def paired_difference(first: Sequence[float], second: Sequence[float], seed: int
     if a.shape != b.shape or a.size == 0:
         raise ValueError(f"{a.size} and {b.size} problems cannot be paired")
     differences = b - a
-    means = _bootstrap_means(differences, seed)
-    estimate = Estimate(float(differences.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975)))
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
     if np.isin(np.concatenate([a, b]), (0.0, 1.0)).all():
-        return PairedDifference(estimate, mcnemar_exact(better, worse), "McNemar exact", better, worse)
-    return PairedDifference(estimate, _sign_flip(differences, seed), "sign-flip permutation", better, worse)
+        test, p_value = "McNemar exact", mcnemar_exact(better, worse)
+    else:
+        test, p_value = "sign-flip permutation", _sign_flip(differences[differences != 0], seed)
+    return PairedDifference(_bootstrap(differences, seed), p_value, test, better, worse)
 
 
 def mcnemar_exact(better: int, worse: int) -> float:
     """Two-sided p-value of McNemar's exact test: the discordant pairs are a fair coin's tosses."""
-    n = better + worse
-    if n == 0:
-        return 1.0
-    tail = sum(math.comb(n, i) for i in range(min(better, worse) + 1))
-    return min(1.0, 2 * tail / 2**n)
+    return float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
 def _sign_flip(differences: np.ndarray, seed: int) -> float:
-    moved = differences[differences != 0]
-    if moved.size == 0:
+    """Two-sided p-value of a mean difference, under which each difference could as well have the other sign."""
+    if differences.size < 2:  # either sign of a lone difference is as large
         return 1.0
-    observed = abs(moved.sum()) - 1e-12
-    if moved.size <= 12:
-        signs = np.array(np.meshgrid(*[[-1, 1]] * moved.size)).reshape(moved.size, -1)
-        return float((np.abs(moved @ signs) >= observed).mean())
+    result = stats.permutation_test(
+        (differences,),
+        lambda values, axis: np.abs(values.sum(axis=axis)),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=_RESAMPLES,
+        batch=_BATCH,
+        alternative="greater",
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.pvalue)
+
+
+def _bootstrap(values: np.ndarray, seed: int) -> Estimate:
+    """The mean with its 95% interval by the percentile bootstrap."""
+    mean = float(values.mean())
+    if values.size == 1:
+        return Estimate(mean, mean, mean)
     rng = np.random.default_rng(seed)
-    extreme = 0
-    for _ in range(_RESAMPLES // _CHUNK):
-        signs = rng.integers(0, 2, (_CHUNK, moved.size)) * 2 - 1
-        extreme += int((np.abs(signs @ moved) >= observed).sum())
-    return (extreme + 1) / (_RESAMPLES + 1)
+    result = stats.bootstrap(
+        (values,), np.mean, n_resamples=_RESAMPLES, batch=_BATCH, method="percentile", vectorized=True, rng=rng
+    )
+    return Estimate(mean, float(result.confidence_interval.low), float(result.confidence_interval.high))
 
 
-def _bootstrap_means(values: np.ndarray, seed: int) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    chunks = [
-        values[rng.integers(0, values.size, (_CHUNK, values.size))].mean(axis=1) for _ in range(_RESAMPLES // _CHUNK)
-    ]
-    return np.concatenate(chunks)
-
-
-def _wilson(share: float, n: int) -> tuple[float, float]:
-    z2 = _Z95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+def _wilson(share: float, problems: int) -> tuple[float, float]:
+    """Wilson's score interval of a share, which need not be of whole problems."""
+    z2 = stats.norm.ppf(0.975) ** 2
+    centre = (share + z2 / (2 * problems)) / (1 + z2 / problems)
+    half = math.sqrt(z2 * (share * (1 - share) / problems + z2 / (4 * problems**2))) / (1 + z2 / problems)
     return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,7 +1,7 @@
 """`python -m mua_rl.grpo --rank 32`: GRPO with a verifiable reward, by LoRA at any rank or full finetuning.
 
 Without flags it trains the embedded character-level model on the embedded arithmetic task, which takes a few minutes
-on two CPU cores. The learning rate comes from an LR record; see `--lr-from`.
+on two CPU cores. The learning rate comes from an LR record; see `--lr_from`.
 """
 
 import warnings

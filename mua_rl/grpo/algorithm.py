@@ -10,7 +10,8 @@ from mua_rl.errors import UserError
 from mua_rl.grpo.arguments import GRPOArguments, complete
 from mua_rl.lr.recipe import Recipe
 from mua_rl.run.algorithms import Algorithm, Stacking
-from mua_rl.run.arguments import AdapterArguments, Base
+from mua_rl.run.arguments import AdapterArguments
+from mua_rl.run.learning_rate import Base
 from mua_rl.run.life import Names
 from mua_rl.run.trial import Trial, TrialResult
 
@@ -20,6 +21,7 @@ class GRPO(Algorithm):
 
     name = "grpo"
     most_stacked = 8  # more of them gain little, and take memory
+    judged_key = "reward"
     plans_memory = True
 
     @property

@@ -8,17 +8,19 @@ from typing import Any, cast
 import torch
 from trl import GRPOConfig
 
+from mua_rl.envs.tasks import with_whole_path
 from mua_rl.errors import UserError
 from mua_rl.lm import models
 from mua_rl.run import processes
 from mua_rl.run.arguments import AdapterArguments, parse_run
 from mua_rl.run.folder import RunFolder
+from mua_rl.run.judge import PATIENCE
 
 _LEAST = {
     "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "completions_per_step": 1,
     "steps_per_generation": 1, "num_iterations": 1, "num_generations": 2, "max_completion_length": 1,
-    "held_out_problems": 1, "held_out_steps": 0, "beta": 0, "epsilon": 0, "weight_decay": 0, "max_grad_norm": 0,
-    "top_k": 0, "neftune_noise_alpha": 0,
+    "held_out_problems": 1, "held_out_steps": 0, "patience": 0, "beta": 0, "epsilon": 0, "weight_decay": 0,
+    "max_grad_norm": 0, "top_k": 0, "neftune_noise_alpha": 0,
 }  # fmt: skip
 _SHARES = ("top_p", "min_p", "top_entropy_quantile")
 _CHOICES = {
@@ -36,7 +38,7 @@ _NOT_TAKEN = {
 }
 """Options of TRL and transformers that would do harm, or nothing, and why."""
 _DEFAULTS = {"model": models.EMBEDDED, "task": "arithmetic"}
-"""Taken in `__post_init__`: a field's default that is given by name is more than a default to --start-from."""
+"""Taken in `__post_init__`: a field's default that is given by name is more than a default to --start_from."""
 _SEEDS = 2**32  # NumPy takes no larger ones
 
 
@@ -52,18 +54,18 @@ class GRPOArguments(GRPOConfig):
     model: str = field(
         default=None,  # type: ignore[assignment]
         metadata={
-            "help": "embedded, smollm2, a model folder, or a hub id. Default: embedded, with --start-from that run's."
+            "help": "embedded, smollm2, a model folder, or a hub id. Default: embedded, with --start_from that run's."
         },
     )
     task: str = field(
         default=None,  # type: ignore[assignment]
         metadata={
-            "help": "A verifiable task; see mua_rl.envs.tasks. Default: arithmetic, with --start-from that run's own."
+            "help": "A verifiable task; see mua_rl.envs.tasks. Default: arithmetic, with --start_from that run's own."
         },
     )
     tokenizer_name: str | None = field(
         default=None,
-        metadata={"help": "Tokenizer. Default: the model's, with --start-from that run's own."},
+        metadata={"help": "Tokenizer. Default: the model's, with --start_from that run's own."},
     )
     bad_rows: str = field(
         default="skip",
@@ -85,6 +87,9 @@ class GRPOArguments(GRPOConfig):
     )
     held_out_steps: int = field(
         default=25, metadata={"help": "Measure held-out accuracy every so many steps; 0: only before and after."}
+    )
+    patience: int = field(
+        default=PATIENCE, metadata={"help": "Stop when so many steps in a row have taught nothing; 0: never."}
     )
     output_dir: str | None = field(default=None, metadata={"help": "Run folder. Default: a new one under runs/."})
     learning_rate: float | None = field(default=None, metadata={"help": "The same as --lr."})  # type: ignore[assignment]
@@ -270,7 +275,7 @@ def parse(argv: list[str] | None = None) -> tuple[GRPOArguments, AdapterArgument
     """Command line to arguments.
 
     Raises:
-        UserError: As `parse_run`; or `--start-from` contradicts `--model`.
+        UserError: As `parse_run`; or `--start_from` contradicts `--model`.
     """
     adapter_arguments, arguments, given = parse_run(AdapterArguments, GRPOArguments, argv)
     complete(arguments, adapter_arguments, given)
@@ -278,16 +283,20 @@ def parse(argv: list[str] | None = None) -> tuple[GRPOArguments, AdapterArgument
 
 
 def complete(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: dict) -> None:
-    """Fill in, and note among what was given, what `--start-from` and `--num_train_epochs` imply.
+    """Fill in, and note among what was given, what `--start_from` and `--num_train_epochs` imply.
+
+    A task that was given by a relative path is noted by its whole one, so that the settings mean the same anywhere.
 
     Raises:
-        UserError: `--start-from` names no run, or contradicts `--model`.
+        UserError: `--start_from` names no run, or contradicts `--model`.
     """
     if adapter_arguments.start_from:
         _inherit(arguments, RunFolder.open(adapter_arguments.start_from), given)
     else:
         for name in [name for name, default in _DEFAULTS.items() if given.get(name) == default]:
             del given[name]  # the settings are those of a run that leaves it out
+    if "task" in given:
+        given["task"] = with_whole_path(given["task"])
     if "num_train_epochs" in given and "max_steps" not in given:
         arguments.max_steps = -1
     arguments.set_save_steps()
@@ -303,10 +312,10 @@ def _inherit(arguments: GRPOArguments, earlier: RunFolder, given: dict) -> None:
     settings = earlier.settings()
     model = settings.get("model", models.EMBEDDED)
     if given.get("model", model) != model:
-        raise UserError(f"--start-from {earlier.path} brings its own model, {model}: drop --model.")
+        raise UserError(f"--start_from {earlier.path} brings its own model, {model}: drop --model.")
     options = model_init_kwargs(settings)
     if "model_init_kwargs" in given and arguments.model_init_kwargs != options:
-        raise UserError(f"--start-from {earlier.path} brings its own --model_init_kwargs, {options}: drop the flag.")
+        raise UserError(f"--start_from {earlier.path} brings its own --model_init_kwargs, {options}: drop the flag.")
     if "task" not in given and "dataset_name" in settings:
         raise UserError(f"{earlier.path} learnt from {settings['dataset_name']}, which has no reward: give a --task.")
     arguments.model = model

@@ -6,14 +6,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mua_rl.adapter.adapters import fingerprint, load_adapter
+from mua_rl.adapter.adapters import load_adapter
+from mua_rl.adapter.fingerprint import fingerprint
 from mua_rl.errors import UserError
 from mua_rl.grpo.arguments import GRPOArguments, model_init_kwargs
 from mua_rl.lm import models
 from mua_rl.lr.record import LRRecord
 from mua_rl.run import processes
-from mua_rl.run.arguments import Base
 from mua_rl.run.folder import ADAPTER_FOLDER, MODEL_FOLDER, RunFolder
+from mua_rl.run.learning_rate import Base
 
 _PLACES = ("gguf_file", "subfolder", "variant")
 """Options of `from_pretrained` that say where in its folder a model is."""
@@ -31,7 +32,7 @@ def load_tokenizer(arguments: GRPOArguments) -> PreTrainedTokenizerBase:
 
 
 def load_base(arguments: GRPOArguments, start_from: str | None) -> tuple[PreTrainedModel, Base]:
-    """The model to start from: `--model`, or what the run `--start-from` ended with, its LoRA merged.
+    """The model to start from: `--model`, or what the run `--start_from` ended with, its LoRA merged.
 
     Raises:
         UserError: A model or a run that cannot be used.

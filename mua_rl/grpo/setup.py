@@ -25,7 +25,8 @@ from mua_rl.lr.rules import Configuration
 from mua_rl.lr.transfer import LearningRate
 from mua_rl.rollouts.sync import plan_engine
 from mua_rl.run import hub, processes
-from mua_rl.run.arguments import AdapterArguments, Base, resolve_learning_rate
+from mua_rl.run.arguments import AdapterArguments
+from mua_rl.run.learning_rate import Base, resolve_learning_rate
 
 
 def _check(arguments: GRPOArguments) -> None:

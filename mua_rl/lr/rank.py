@@ -7,7 +7,7 @@ def parse_rank(text: str | int) -> int | None:
     """A LoRA rank, or `None` for full finetuning ("0", "full", "fft").
 
     Raises:
-        UserError: It is neither.
+        UserError: The text is neither.
     """
     word = str(text).strip().lower()
     if word in ("0", "full", "fft"):

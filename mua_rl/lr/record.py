@@ -1,4 +1,4 @@
-"""The LR record: one JSON file that says which learning rate was found, for what, and how.
+"""The LR record: one JSON file that says which learning rate was tuned, for what, and how.
 
 A run or a sweep writes it; any later run reads it, whatever its rank, LoRA or full finetuning (`mua_rl.lr.transfer`).
 """
@@ -6,7 +6,6 @@ A run or a sweep writes it; any later run reads it, whatever its rank, LoRA or f
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -27,7 +26,7 @@ EVIDENCE = ("sweep", "run", "guess")
 
 @dataclass(frozen=True)
 class LRRecord:
-    """A learning rate and what it was found with.
+    """A learning rate and what it was tuned with.
 
     Attributes:
         learning_rate: Peak learning rate η of the trained layers (of A and B alike).
@@ -35,25 +34,25 @@ class LRRecord:
         rank: LoRA rank; `None` for FFT.
         alpha: The multiplier's rule as text, e.g. "1" or "1/r".
         widths: Fan-ins n of the trained layers, each once, ascending.
-        target_modules: What carries LoRA, as given ("mlp", "all-linear", a list of names); for FFT what a LoRA would.
+        target_modules: The layers that carry LoRA ("mlp", "all-linear", a list of names); for FFT those that would.
         algorithm: "grpo", "ppo", or a field's ("sft", say): learning rates are compared within one.
         task: Task name or environment id.
-        base_model: Name or path of the base, for the reader.
-        base_fingerprint: `mua_rl.adapter.fingerprint` of the base's weights, which decides whether a later run has
-            the same base.
+        base_model: Name or path of the base model, for the reader.
+        base_fingerprint: The fingerprint of the base's weights (`mua_rl.adapter.fingerprint`), which decides whether a
+            later run has the same base.
         optimizer: {"name", "betas", "eps", "weight_decay", …}.
         schedule: {"name", "warmup_fraction", "final_fraction", "steps"}.
         batch: Sizes of one optimiser step, e.g. {"prompts": 32, "completions_per_prompt": 8}.
         metric: {"name", "before", "after"}; `after` is what the run reached.
         seeds: Seeds of the runs that support the learning rate.
-        versions: Package versions, Python and machine.
-        weight_precision: dtype of the trained weights.
-        other_learning_rates: LR of trained parameters that the theory does not cover, by role (e.g. "head").
-        lora_plus_ratio: LR of B over LR of A.
-        outputs: m, the smallest fan-out of the trained layers; `None`: not known.
+        versions: The versions of packages and of Python, and the machine.
+        weight_precision: The dtype of the trained weights.
+        other_learning_rates: Learning rates, by role ("head", say), of parameters that the theory does not cover.
+        lora_plus_ratio: The learning rate of B over that of A.
+        outputs: m, the smallest fan-out of the trained layers; `None` where it is not known.
         evidence: One of `EVIDENCE`: the best of a sweep, one that a run ended no worse at, or a guess that was run.
         note: Where the learning rate comes from, in a sentence.
-        created: ISO 8601, UTC.
+        created: When the record was made, in UTC, as ISO 8601 has it.
     """
 
     learning_rate: float
@@ -125,7 +124,7 @@ class LRRecord:
         """Read a record file, or the record of a run folder.
 
         Raises:
-            UserError: There is none, or it is corrupt, incomplete, contradictory or of a newer format.
+            UserError: There is no record, or it is corrupt, incomplete, contradictory or of a newer format.
         """
         path = Path(path)
         if path.is_dir():
@@ -182,9 +181,9 @@ def check_learning_rate(value: float, what: str = "the learning rate") -> float:
     """Give back a learning rate that Adam can train with.
 
     Raises:
-        UserError: It is not a finite number between 0 and 1.
+        UserError: The value is not a finite number between 0 and 1.
     """
-    if not (isinstance(value, (int, float)) and 0 < value < 1):  # so NaN and infinity are none
+    if not (isinstance(value, (int, float)) and 0 < value < 1):  # which NaN and infinity fail, too
         raise UserError(f"{what} must be a number between 0 and 1, not {value}; typical values are 1e-6 to 1e-2.")
     return float(value)
 
@@ -199,19 +198,6 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {**versions, "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
-
-
-def machine(device: str | None = None) -> str:
-    """What a run runs on, since seconds compare on one machine only: the GPU, else the processor and its cores.
-
-    Args:
-        device: That computes, as PyTorch calls it. Default: the GPU where there is one.
-    """
-    import torch  # here, since a record is read without it
-
-    if torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
 def _has_type(value: Any, hint: Any) -> bool:

@@ -42,7 +42,8 @@ class AlphaRule:
 
     def __str__(self) -> str:
         constant, exponent = (repr(float(value)).removesuffix(".0") for value in (self.constant, self.gamma))
-        return constant + {0.0: "", 0.5: "/sqrt(r)", 1.0: "/r"}.get(self.gamma, f"*r^-{exponent}")
+        power = {0.0: "", 0.5: "/sqrt(r)", 1.0: "/r"}.get(self.gamma, f"*r^-{exponent}")
+        return constant + ("*r^-0" if self.gamma == 0 and self.constant >= LEAST_LORA_ALPHA else power)
 
     @classmethod
     def parse(cls, text: str) -> "AlphaRule":
@@ -68,6 +69,39 @@ class AlphaRule:
 
 
 ALPHA_ONE = AlphaRule()
+LEAST_LORA_ALPHA = 8.0
+"""From this number on, a bare multiplier is taken for PEFT's `lora_alpha`, whose usual values are 8 to 512."""
+
+
+def multiplier_rule(
+    alpha: AlphaRule | float | str, lora_alpha: float | None = None, use_rslora: bool = False
+) -> AlphaRule:
+    """The multiplier's rule from what people write.
+
+    Args:
+        alpha: A rule, or a number or text as `AlphaRule.parse` reads it.
+        lora_alpha: PEFT's setting, which counts instead of `alpha`: the multiplier is `lora_alpha / r`.
+        use_rslora: Whether it is `lora_alpha / √r`.
+
+    Raises:
+        UserError: There is no such rule, both settings are given, or `alpha` is a number as large as `lora_alpha` is.
+    """
+    try:
+        if lora_alpha is None:
+            rule = alpha if isinstance(alpha, AlphaRule) else AlphaRule.parse(str(alpha))
+        elif alpha in (ALPHA_ONE, "1", 1):
+            return AlphaRule(lora_alpha, 0.5 if use_rslora else 1.0)
+        else:
+            raise ValueError("alpha and lora_alpha exclude each other: give one of them.")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if not isinstance(alpha, AlphaRule) and "r" not in str(alpha) and rule.constant >= LEAST_LORA_ALPHA:
+        number = f"{rule.constant:g}"
+        raise UserError(
+            f"alpha = {number} multiplies B A by {number} at every rank; PEFT's lora_alpha = {number} is the "
+            f"multiplier {number}/r: give lora_alpha ({number}), or {number}*r^-0 for alpha if that is what is meant."
+        )
+    return rule
 
 
 @dataclass(frozen=True)

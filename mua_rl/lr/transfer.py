@@ -1,99 +1,28 @@
-"""The LR policy: from an LR record and a target configuration to the learning rate, with its reason."""
+"""From an LR record and a target configuration to the target's learning rate, with its reason and how sure it is."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mua_rl.errors import UserError
+from mua_rl.lr.evidence import (
+    EVIDENCE,
+    FROM_RANK,
+    LONG,
+    RANK_EXPONENTS,
+    UNMOVED,
+    WEAK_LOSS,
+    Evidence,
+    default_exponent,
+    pair_kind,
+)
 from mua_rl.lr.record import LRRecord, check_learning_rate
 from mua_rl.lr.rules import Configuration, TransferError, explain_ratio, lr_ratio
 from mua_rl.lr.spec import FFT, Scheme
 
 TRAINED_PRECISION = "float32"
-
-RANK_EXPONENT = 0.5
-"""The exponent c of `rank_correction` where nothing else was measured."""
-RANK_EXPONENTS = {
-    "grpo": RANK_EXPONENT,
-    "sft": RANK_EXPONENT,
-    "classification": RANK_EXPONENT,
-    "images": RANK_EXPONENT,
-    "vision-language": RANK_EXPONENT,
-    "diffusion": RANK_EXPONENT,
-    "ppo": 0.0,
-}
-"""c by algorithm, as measured in docs/results; c = 0 is the theory alone.
-
-Init[B]'s best learning rate fell with the rank as r^-0.55 [-0.77, -0.26] in GRPO runs of SmolLM2, 60 steps long. It did
-so too where nothing had a part in choosing c: in GRPO of the embedded model as r^-0.69 [-0.85, -0.49], and in six tasks
-of supervised finetuning as r^-0.23 to r^-0.45. The theory's learning rate, taken from a
-small rank to FFT, is too large by one to four octaves there. In PPO, whose heads are trained fully at any rank, it fell
-as r^-0.07 [-0.18, +0.03].
-"""
-
-UNMOVED: Mapping[str, tuple[Scheme, ...]] = {"ppo": (Scheme.INIT_A,)}
-"""By algorithm, the schemes within which the learning rate stays as it is at any rank and multiplier.
-
-Not the theory's r^-1/2 for Init[A], but what was measured: in PPO the best learning rate fell as r^-0.20 [-0.28, -0.11]
-over its ranks, and left alone it was nearer to the measured optima than the theory's in each of four sweeps (two tasks,
-two base policies).
-"""
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """How far off `transfer` was between two schemes, as measured in docs/results.
-
-    Attributes:
-        ranks: The smallest and the largest LoRA rank.
-        alphas: The multipliers.
-        steps: Of a run, as an LR record's schedule counts them: the mean of the curve whose runs took longest.
-        octaves: |log2 of the predicted over the measured best learning rate| that nine pairs in ten kept to.
-        loss: Share of the gain that nine pairs in ten lost at most at the predicted learning rate.
-    """
-
-    ranks: tuple[int, int]
-    alphas: tuple[str, ...]
-    steps: int
-    octaves: float
-    loss: float
-
-
-EVIDENCE: Mapping[float, Mapping[str, Evidence]] = {
-    RANK_EXPONENT: {
-        "FFT, Init[B]": Evidence(ranks=(4, 256), alphas=("1",), steps=120, octaves=0.92, loss=0.018),
-        "Init[A]": Evidence(ranks=(4, 256), alphas=("1", "1/r"), steps=120, octaves=1.10, loss=0.036),
-        "Init[B]": Evidence(ranks=(4, 256), alphas=("1",), steps=120, octaves=0.83, loss=0.021),
-    },
-    0.0: {
-        "FFT, Init[B]": Evidence(ranks=(2, 32), alphas=("1",), steps=40_960, octaves=1.24, loss=0.095),
-        "Init[A]": Evidence(ranks=(2, 32), alphas=("1", "1/r"), steps=40_960, octaves=0.83, loss=0.107),
-        "Init[B]": Evidence(ranks=(2, 32), alphas=("1",), steps=40_960, octaves=0.80, loss=0.079),
-    },
-}
-"""By rank exponent and `pair_kind`: what `mua_rl.analysis.predictions.evidence` says of docs/results.
-
-Of all algorithms together that have the exponent in `RANK_EXPONENTS`: how far off a rule is shows on other tasks.
-Curves of PPO's are flat: the best learning rate is not known well there, nor does it matter much.
-tests/test_policy.py tells when this is stale.
-"""
-
-FROM_RANK: Mapping[float, int] = {RANK_EXPONENT: 16}
-"""By rank exponent, the smallest LoRA rank whose learning rate full finetuning (FFT) can rely on, in docs/results.
-
-From r = 4, FFT lost more than a tenth of its gain in two sweeps of eight; from r = 16 on, at most 3.2 % in all of them.
-"""
-
 SWEPT = ("grpo", "ppo")
-"""What `python -m mua_rl.sweep` sweeps."""
-WEAK_LOSS = 0.1
-"""Of the gain: where one pair in ten loses more, a rule is weak."""
-LONG = 10
-"""Times the longest measured runs: where a record's runs took longer, nothing measured tells."""
-
-
-def pair_kind(source: Scheme, target: Scheme) -> str:
-    """What a prediction is between, whatever its direction, as `EVIDENCE` has it: "Init[B]", "FFT, Init[B]"."""
-    return ", ".join(sorted({source, target}))
+"""The algorithms of `python -m mua_rl.sweep`."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +30,11 @@ class LearningRate:
     """A learning rate with the reason for it, to be shown to the user and kept with the run.
 
     Attributes:
-        value: η.
+        value: The learning rate η.
         why: Where it comes from.
-        evidence: How far off it may be; `None`: nothing was measured, or nothing was predicted.
-        warning: Why it should not be relied on, and what to do; "": no reason to doubt it.
-        others: Learning rates, by role, of trained parameters that the theory does not cover, from where it comes from.
+        evidence: How far off it may be; `None` where nothing was measured, or nothing was predicted.
+        warning: Why it should not be relied on, and what to do; "" where there is no reason to doubt it.
+        others: Learning rates, by role, of trained parameters that the theory does not cover, from the same source.
         is_guess: Whether nothing that was measured on this base gives it.
     """
 
@@ -132,35 +61,25 @@ class LearningRate:
         loss = f"at a loss of up to {self.evidence.loss:.0%} of the gain"
         return f"{self.why}; nine times in ten {self.accuracy} of the best, {loss}, as measured"
 
-    def as_dict(self) -> dict[str, object]:
-        """What a run folder keeps of it, which `kept` reads."""
+    def as_dict(self) -> dict[str, Any]:
+        """What a run folder keeps of it, which `from_dict` reads."""
         facts = {"learning_rate": self.value, "reason": self.reason, "warning": self.warning, **self.others}
         return {**facts, "is_guess": True} if self.is_guess else facts
 
-
-def kept(written: Mapping) -> LearningRate:
-    """The learning rate that a run folder keeps."""
-    others = dict(written)
-    value, why, warning = (others.pop(name) for name in ("learning_rate", "reason", "warning"))
-    is_guess = bool(others.pop("is_guess", why.startswith("a guess")))  # before 0.2, the reason alone said it
-    return LearningRate(value, why, warning=warning, others=others, is_guess=is_guess)
-
-
-def given(value: float) -> LearningRate:
-    """The learning rate that the user asked for."""
-    return LearningRate(check_learning_rate(value), "given by --lr")
-
-
-def default_exponent(algorithm: str) -> float:
-    """c of `rank_correction` for an algorithm; 1/2 for one that was not measured."""
-    return RANK_EXPONENTS.get(algorithm, RANK_EXPONENT)
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LearningRate":
+        """The learning rate that `as_dict` wrote down."""
+        others = dict(values)
+        value, why, warning = (others.pop(name) for name in ("learning_rate", "reason", "warning"))
+        is_guess = others.pop("is_guess", why.startswith("a guess"))  # before 0.2, the reason alone said it
+        return cls(value, why, warning=warning, others=others, is_guess=is_guess)
 
 
 def check_exponent(exponent: float) -> float:
-    """Give back a c of `rank_correction`.
+    """Give back an exponent c of `rank_correction`.
 
     Raises:
-        UserError: It is not a number from 0 to 1.
+        UserError: The exponent is not a number from 0 to 1.
     """
     if not 0 <= exponent <= 1:
         raise UserError(f"--rank_exponent takes a number from 0 (the theory alone) to 1, not {exponent:g}.")
@@ -181,13 +100,13 @@ def rank_correction(source: Configuration, target: Configuration, exponent: floa
     if exponent == 0 or source == target or any(side.scheme is Scheme.INIT_A for side in sides):
         return 1.0
     outputs = target.outputs or source.outputs
-    ranks = [outputs if side.rank is None else side.rank for side in sides]
-    if ranks[0] is None or ranks[1] is None:
+    of_source, of_target = (outputs if side.rank is None else side.rank for side in sides)
+    if of_source is None or of_target is None:
         raise UserError(
             "the record does not say how many outputs its layers have, which the rank correction needs: run it again, "
             "or take the theory alone with --rank_exponent 0."
         )
-    return (ranks[0] / ranks[1]) ** exponent
+    return (of_source / of_target) ** exponent
 
 
 def transfer(
@@ -198,12 +117,13 @@ def transfer(
     Args:
         record: What was tuned.
         target: What is to be trained.
-        source_name: Of the record, for the reader.
+        source_name: The record's name for the reader.
         rank_exponent: c of `rank_correction`, beside the theory; `None`: `default_exponent` of the record's algorithm,
-            and no change at all within what is `UNMOVED`.
+            and no change at all within the schemes that are `UNMOVED`.
 
     Raises:
-        UserError: The theory does not give it, the record's weights were not trained in fp32, or c is none.
+        UserError: The theory does not give the learning rate, the record's weights were not trained in fp32, or the
+            exponent is out of range.
     """
     if record.weight_precision != TRAINED_PRECISION:
         raise UserError(
@@ -214,8 +134,7 @@ def transfer(
     unmoved = (
         rank_exponent is None and source.scheme is target.scheme and target.scheme in UNMOVED.get(record.algorithm, ())
     )
-    # What is left of the theory then is the width.
-    resized = replace(target, spec=source.spec) if unmoved else target
+    resized = replace(target, spec=source.spec) if unmoved else target  # the width alone is left to the theory then
     try:
         ratio, reason = lr_ratio(source, resized), explain_ratio(source, resized)
     except TransferError as error:
@@ -275,12 +194,8 @@ def _why_unmeasured(record: LRRecord, target: Configuration, exponent: float, kn
         return f"transfer with {algorithm} was measured with --rank_exponent {RANK_EXPONENTS[algorithm]:g}"
     if source.width != target.width:
         return "no transfer between widths was measured"
-    low, high = known.ranks
-    for side in (source, target):
-        if side.rank is not None and not low <= side.rank <= high:
-            return f"r = {side.rank} is outside the ranks that were measured, {low} to {high}"
-        if side.rank is not None and str(side.spec.alpha) not in known.alphas:
-            return f"α = {side.spec.alpha} was not measured with {side.scheme}"
+    if doubt := known.doubt(source, target):
+        return doubt
     steps = record.schedule.get("steps") or record.schedule.get("env_steps")
     if isinstance(steps, int | float) and steps > LONG * known.steps:
         return f"the record's runs took {steps:,} steps, and those that were measured {known.steps:,}"

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from mua_rl.errors import UserError
 from mua_rl.lr.recipe import Recipe
 from mua_rl.run.algorithms import Algorithm, Stacking
-from mua_rl.run.arguments import AdapterArguments, Base
+from mua_rl.run.arguments import AdapterArguments
+from mua_rl.run.learning_rate import Base
 from mua_rl.run.life import Names
 from mua_rl.run.trial import Trial, TrialResult
 
@@ -21,6 +22,7 @@ class PPO(Algorithm):
 
     name = "ppo"
     most_stacked = 32
+    judged_key = "rollout/return"
     plans_memory = False
 
     @property
@@ -57,9 +59,9 @@ class PPO(Algorithm):
         return recipe_of(arguments, setup), setup.base, ""
 
     def check_stacked(self, arguments: "PPOArguments", adapter: AdapterArguments, trial: Trial) -> None:
-        from mua_rl.ppo.stacked.trainer import SideBySide
+        from mua_rl.ppo.stacked.trainer import StackedPPO
 
-        for envs in SideBySide(arguments, [trial], *_base(arguments, adapter)).vec_envs:
+        for envs in StackedPPO(arguments, [trial], *_base(arguments, adapter)).vec_envs:
             envs.close()
 
     def progress(self, checkpoints: Path, trial: Trial) -> Hashable:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from mua_rl.errors import UserError
 from mua_rl.ppo.envs import import_from
 from mua_rl.ppo.evaluation import TRAINING_SEEDS
+from mua_rl.ppo.zoo import find_environment, find_policy, newest_version
 from mua_rl.run.arguments import AdapterArguments, parse_run
 from mua_rl.run.folder import RunFolder
 
@@ -27,15 +29,16 @@ class PPOArguments:
     env_id: str = field(  # None until `__post_init__`: a default that is given is more than a default to --start_from
         default=None,  # type: ignore[assignment]
         metadata={
-            "help": "Gymnasium id; see mua_rl.envs.control for ours. Default: a CartPole with a long pole, with "
-            "--start_from that run's own."
+            "help": "Gymnasium id (see mua_rl.envs.control for ours), or a class of yours as module:Class or "
+            "file.py:Class. Default: a CartPole with a long pole, with --start_from that run's own."
         },
     )
     base: str = field(
         default="auto",
         metadata={
             "help": "SB3 PPO zip to start from (ours, stable-baselines3's, rl-zoo3's; it holds pickles, so one you "
-            "trust); auto: the shipped one for the task, if any; none: random weights."
+            "trust), or rl-zoo3's folder of an agent, which says the environment as well; auto: the shipped one for "
+            "the task, if any; none: random weights."
         },
     )
     vec_normalize: str = field(
@@ -45,7 +48,13 @@ class PPOArguments:
     env_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Keywords of the environment, as JSON or YAML, e.g. '{\"gravity\": 12}'."}
     )
-    wrapper: str | None = field(default=None, metadata={"help": "Wrapper of each environment, as module:Class."})
+    wrapper: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Wrapper of each environment, as module:Class, or several, the innermost first, with keywords, as "
+            'JSON or YAML, e.g. \'["pkg:One", {"pkg:Two": {"size": 3}}]\'.'
+        },
+    )
     frame_stack: int = field(default=1, metadata={"help": "Observations stacked into one."})
     n_envs: int | None = field(
         default=None, metadata={"help": "Environments side by side. Default: the base policy's, else 8."}
@@ -105,6 +114,10 @@ class PPOArguments:
         self.env_id = self.env_id or DEFAULT_ENV
         for name in ("env_kwargs", "policy_kwargs", "rollout_buffer_kwargs"):
             setattr(self, name, _mapping(getattr(self, name), name))
+        if isinstance(self.wrapper, str) and self.wrapper.lstrip()[:1] in ("[", "{"):
+            self.wrapper = _json(self.wrapper)
+            if self.wrapper is None:
+                raise UserError('--wrapper is no JSON: write \'["pkg:One", {"pkg:Two": {"size": 3}}]\'.')
         if not 0 <= self.seed < TRAINING_SEEDS:
             raise UserError(f"--seed must lie between 0 and {TRAINING_SEEDS - 1}, not at {self.seed}.")
         for name in ("total_timesteps", "eval_episodes", "frame_stack", "n_envs", "checkpoint_steps", "n_epochs"):
@@ -160,19 +173,29 @@ class PPOAdapterArguments(AdapterArguments):
 
 
 def complete(arguments: PPOArguments, adapter_arguments: AdapterArguments, given: dict[str, Any]) -> None:
-    """Fill in, and note among what was given, the environment of the run that `--start_from` names.
+    """Fill in, and note among what was given, the environment of the run or the agent that a policy is taken from.
 
-    Another one may be given; it comes without the first one's keywords and wrappers.
+    That is `--start_from`, or a `--base` of rl-zoo3. Another environment may be given; it comes without the first one's
+    keywords and wrappers.
 
     Raises:
-        UserError: `--start_from` names no run, or contradicts `--base`.
+        UserError: `--start_from` names no run, or contradicts `--base`; or the agent's folder cannot be used.
     """
-    if adapter_arguments.start_from is None:
+    file, colon, name = arguments.env_id.rpartition(":")
+    if file.endswith(".py"):  # so that the run can be resumed from any folder
+        arguments.env_id = given["env_id"] = f"{Path(file).resolve()}{colon}{name}"
+    if adapter_arguments.start_from is not None:
+        settings = RunFolder.open(adapter_arguments.start_from).settings()
+        if "base" in given:
+            raise UserError(f"--start_from {adapter_arguments.start_from} brings its own policy: drop --base.")
+        same = {"env_id": DEFAULT_ENV, **{name: settings[name] for name in ENVIRONMENT if name in settings}}
+    elif arguments.base not in ("auto", "none") and (policy := find_policy(Path(arguments.base))).is_file():
+        if not (same := find_environment(policy)):
+            return
+        if given.get("env_id", same["env_id"]) == same["env_id"]:
+            same["env_id"] = given["env_id"] = arguments.env_id = newest_version(same["env_id"])
+    else:
         return
-    settings = RunFolder.open(adapter_arguments.start_from).settings()
-    if "base" in given:
-        raise UserError(f"--start_from {adapter_arguments.start_from} brings its own policy: drop --base.")
-    same = {"env_id": DEFAULT_ENV, **{name: settings[name] for name in ENVIRONMENT if name in settings}}
     if given.get("env_id", same["env_id"]) != same["env_id"]:
         return
     for name in same.keys() - given.keys():
@@ -193,13 +216,18 @@ def limit_threads() -> None:
 def _mapping(value: dict | str | None, name: str) -> dict[str, Any] | None:
     if value is None or isinstance(value, dict):
         return value
-    try:
-        parsed = json.loads(value)
-    except ValueError:
-        parsed = None
+    parsed = _json(value)
     if not isinstance(parsed, dict):
         raise UserError(f"--{name} takes a mapping in JSON, such as '{{\"key\": 1}}', not {value!r}.")
     return parsed
+
+
+def _json(text: str) -> Any:
+    """What a text in JSON says; None where it is no JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def parse(argv: list[str] | None = None) -> tuple[PPOArguments, AdapterArguments, dict]:

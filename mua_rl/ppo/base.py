@@ -4,7 +4,6 @@ A zip of stable-baselines3 or rl-zoo3 holds Python pickles: read only those whos
 """
 
 import base64
-import io
 import json
 import re
 import zipfile
@@ -20,7 +19,8 @@ from torch import nn
 
 from mua_rl.envs.control import FAMILIES
 from mua_rl.errors import UserError, one_line
-from mua_rl.ppo.pickles import read_pickle
+from mua_rl.ppo import zoo
+from mua_rl.ppo.pickles import unpickle
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "policies"
 INHERITED = (
@@ -93,18 +93,17 @@ class BasePolicy:
 
 
 def read_base_policy(path: Path | str, vec_normalize: Path | str = "auto") -> BasePolicy:
-    """Read an SB3 PPO zip.
+    """Read an SB3 PPO zip, written under any gym or Gymnasium.
 
     Args:
-        path: The zip, of this package, stable-baselines3 or rl-zoo3.
-        vec_normalize: Its observation statistics; "auto" looks where stable-baselines3's callbacks and rl-zoo3 put
-            them; "none" and "new" take none.
+        path: The zip, of this package, stable-baselines3 or rl-zoo3, or a folder of theirs (`zoo.find_policy`).
+        vec_normalize: Its observation statistics; "auto": those that `zoo.find_statistics` finds; "none", "new": none.
 
     Raises:
-        UserError: There is no such file, it is no SB3 zip, it holds another algorithm than PPO, or several statistics
-            may be its own.
+        UserError: There is no such file, it is no SB3 zip, it holds another algorithm than PPO, or its network or its
+            statistics cannot be told.
     """
-    path = Path(path)
+    path = zoo.find_policy(Path(path))
     if not path.is_file():
         raise UserError(f"there is no base policy at {path}.")
     try:
@@ -115,40 +114,54 @@ def read_base_policy(path: Path | str, vec_normalize: Path | str = "auto") -> Ba
     module = str(keys.get("policy_class", {}).get("__module__", ""))
     if "clip_range" not in keys or "n_epochs" not in keys or module.startswith("sb3_contrib"):
         raise UserError(f"{path} holds another algorithm than stable-baselines3's PPO (its policy is from {module}).")
-    wanted = {"policy_class", "policy_kwargs", "observation_space", "action_space", "n_envs", *INHERITED}
-    values = {key: _value(value) if key in wanted else None for key, value in keys.items()}
-    data, params, _ = load_from_zip_file(path, device="cpu", custom_objects=values)
-    assert data is not None
-    if data.get("policy_class") is None or "policy" not in params:
-        raise UserError(f"the policy class of {path} ({module}) cannot be imported here.")
-    if keys.get("policy_kwargs") and values["policy_kwargs"] is None:
-        raise UserError(f"the network of {path} cannot be built: its policy_kwargs cannot be read here.")
-    options = {key: data[key] for key in INHERITED if data.get(key) is not None}
+    policy_class = _read_entry(keys, "policy_class", path)
+    policy_kwargs = _read_entry(keys, "policy_kwargs", path) or {}
+    try:
+        _, params, _ = load_from_zip_file(path, device="cpu", custom_objects=dict.fromkeys(keys))
+    except Exception as error:  # a zip can be damaged in any way
+        raise UserError(f"the weights of {path} cannot be read: {one_line(error)}") from None
+    if policy_class is None or "policy" not in params:
+        raise UserError(f"{path} is no zip written by stable-baselines3's `save`.")
+    options = {key: keys[key] for key in INHERITED if keys.get(key) is not None}
     # Its pickle may hold a function, which another Python cannot read; SB3 writes its text beside it.
-    if constant := re.search(r"ConstantSchedule\(val=([\d.e+-]+)\)", str(keys["clip_range"])):
-        options["clip_range"] = float(constant[1])
+    constant = re.search(r"ConstantSchedule\(val=([\d.e+-]+)\)", str(keys["clip_range"]))
+    clip_range = float(constant[1]) if constant else zoo.clip_range(path)
+    if clip_range is not None:
+        options["clip_range"] = clip_range
+    statistics = None
+    if vec_normalize == "auto":
+        statistics = zoo.find_statistics(path)
+    elif vec_normalize not in ("none", "new"):
+        statistics = _existing(Path(vec_normalize))
     return BasePolicy(
         path=path,
-        policy_class=data["policy_class"],
-        policy_kwargs=_modern_policy_kwargs(data.get("policy_kwargs") or {}),
-        observation_space=data.get("observation_space"),
-        action_space=data.get("action_space"),
+        policy_class=policy_class,
+        policy_kwargs=_modern_policy_kwargs(policy_kwargs),
+        observation_space=_read_entry(keys, "observation_space", None),
+        action_space=_read_entry(keys, "action_space", None),
         state_dict=params["policy"],  # type: ignore[arg-type]
         options=options,
-        n_envs=int(data.get("n_envs") or 8),
-        vec_normalize=_statistics(path, vec_normalize),
-        normalized=_says_normalized(path),
+        n_envs=int(keys.get("n_envs") or 8),
+        vec_normalize=statistics,
+        normalized=zoo.says_normalized(path),
     )
 
 
-def _value(value: Any) -> Any:
-    """One entry of a zip's data, which holds JSON, and pickles in it; None for a pickle that cannot be read here."""
-    if not isinstance(value, dict) or ":serialized:" not in value:
-        return value
+def _read_entry(keys: dict[str, Any], name: str, path: Path | None) -> Any:
+    """An entry of a zip's data: JSON, or a pickle in it; None where it cannot be read and no path is given.
+
+    Raises:
+        UserError: The entry of the zip at the path cannot be read.
+    """
+    entry = keys.get(name)
+    if not isinstance(entry, dict) or ":serialized:" not in entry:
+        return entry
     try:
-        return read_pickle(io.BytesIO(base64.b64decode(value[":serialized:"])))
-    except Exception:  # of any kind: it may want another Python, or a package that is not here
-        return None
+        return unpickle(base64.b64decode(entry[":serialized:"]))
+    except Exception as error:  # a pickle can fail in any way
+        if path is None:
+            return None
+        raise UserError(f"the {name} of {path} cannot be read here: {one_line(error)}") from None
 
 
 def shipped_policy(env_id: str) -> Path | None:
@@ -159,54 +172,6 @@ def shipped_policy(env_id: str) -> Path | None:
         if env_id.partition(":")[2] in ids or env_id in ids:
             return path if path.exists() else None
     return None
-
-
-def _statistics(path: Path, vec_normalize: Path | str) -> Path | None:
-    if vec_normalize in ("none", "new"):
-        return None
-    return _find_vec_normalize(path) if vec_normalize == "auto" else _existing(Path(vec_normalize))
-
-
-def _find_vec_normalize(path: Path) -> Path | None:
-    """The statistics that belong to a zip, where stable-baselines3's callbacks and rl-zoo3 put them.
-
-    Raises:
-        UserError: There are several, and nothing says which.
-    """
-    names = ("vecnormalize.pkl", "vec_normalize.pkl")
-    checkpoint = re.fullmatch(r"(.*)_([0-9]+_steps)", path.stem)
-    own = [f"{checkpoint[1]}_vecnormalize_{checkpoint[2]}.pkl"] if checkpoint else []
-    stem = path.with_suffix("")  # rl-zoo3: Env-v1.zip beside Env-v1/vecnormalize.pkl
-    candidates = [path.parent / name for name in (*own, *names)] + [stem / name for name in names]
-    if found := next((candidate for candidate in candidates if candidate.is_file()), None):
-        return found
-    others = [file for folder in _settings_folders(path) for name in names if (file := folder / name).is_file()]
-    if len(others) > 1:
-        several = " or ".join(map(str, others))
-        raise UserError(f"{path} may belong to {several}: name one with --vec_normalize, or none.")
-    return others[0] if others else None
-
-
-def _settings_folders(path: Path) -> list[Path]:
-    """rl-zoo3's folders of settings and statistics beside a zip: Env-v1 for Env-v1.zip and for best_model.zip."""
-    shared = re.fullmatch(r"best_model|.*_[0-9]+_steps", path.stem) is not None
-    folders = sorted(folder for folder in path.parent.iterdir() if folder.is_dir())
-    return [
-        folder
-        for folder in folders
-        if folder.name == path.stem or shared or not folder.with_name(f"{folder.name}.zip").exists()
-    ]
-
-
-def _says_normalized(path: Path) -> bool:
-    """Whether rl-zoo3's settings beside a zip say that its observations were normalised."""
-    for folder in _settings_folders(path):
-        settings = folder / "config.yml"  # it holds Python objects, which are not made here
-        text = settings.read_text(encoding="utf-8", errors="replace") if settings.is_file() else ""
-        said = re.search(r"- normalize\n\s*- (.*)", text)
-        if said and not re.match(r"false|null", said[1]) and not re.search(r"norm_obs\W+False", said[1]):
-            return True
-    return False
 
 
 def _existing(path: Path) -> Path:

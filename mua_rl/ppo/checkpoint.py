@@ -12,6 +12,7 @@ import pickle
 import random
 import shutil
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,14 @@ SCRATCH = ".checkpoint"
 
 
 class Checkpoints(BaseCallback):
-    """Writes a checkpoint whenever `every` more environment steps have been trained on, and keeps the last `keep`."""
+    """Writes a checkpoint whenever `every` more environment steps have been trained on, and keeps the last `keep`.
 
-    def __init__(self, folder: Path, every: int, keep: int = 2):
+    Every environment begins a new episode then, of which `on_restart` is told.
+    """
+
+    def __init__(self, folder: Path, every: int, keep: int = 2, on_restart: Callable[[], None] = lambda: None):
         super().__init__()
-        self.folder, self.every, self.keep = folder, every, keep
+        self.folder, self.every, self.keep, self.on_restart = folder, every, keep, on_restart
         self._last = 0
 
     def _on_training_start(self) -> None:
@@ -49,6 +53,7 @@ class Checkpoints(BaseCallback):
             for old in list_checkpoints(self.folder)[: -self.keep]:
                 shutil.rmtree(old)
             restart_episodes(self.model)  # type: ignore[arg-type]
+            self.on_restart()
             if self.model.use_sde:  # SB3 has drawn the rollout's noise by now, and a resumed run draws it once more
                 self.model.policy.reset_noise(self.model.n_envs)  # type: ignore[operator]
             self._last = steps

@@ -1,9 +1,12 @@
 """Building vectorised environments for PPO, with the guard that stops on a non-finite observation or reward."""
 
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import gymnasium
@@ -24,7 +27,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepR
 
 import mua_rl.envs.control  # noqa: F401  (registers the tasks)
 from mua_rl.errors import UserError, one_line
-from mua_rl.ppo.pickles import read_pickle
+from mua_rl.ppo.pickles import read_statistics
 
 
 class FiniteGuard(VecEnvWrapper):
@@ -87,16 +90,27 @@ def _failure(when: str, error: Exception) -> UserError:
 
 
 def check_env_id(env_id: str) -> None:
-    """Raises:
-    UserError: Gymnasium knows no such environment, or a package that it needs is missing.
+    """Import what an environment is named by, and look it up.
+
+    Raises:
+        UserError: Gymnasium knows no such environment, or a package that it needs is missing.
     """
-    module, _, name = env_id.rpartition(":")
     try:
-        if module:
-            importlib.import_module(module)
-        gymnasium.spec(name)
+        if environment_class(env_id) is None:
+            gymnasium.spec(env_id.rpartition(":")[2])
+    except UserError:
+        raise
     except Exception as error:  # somebody's module can fail in any way
         raise UserError(f"no environment {env_id!r}: {one_line(error)}") from None
+
+
+def environment_class(env_id: str) -> Callable[..., gymnasium.Env] | None:
+    """The class, or function, that `module:Class` or `file.py:Class` names; None for a Gymnasium id.
+
+    The module is imported in any case, and may register the id.
+    """
+    module, _, name = env_id.rpartition(":")
+    return getattr(_import_module(module), name, None) if module else None
 
 
 def build_envs(
@@ -104,18 +118,18 @@ def build_envs(
     n_envs: int,
     seed: int,
     env_kwargs: dict[str, Any] | None = None,
-    wrapper: str | None = None,
+    wrapper: Any = None,
     frame_stack: int = 1,
     subprocesses: bool = False,
 ) -> VecEnv:
     """Monitored, seeded and guarded environments.
 
     Args:
-        env_id: As `gymnasium.make` takes it.
+        env_id: As `gymnasium.make` takes it, or a class as `environment_class` does.
         n_envs: How many.
         seed: Environment i is seeded with `seed + i`.
         env_kwargs: Keywords of the environment.
-        wrapper: `module:Class` put around each environment.
+        wrapper: What is put around each environment, as `find_wrappers` takes it.
         frame_stack: How many observations are stacked (1 = none).
         subprocesses: One process per environment instead of one for all.
 
@@ -123,13 +137,14 @@ def build_envs(
         UserError: The environment or the wrapper does not exist or cannot be built.
     """
     check_env_id(env_id)
+    wrappers = find_wrappers(wrapper)
     try:
         envs = make_vec_env(
             partial(_make, env_id),
             n_envs=n_envs,
             seed=seed,
             env_kwargs=env_kwargs,
-            wrapper_class=import_from(wrapper) if wrapper else None,
+            wrapper_class=partial(_wrap, wrappers) if wrappers else None,
             vec_env_cls=SubprocVecEnv if subprocesses else DummyVecEnv,
         )
     except UserError:
@@ -140,9 +155,41 @@ def build_envs(
     return VecFrameStack(envs, frame_stack) if frame_stack > 1 else envs
 
 
-def _make(env_id: str, **keywords: Any) -> gymnasium.Env:
+def _make(env_id: str, max_episode_steps: int | None = None, **keywords: Any) -> gymnasium.Env:
     """As `gymnasium.make`; named here so that a process that unpickles it imports this module, and so our tasks."""
-    return gymnasium.make(env_id, **keywords)
+    if (built := environment_class(env_id)) is None:
+        return gymnasium.make(env_id.rpartition(":")[2], max_episode_steps=max_episode_steps, **keywords)
+    env = built(**keywords)
+    return env if max_episode_steps is None else gymnasium.wrappers.TimeLimit(env, max_episode_steps)
+
+
+Wrappers = list[tuple[Callable[..., gymnasium.Env], dict[str, Any]]]
+
+
+def find_wrappers(value: Any) -> Wrappers:
+    """Wrappers and their keywords, the innermost first.
+
+    Args:
+        value: `module:Class` (or rl-zoo3's `module.Class`), `{"module:Class": {keyword: value}}`, or a list of these.
+
+    Raises:
+        UserError: There is no such wrapper.
+    """
+    wrappers: Wrappers = []
+    for item in value if isinstance(value, list) else [value] if value else []:
+        for name, keywords in (item if isinstance(item, dict) else {item: None}).items():
+            if not isinstance(name, str) or not isinstance(keywords, dict | None):
+                raise UserError(
+                    f"a wrapper is written as module:Class or {{module:Class: {{keyword: value}}}}, not {item}."
+                )
+            wrappers.append((import_from(name), keywords or {}))
+    return wrappers
+
+
+def _wrap(wrappers: Wrappers, env: gymnasium.Env) -> gymnasium.Env:
+    for wrapper, keywords in wrappers:
+        env = wrapper(env, **keywords)
+    return env
 
 
 def new_statistics(envs: VecEnv, gamma: float) -> VecNormalize:
@@ -169,8 +216,7 @@ def with_statistics(envs: VecEnv, path: Path) -> VecNormalize:
         UserError: The file cannot be read, or belongs to other observations.
     """
     try:
-        with open(path, "rb") as stream:
-            normalized = read_pickle(stream)
+        normalized = read_statistics(path)
         normalized.set_venv(envs)
     except (AssertionError, ValueError) as error:
         raise UserError(f"the observation statistics {path} do not fit {envs.observation_space}: {error}") from None
@@ -185,7 +231,7 @@ def evaluation_envs(envs: VecEnv, training: VecEnv) -> VecEnv:
     statistics = unwrap_vec_normalize(training)
     if statistics is None:
         return envs
-    keys = vars(statistics).get("norm_obs_keys")  # which statistics of an older stable-baselines3 do not have
+    keys = statistics.norm_obs_keys
     frozen = VecNormalize(envs, training=False, norm_obs=statistics.norm_obs, norm_reward=False, norm_obs_keys=keys)
     if statistics.norm_obs:
         frozen.obs_rms = statistics.obs_rms  # the object itself, so that later evaluations see later statistics
@@ -194,13 +240,30 @@ def evaluation_envs(envs: VecEnv, training: VecEnv) -> VecEnv:
 
 
 def import_from(name: str) -> Callable[..., Any]:
-    """The object that `module:attribute` names.
+    """The object that `module:attribute`, `file.py:attribute` or `module.attribute` names; one of gym is Gymnasium's.
 
     Raises:
         UserError: There is none.
     """
-    module, _, attribute = name.partition(":")
+    module, _, attribute = name.rpartition(":" if ":" in name else ".")
+    module = f"gymnasium{module[3:]}" if module.partition(".")[0] == "gym" else module
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        return getattr(_import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError, OSError) as error:
         raise UserError(f"cannot import {name!r} (written as module:attribute): {error}") from None
+
+
+def _import_module(name: str) -> ModuleType:
+    """Import a module by its name, or by the path of its file."""
+    if not name.endswith(".py"):
+        return importlib.import_module(name)
+    path = Path(name).resolve()
+    known = sys.modules.get(path.stem)
+    if known is not None and getattr(known, "__file__", None) == str(path):
+        return known
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[path.stem] = module
+    return module

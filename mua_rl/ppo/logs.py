@@ -5,12 +5,44 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import HumanOutputFormat, KVWriter, Logger, TensorBoardOutputFormat
 
 from mua_rl.run.folder import RunFolder
 
 RETURN = "rollout/ep_rew_mean"
 """SB3's name of the mean return over the last `stats_window_size` training episodes."""
+
+
+OWN_RETURN = "rollout/return"
+"""The mean return of the episodes that ended in this rollout alone."""
+
+
+class OwnReturns(BaseCallback):
+    """Logs `OWN_RETURN`, which rollouts of one policy give independently, as running means over 100 episodes are not.
+
+    It begins when every environment has ended an episode: until then only the short ones are among those that ended.
+    """
+
+    def _on_training_start(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget all: every environment begins a new episode."""
+        self._returns: list[float] = []
+        self._waiting = set(range(self.training_env.num_envs))
+
+    def _on_step(self) -> bool:
+        for number, info in enumerate(self.locals["infos"]):
+            if "episode" in info:
+                self._waiting.discard(number)
+                self._returns.append(float(info["episode"]["r"]))
+        return True
+
+    def _on_rollout_end(self) -> None:
+        if self._returns and not self._waiting:
+            self.logger.record(OWN_RETURN, sum(self._returns) / len(self._returns))
+            self._returns = []
 
 
 class RunFolderWriter(KVWriter):

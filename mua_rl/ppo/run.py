@@ -14,8 +14,8 @@ from mua_rl.ppo.arguments import PPOArguments
 from mua_rl.ppo.checkpoint import Checkpoints, load_checkpoint
 from mua_rl.ppo.envs import evaluation_envs
 from mua_rl.ppo.evaluation import evaluate
-from mua_rl.ppo.logs import RETURN, make_logger
-from mua_rl.ppo.setup import POLICY, Setup, bare_envs, set_up
+from mua_rl.ppo.logs import RETURN, OwnReturns, make_logger
+from mua_rl.ppo.setup import POLICY, PPOSetup, bare_envs, set_up
 from mua_rl.run.arguments import AdapterArguments
 from mua_rl.run.folder import ADAPTER_FOLDER, RunFolder, open_run, start_wandb
 from mua_rl.run.life import Measurement, Names, announce, live, say
@@ -37,7 +37,7 @@ class PPOLearner:
 
     names = NAMES
 
-    def __init__(self, setup: Setup, arguments: PPOArguments, run: RunFolder) -> None:
+    def __init__(self, setup: PPOSetup, arguments: PPOArguments, run: RunFolder) -> None:
         self.setup, self.arguments, self.run = setup, arguments, run
         self.model, self.recipe, self.spec = setup.model, recipe_of(arguments, setup), setup.configuration.spec
         self.rate, self.seed = setup.rate, arguments.seed
@@ -66,9 +66,11 @@ class PPOLearner:
         self.model.set_logger(make_logger(self.run, _tensorboard(arguments, self.run), arguments.verbose))
         if checkpoint is not None:
             load_checkpoint(self.model, checkpoint)
+        own_returns = OwnReturns()
+        every = arguments.checkpoint_steps or max(1, total // 5)
         self.model.learn(
             total - self.model.num_timesteps,
-            callback=Checkpoints(self.run.path, arguments.checkpoint_steps or max(1, total // 5)),
+            callback=[own_returns, Checkpoints(self.run.path, every, on_restart=own_returns.restart)],
             reset_num_timesteps=checkpoint is None,
             progress_bar=arguments.progress_bar and Console().is_terminal,
         )
@@ -121,7 +123,7 @@ def train(arguments: PPOArguments, adapter_arguments: AdapterArguments, given: d
     return run
 
 
-def _announce(arguments: PPOArguments, setup: Setup, run: RunFolder) -> None:
+def _announce(arguments: PPOArguments, setup: PPOSetup, run: RunFolder) -> None:
     """Say what the run is about to do."""
     model, is_lora = setup.model, bool(setup.model.attached.rank)
     trained = sum(p.numel() for p in model.learner.parameters() if p.requires_grad)
@@ -135,7 +137,7 @@ def _announce(arguments: PPOArguments, setup: Setup, run: RunFolder) -> None:
         say("[yellow]There is no pretrained policy here, and LoRA keeps random weights: --rank full learns more.[/]")
 
 
-def recipe_of(arguments: PPOArguments, setup: Setup) -> Recipe:
+def recipe_of(arguments: PPOArguments, setup: PPOSetup) -> Recipe:
     """What the runs of these arguments have in common."""
     model = setup.model
     group = model.learner.optimizer.param_groups[0]

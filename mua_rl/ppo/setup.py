@@ -6,7 +6,8 @@ from pathlib import Path
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv
 
-from mua_rl.adapter.adapters import Adapter, fingerprint
+from mua_rl.adapter.adapters import Adapter
+from mua_rl.adapter.fingerprint import fingerprint
 from mua_rl.errors import UserError, one_line
 from mua_rl.lr.record import LRRecord, check_learning_rate
 from mua_rl.lr.rules import Configuration
@@ -15,14 +16,15 @@ from mua_rl.ppo.arguments import PPOArguments
 from mua_rl.ppo.base import SHIPPED, BasePolicy, read_base_policy, shipped_policy
 from mua_rl.ppo.envs import build_envs, new_statistics, with_statistics
 from mua_rl.ppo.trainer import PPO
-from mua_rl.run.arguments import AdapterArguments, Base, resolve_learning_rate
+from mua_rl.run.arguments import AdapterArguments
 from mua_rl.run.folder import RunFolder
+from mua_rl.run.learning_rate import Base, resolve_learning_rate
 
 POLICY = "policy.zip"
 
 
 @dataclass
-class Setup:
+class PPOSetup:
     """A model that is ready to train, with what it starts from and how it is trained."""
 
     model: PPO
@@ -38,23 +40,19 @@ def find_base(arguments: PPOArguments, start_from: str | None) -> tuple[BasePoli
     Raises:
         UserError: A policy or a run that cannot be used.
     """
+    statistics = arguments.vec_normalize
     if start_from is not None:
         run = RunFolder.open_policy(start_from)
         record = LRRecord.load(run.path)
-        return (
-            read_base_policy(run.path / POLICY, arguments.vec_normalize),
-            f"{record.base_model} after {start_from}",
-            record,
-        )
+        return read_base_policy(run.path / POLICY, statistics), f"{record.base_model} after {start_from}", record
     path = shipped_policy(arguments.env_id) if arguments.base == "auto" else Path(arguments.base)
     if path is None or arguments.base == "none":
         return None, f"a new {arguments.policy}", None
     shipped = path.is_relative_to(SHIPPED)
-    name = f"the shipped {path.parent.name} policy" if shipped else str(path)
-    return read_base_policy(path, arguments.vec_normalize), name, None
+    return read_base_policy(path, statistics), f"the shipped {path.parent.name} policy" if shipped else str(path), None
 
 
-def set_up(arguments: PPOArguments, adapter_arguments: AdapterArguments) -> Setup:
+def set_up(arguments: PPOArguments, adapter_arguments: AdapterArguments) -> PPOSetup:
     """Build environments and policy, attach the adapter, find the learning rate.
 
     Raises:
@@ -91,7 +89,7 @@ def set_up(arguments: PPOArguments, adapter_arguments: AdapterArguments) -> Setu
     if head_rate is not None:
         check_learning_rate(head_rate, "--head_lr")
     model.attach(learning_rate=arguments.schedule(rate.value), head_learning_rate=head_rate)
-    return Setup(model, pretrained, base, configuration, rate)
+    return PPOSetup(model, pretrained, base, configuration, rate)
 
 
 def training_envs(arguments: PPOArguments, pretrained: BasePolicy | None) -> VecEnv:

@@ -10,8 +10,8 @@ are too small for a rank and which the LR rules do not cover: their learning rat
 layers that read the observation, and all biases but the heads', stay frozen under LoRA.
 """
 
-import re
-from collections.abc import Sequence
+import copy
+import math
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -19,23 +19,29 @@ from typing import Any, Self
 
 import stable_baselines3
 import torch
-from peft import PeftModel
+from gymnasium import spaces
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.torch_layers import CombinedExtractor
 from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from mua_rl.adapter.adapters import Adapter, Full, TargetModules, fan_in, lora_layers
-from mua_rl.adapter.groups import FULL, learning_rates, named_groups, role_of, scale_learning_rates
+from mua_rl.adapter.adapters import Adapter, Full, LoRA, adapter_for
+from mua_rl.adapter.groups import learning_rates, param_groups, scale_learning_rates
+from mua_rl.adapter.targets import fan_in, lora_layers
 from mua_rl.errors import Diverged, UserError
 from mua_rl.lr.rules import Configuration
+from mua_rl.lr.spec import AdapterSpec
 from mua_rl.ppo.base import BasePolicy
+from mua_rl.ppo.layers import CRITIC, HEAD, fit, head_role_of, hidden_layers, is_critics, resolve_layers
 
-HEAD = "head"
-HEADS = ("action_net", "value_net", "log_std")
-OWN_STATE = ("adapter", "attached", "wrapped", "learner", "target_layers", "widths", "head_learning_rate")
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+OWN_STATE = ("adapter", "attached", "wrapped", "learner", "target_layers", "widths", "base_state", "base_policy")
+"""What a zip leaves out: it is made anew from the zip's weights."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"  # as PEFT calls it
 
 
 class PPO(stable_baselines3.PPO):
@@ -51,14 +57,21 @@ class PPO(stable_baselines3.PPO):
     weights; if it is a schedule, every parameter group follows its shape, so the groups' ratios never change.
 
     Args:
-        adapter: `LoRA(...)` or `Full()`; None is `Full()`. A LoRA's target modules may be `"hidden"` (see
-            `hidden_layers`), `"all-linear"` or names of layers; see `resolve_layers`.
+        adapter: `LoRA(...)` or `Full()`; None is what a zip that is loaded was trained with, else `Full()`. A LoRA's
+            target modules may be `"hidden"` (see `hidden_layers`), `"actor"` (of these the actor's alone; the critic,
+            which is never deployed, is trained fully), `"all-linear"` or names of layers; see `resolve_layers`.
         head_learning_rate: LR of the heads, which are trained fully; None is η.
+        critic_learning_rate: LR of whatever the critic trains; None is that of the same parts of the actor.
+        critic_warmup: Rollouts at the start of a run on which the critic alone is trained.
+        clip_apart: Whether the gradients of actor and critic are clipped to `max_grad_norm` each for itself.
+        base_kl: β of a penalty `β (log π(a|s) - log π_base(a|s))` on the reward of every step, whose mean is the KL
+            divergence from the policy that the run began with (Ziegler et al. 2019).
 
     Attributes:
         policy: The merged policy that acts.
         learner: What is trained; `learner.optimizer` has the parameter groups.
         target_layers, widths: Names of the layers that the adapter's LR rules speak of, and their fan-ins.
+        base_state: The weights that the adapter was attached to.
     """
 
     def __init__(
@@ -66,10 +79,16 @@ class PPO(stable_baselines3.PPO):
         *args: Any,
         adapter: Adapter | None = None,
         head_learning_rate: float | None = None,
+        critic_learning_rate: float | None = None,
+        critic_warmup: int = 0,
+        clip_apart: bool = False,
+        base_kl: float = 0.0,
         **kwargs: Any,
     ):
         self.adapter = adapter
-        self.head_learning_rate = head_learning_rate
+        self.saved_adapter: dict[str, Any] | None = None
+        self.head_learning_rate, self.critic_learning_rate = head_learning_rate, critic_learning_rate
+        self.critic_warmup, self.clip_apart, self.base_kl = critic_warmup, clip_apart, base_kl
         super().__init__(*args, **kwargs)
 
     @classmethod
@@ -89,6 +108,13 @@ class PPO(stable_baselines3.PPO):
 
     def _setup_model(self) -> None:
         super()._setup_model()
+        if self.adapter is None and self.saved_adapter is not None:  # of the zip that is being loaded
+            saved = self.saved_adapter
+            spec = AdapterSpec.parse(saved["rank"], saved["init"], saved["alpha"])
+            self.adapter = adapter_for(spec, saved["target_modules"])
+            print(
+                f"mua_rl: a new {spec} on the merged weights of the zip; load it with adapter=Full() to train them all."
+            )
         self.attach()
 
     def attach(
@@ -96,6 +122,7 @@ class PPO(stable_baselines3.PPO):
         adapter: Adapter | None = None,
         learning_rate: float | Schedule | None = None,
         head_learning_rate: float | None = None,
+        critic_learning_rate: float | None = None,
     ) -> None:
         """(Re)build the learner from the weights of `policy`: a new adapter, a new optimiser, no memory of the old.
 
@@ -106,6 +133,7 @@ class PPO(stable_baselines3.PPO):
         """
         self.adapter = adapter or self.adapter
         self.head_learning_rate = head_learning_rate or self.head_learning_rate
+        self.critic_learning_rate = critic_learning_rate or self.critic_learning_rate
         if learning_rate is not None:
             self.learning_rate = learning_rate
             self._setup_lr_schedule()
@@ -114,25 +142,50 @@ class PPO(stable_baselines3.PPO):
             raise UserError(
                 f"the learning rate must start above 0, not at {peak}: its schedule is a factor on its start."
             )
+        self.base_state = {name: value.clone() for name, value in self.policy.state_dict().items()}
+        chosen: Any = self.adapter or Full("hidden")
+        if chosen.rank is None and not hidden_layers(self.policy):
+            chosen = replace(chosen, target_modules="all-linear")  # whose width the LR rules then speak of
+        self.target_layers = resolve_layers(self.policy, chosen.target_modules)
+        self.attached: Any = fit(chosen, self.policy, self.target_layers)
+        self.widths = sorted({fan_in(self.policy.get_submodule(name).weight) for name in self.target_layers})  # type: ignore[arg-type]
+        self.saved_adapter = None
+        if chosen.rank is not None:
+            self.saved_adapter = {**chosen.spec.as_dict(), "target_modules": chosen.target_modules}
         with torch.random.fork_rng():  # attaching draws nothing from the run's own random numbers
             self.learner: ActorCriticPolicy = self.policy_class(  # type: ignore[assignment]
                 self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **self.policy_kwargs
             ).to(self.device)
             self.learner.load_state_dict(self.policy.state_dict())
-            chosen: Any = self.adapter or Full("hidden")
-            if chosen.rank is None and not hidden_layers(self.policy):
-                chosen = replace(chosen, target_modules="all-linear")  # whose width the LR rules then speak of
-            self.target_layers = resolve_layers(self.policy, chosen.target_modules)
-            self.attached = replace(chosen, target_modules=exactly(self.target_layers))
-            self.widths = sorted({fan_in(self.policy.get_submodule(name).weight) for name in self.target_layers})  # type: ignore[arg-type]
             self.wrapped = self.attached.attach(self.learner, seed=self.seed or 0)
+        actor_alone = chosen.rank is not None and chosen.target_modules in ("actor", ["actor"])
         for name, parameter in self.learner.named_parameters():
-            if head_role_of(name) == HEAD:
+            if head_role_of(name) == HEAD or (actor_alone and is_critics(name)):
                 parameter.requires_grad_(True)
-        rates = {**self.attached.learning_rates(peak), HEAD: self.head_learning_rate or peak}
-        groups = named_groups(self.learner, rates, role_of=head_role_of)
-        self.learner.optimizer = self.policy.optimizer_class(groups, **self.policy.optimizer_kwargs)
+        self._set_optimizer(peak, critic_apart=actor_alone or self.critic_learning_rate is not None)
+        self.base_policy = copy.deepcopy(self.policy) if self.base_kl else None
         self.merge()
+
+    def _set_optimizer(self, peak: float, critic_apart: bool) -> None:
+        """Give the learner an optimiser of its own, with a parameter group for each role that is trained."""
+
+        def role(name: str) -> str:
+            return CRITIC if critic_apart and is_critics(name) else head_role_of(name)
+
+        heads = self.head_learning_rate or peak
+        rates = {**self.attached.learning_rates(peak), HEAD: heads, CRITIC: self.critic_learning_rate or heads}
+        trained = {role(name) for name, parameter in self.learner.named_parameters() if parameter.requires_grad}
+        groups = param_groups(self.learner, {r: rate for r, rate in rates.items() if r in trained}, role_of=role)
+        for group in groups:
+            del group["weight_decay"]  # the optimiser's own, or that of `optimizer_kwargs`
+        self.learner.optimizer = self.policy.optimizer_class(groups, **self.policy.optimizer_kwargs)
+        if self.clip_apart:
+            self.learner.optimizer.register_step_pre_hook(lambda *_: self._clip_apart())
+
+    def _clip_apart(self) -> None:
+        for critics in (False, True):
+            part = [p for name, p in self.learner.named_parameters() if is_critics(name) is critics]
+            nn.utils.clip_grad_norm_(part, self._own_max_grad_norm)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -154,15 +207,54 @@ class PPO(stable_baselines3.PPO):
             Diverged: A trained weight is no longer finite.
         """
         policy, self.policy = self.policy, self.learner
+        self._own_max_grad_norm = self.max_grad_norm
+        if self.clip_apart:  # by the hook before the optimiser's step; SB3 then clips nothing
+            self.max_grad_norm = math.inf
+        waiting = []
+        if self.num_timesteps <= self.critic_warmup * self.n_steps * self.n_envs:
+            waiting = [p for name, p in self.learner.named_parameters() if p.requires_grad and not is_critics(name)]
+        for parameter in waiting:
+            parameter.requires_grad_(False)
         try:
             super().train()
         except ValueError:  # torch's distributions refuse NaN
             self._check_finite()
             raise
         finally:
-            self.policy = policy
+            self.policy, self.max_grad_norm = policy, self._own_max_grad_norm
+            for parameter in waiting:
+                parameter.requires_grad_(True)
         self._check_finite()
         self.merge()
+
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> bool:
+        """As in SB3; with `base_kl` the rewards then pay for going away from the base policy."""
+        goes_on = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        if goes_on and self.base_policy is not None:
+            self._pay_for_distance(rollout_buffer, self.base_policy)
+        return goes_on
+
+    @torch.no_grad()
+    def _pay_for_distance(self, buffer: RolloutBuffer, base: ActorCriticPolicy) -> None:
+        def flat(values: Any) -> torch.Tensor:
+            return torch.as_tensor(values.reshape(-1, *values.shape[2:]), device=self.device)
+
+        seen: Any = buffer.observations
+        if isinstance(buffer, DictRolloutBuffer):
+            seen = {key: flat(value) for key, value in seen.items()}
+        else:
+            seen = flat(seen)
+        actions = flat(buffer.actions)
+        if isinstance(self.action_space, spaces.Discrete):
+            actions = actions.long().flatten()
+        _, log_probs, _ = base.evaluate_actions(seen, actions)
+        distance = buffer.log_probs - log_probs.reshape(buffer.log_probs.shape).cpu().numpy()
+        buffer.rewards -= self.base_kl * distance
+        last = self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]
+        buffer.compute_returns_and_advantage(last_values=last, dones=self._last_episode_starts)  # type: ignore[arg-type]
+        self.logger.record("train/base_kl", float(distance.mean()))
 
     def _check_finite(self) -> None:
         if not all(torch.isfinite(parameter).all() for parameter in self.learner.parameters()):
@@ -188,96 +280,39 @@ class PPO(stable_baselines3.PPO):
         return adapter.configuration(layers, self.policy.optimizer_class.__name__.lower())
 
     def save_adapter(self, folder: Path | str) -> None:
-        """Write the adapter in PEFT's format, with the policy it belongs to as `base_policy.zip`.
+        """Write all that was trained in PEFT's format, and `base_policy.zip`, the policy that it was trained from.
 
-        `PeftModel.from_pretrained(stable_baselines3.PPO.load(folder / "base_policy.zip").policy, folder)` is the
-        trained policy again: that zip holds the frozen base weights and the trained heads. Nothing is written for full
-        finetuning.
+        `PeftModel.from_pretrained(stable_baselines3.PPO.load(base).policy, folder)` is the trained policy again, of
+        that zip or of the original one. The actor's head is among PEFT's `modules_to_save`, so that one base can carry
+        many such adapters and switch between them (`load_adapter`, `set_adapter`). The critic's head, and the critic
+        where it is trained fully, and `log_std` lie beside it; PEFT loads them into the base, where those of the last
+        adapter stay: no deterministic action depends on them. Nothing is written for full finetuning.
         """
-        if not isinstance(self.wrapped, PeftModel):
+        if not isinstance(self.attached, LoRA):
             return
         folder = Path(folder)
-        self.wrapped.save_pretrained(str(folder))
+        trained = {name: value.detach() for name, value in self.learner.named_parameters() if value.requires_grad}
+        base = copy.deepcopy(self.policy)
+        base.load_state_dict(self.base_state)
+        config = self.attached.peft_config(base)
+        switched = "action_net." if "action_net.weight" in trained else "-"
+        config.modules_to_save = ["action_net"] if "action_net.weight" in trained else None
+        peft_model = get_peft_model(base, config)
+        with torch.no_grad():
+            for name, value in base.named_parameters():  # with the adapter in it
+                source = name.replace(".modules_to_save.default", "")
+                if source in trained and ".original_module." not in name:
+                    value.copy_(trained[source])
+        peft_model.save_pretrained(str(folder))
+        beside = {n: v.cpu() for n, v in trained.items() if "lora_" not in n and not n.startswith(switched)}
+        weights = load_file(folder / ADAPTER_WEIGHTS)
+        weights |= {f"base_model.model.{name}": value.contiguous() for name, value in beside.items()}
+        save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        self.policy.load_state_dict(self.base_state)
         try:
-            with torch.no_grad():
-                frozen = self.learner.state_dict()
-                acting = self.policy.state_dict()
-                for name, _ in lora_layers(self.learner):
-                    acting[f"{name}.weight"].copy_(frozen[f"{name}.base_layer.weight"])
             self.save(folder / "base_policy.zip")
         finally:
             self.merge()
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), *OWN_STATE]
-
-
-def head_role_of(name: str) -> str:
-    """`mua_rl.adapter.groups.role_of`, and "head" for what a policy's output heads have beside a LoRA of their own."""
-    segments = name.split(".")
-    if segments[0] in HEADS and "base_layer" not in segments and role_of(name) == FULL:
-        return HEAD
-    return role_of(name)
-
-
-def exactly(names: Sequence[str]) -> str:
-    """A regular expression for these full names and no others (PEFT takes a list of names as endings)."""
-    return "|".join(map(re.escape, names))
-
-
-def hidden_layers(policy: ActorCriticPolicy) -> list[str]:
-    """Full names of the linear and convolutional layers that neither read the observation nor are heads."""
-    names = [name for name, module in policy.named_modules() if isinstance(module, LAYERS)]
-    branches = [f"mlp_extractor.{net}" for net in ("policy_net", "value_net", "shared_net")]
-    extractors = {
-        name: module
-        for name, module in policy.named_children()
-        if name in ("features_extractor", "pi_features_extractor", "vf_features_extractor")
-    }
-    if any(name.split(".")[0] in extractors for name in names):
-        branches = [
-            f"{name}.extractors.{key}" if isinstance(module, CombinedExtractor) else name
-            for name, module in extractors.items()
-            for key in (module.extractors if isinstance(module, CombinedExtractor) else [""])
-        ]
-    first = [next((name for name in names if name.startswith(f"{branch}.")), None) for branch in branches]
-    return [name for name in names if name not in first and name.split(".")[0] not in HEADS]
-
-
-def resolve_layers(policy: ActorCriticPolicy, targets: TargetModules) -> list[str]:
-    """Full names of the layers that `targets` names.
-
-    Args:
-        policy: A plain SB3 policy.
-        targets: "hidden" (or "mlp", the default of `LoRA`), "all-linear", a regular expression for full names, or a
-            list of full names or unambiguous endings. A full name wins over an ending (`value_net` is the head, not
-            the critic's body, where PEFT's own matching takes both).
-
-    Raises:
-        UserError: A name fits no layer, or several, or there is no hidden layer.
-    """
-    layers = [name for name, module in policy.named_modules() if isinstance(module, LAYERS)]
-    if isinstance(targets, list) and len(targets) == 1 and targets[0] in ("hidden", "all-linear"):
-        targets = targets[0]
-    if targets in ("hidden", "mlp"):
-        found = hidden_layers(policy)
-    elif targets == "all-linear":
-        found = layers
-    elif isinstance(targets, str):
-        found = [name for name in layers if re.fullmatch(targets, name)]
-    else:
-        found = [_one_layer(layers, target) for target in targets]
-    if not found:
-        raise UserError(
-            f"no layer of the policy matches the target modules {targets!r}: name some of {', '.join(layers)} with "
-            "--target_modules, or train it fully (--rank full)."
-        )
-    return found
-
-
-def _one_layer(layers: Sequence[str], target: str) -> str:
-    found = [name for name in layers if name == target] or [name for name in layers if name.endswith(f".{target}")]
-    if len(found) != 1:
-        kind = f"several layers ({', '.join(found)})" if found else "no linear or convolutional layer"
-        raise UserError(f"the target module {target!r} names {kind} of the policy; its layers: {', '.join(layers)}.")
-    return found[0]

@@ -35,7 +35,7 @@ class Row:
         width: n, the largest fan-in among the adapted layers.
         lr_rule: "transferred", scaled by the rules from the first point, or "fixed", the first point's for all.
         learning_rate: η.
-        seed: Of the adapter's start, the batch and, where it is random, the model.
+        seed: The seed of the adapter's start, of the batch and, where it is random, of the model.
         step, layer, kind, quantity, size: As in `mua_rl.probes.feature_updates.FeatureUpdate`.
     """
 
@@ -71,7 +71,7 @@ class Line:
     Attributes:
         axis, scheme, alpha, lr_rule, quantity: As in `Row`.
         sizes: log2 of the size at each point, the mean over layers and seeds.
-        slope: Of log2 size on log2 rank or log2 width; NaN with fewer than two points.
+        slope: The slope of log2 size on log2 rank or log2 width; NaN with fewer than two points.
         layer_slopes: The smallest and the largest slope of a single layer.
         theory: The slope of the theory's leading order, for learning rates at the edge of stability.
         verdict: "flat", "grows", "vanishes", "zero", "diverged", or "" for a single point.
@@ -167,9 +167,9 @@ def _verdict(sizes: dict[int | None, float], slope: float, tolerance: float) -> 
     return "flat" if abs(slope) <= tolerance else "grows" if slope > 0 else "vanishes"
 
 
-def table(found: Sequence[Line], axis: str) -> Table:
+def table(measured: Sequence[Line], axis: str) -> Table:
     """All lines of one axis; those that the theory wants flat in bold, in red where they are not."""
-    shown = [line for line in found if line.axis == axis]
+    shown = [line for line in measured if line.axis == axis]
     xs = sorted({x for line in shown for x in line.sizes}, key=lambda x: (x is None, x))
     columns = Table(
         title=f"log2 of the size of a step's feature update, against the {axis}", title_justify="left", box=SIMPLE_HEAD
@@ -211,13 +211,13 @@ def _point(x: int | None, axis: str) -> str:
     return "full" if x is None else f"r={x}" if axis == "rank" else f"n={x}"
 
 
-def figure(found: Sequence[Line], axis: str) -> Figure:
+def figure(measured: Sequence[Line], axis: str) -> Figure:
     """Size against rank or width, both logarithmic: a column of panels per scheme, a row per LR rule.
 
     Among ranks, FFT is a dashed line in every panel.
     """
-    shown = [line for line in found if line.axis == axis and None not in line.sizes]
-    of_full = [line.sizes[None] for line in found if line.axis == axis and None in line.sizes]
+    shown = [line for line in measured if line.axis == axis and None not in line.sizes]
+    of_full = [line.sizes[None] for line in measured if line.axis == axis and None in line.sizes]
     full = [2**size for size in of_full if math.isfinite(size)]
     titles = list(dict.fromkeys(line.title for line in shown)) or ["FFT"]
     rules = list(dict.fromkeys(line.lr_rule for line in shown)) or [TRANSFERRED]

@@ -20,8 +20,9 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from mua_rl.adapter.adapters import Adapter, lora_layers, lora_matrices, targeted_layers
-from mua_rl.adapter.groups import named_groups
+from mua_rl.adapter.adapters import Adapter
+from mua_rl.adapter.groups import param_groups
+from mua_rl.adapter.targets import lora_layers, lora_matrices, targeted_layers
 from mua_rl.errors import UserError
 
 DELTA_1, DELTA_2, DELTA_3, DELTA_Z_B, DELTA_Z = "δ₁", "δ₂", "δ₃", "ΔZ_B", "ΔZ"
@@ -81,7 +82,7 @@ def feature_updates(
     inputs = _inputs(model, layers, loss, batches[0])
     if not inputs:
         raise UserError("the loss depends on none of the adapted layers: choose other target modules.")
-    optimizer = torch.optim.AdamW(named_groups(model, adapter.learning_rates(learning_rate)))
+    optimizer = torch.optim.AdamW(param_groups(model, adapter.learning_rates(learning_rate)))
     updates = []
     for step in range(1, steps + 1):
         before = {name: _weights(layers[name]) for name in inputs}

@@ -23,8 +23,9 @@ class LayerSums:
     """What a layer's gradient G contributes.
 
     Attributes:
-        name: Of the layer.
-        outputs, inputs: m and n.
+        name: The layer's name.
+        outputs: m.
+        inputs: n.
         entries: ‖G‖₁.
         columns: Σ_j ‖G_:j‖₂, over the n inputs.
         rows: Σ_i ‖G_i:‖₂, over the m outputs.
@@ -39,7 +40,7 @@ class LayerSums:
 
     @classmethod
     def of(cls, name: str, gradient: torch.Tensor) -> "LayerSums":
-        """Of a gradient `(m, n)`; a convolution's kernel counts among its inputs."""
+        """The sums of a gradient `(m, n)`; a convolution's kernel counts among its inputs."""
         g = gradient.detach().flatten(1).float()
         m, n = g.shape
         return cls(name, m, n, float(g.abs().sum()), float(g.norm(dim=0).sum()), float(g.norm(dim=1).sum()))
@@ -50,7 +51,7 @@ class Probe:
     """Statistics of one gradient of a model.
 
     Attributes:
-        layers: Those that carry LoRA.
+        layers: The layers that carry LoRA.
         everything: ‖g‖₁ over all weights that FFT trains.
     """
 
@@ -59,11 +60,11 @@ class Probe:
 
     @classmethod
     def of(cls, gradients: Mapping[str, torch.Tensor], targets: Iterable[str]) -> "Probe":
-        """Of a model's gradients by the names of its weights.
+        """The statistics of a model's gradients by the names of its weights.
 
         Args:
-            gradients: Of every weight that FFT trains.
-            targets: Names of those of the layers with LoRA.
+            gradients: The gradient of every weight that FFT trains.
+            targets: The names of the weights of the layers with LoRA.
 
         Raises:
             ValueError: There is no gradient at all in the layers with LoRA.

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from trl.trainer.utils import pad, selective_log_softmax
 
 from mua_rl.adapter.adapters import Adapter
-from mua_rl.adapter.groups import named_groups
+from mua_rl.adapter.groups import param_groups
 from mua_rl.envs.tasks import Task, as_completions, load_split
 from mua_rl.errors import Diverged, UserError
 from mua_rl.lm.heldout import complete, end_ids
@@ -126,9 +126,9 @@ def movement(
         Diverged: The divergence is not finite.
     """
     policy = adapter.attach(copy.deepcopy(model), seed=seed)
-    optimizer = torch.optim.AdamW(named_groups(policy, adapter.learning_rates(learning_rate)), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(param_groups(policy, adapter.learning_rates(learning_rate)), weight_decay=0.0)
     trained = [p for p in policy.parameters() if p.requires_grad]
-    tokens, found = batch.written.sum(), []
+    tokens, divergences = batch.written.sum(), []
     for step in range(1, steps + 1):
         optimizer.zero_grad()
         for piece in batch.pieces():
@@ -141,8 +141,8 @@ def movement(
         kl = divergence(model, policy, batch, autocast)
         if not kl < float("inf"):
             raise Diverged(f"the policy's divergence after step {step} at learning rate {learning_rate:.3g} is {kl}")
-        found.append(kl)
-    return found
+        divergences.append(kl)
+    return divergences
 
 
 @torch.no_grad()

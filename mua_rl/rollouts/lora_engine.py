@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from mua_rl.adapter.adapters import lora_layers, lora_matrices
+from mua_rl.adapter.targets import lora_layers, lora_matrices
 from mua_rl.errors import UserError
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -53,7 +53,7 @@ def check_layers(model: nn.Module) -> None:
     for name, layer in lora_layers(model):
         if not isinstance(layer.get_base_layer(), nn.Linear) or layer.use_dora.get("default"):
             raise UserError(
-                f"vLLM has no LoRA for the layer {name}: use --vllm_sync merged, or other --target-modules."
+                f"vLLM has no LoRA for the layer {name}: use --vllm_sync merged, or other --target_modules."
             )
 
 

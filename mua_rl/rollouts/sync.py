@@ -22,7 +22,7 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
-from mua_rl.adapter.adapters import lora_layers, lora_matrices
+from mua_rl.adapter.targets import lora_layers, lora_matrices
 from mua_rl.errors import EngineFailed, UserError, one_line
 from mua_rl.rollouts.fsdp2 import reshard
 from mua_rl.rollouts.lora_engine import (
@@ -351,7 +351,7 @@ def compute_dtype(generation: VLLMGeneration) -> str:
 def _base_folder(generation: VLLMGeneration) -> Iterator[str]:
     """The folder (or hub id) of the trainer's base; a base that is on no disk is written out for the while.
 
-    A model whose `name_or_path` is empty is none that can be loaded: `--start-from` merges a LoRA into it.
+    A model whose `name_or_path` is empty is none that can be loaded: `--start_from` merges a LoRA into it.
     """
     model = generation.model
     if model.name_or_path:

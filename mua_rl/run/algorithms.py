@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mua_rl.lr.recipe import Recipe
-from mua_rl.run.arguments import AdapterArguments, Base
+from mua_rl.run.arguments import AdapterArguments
+from mua_rl.run.learning_rate import Base
 from mua_rl.run.life import Names
 from mua_rl.run.trial import Trial, TrialResult
 
@@ -41,11 +42,13 @@ class Algorithm(Protocol):
     Attributes:
         name: Its name, which is that of its folder.
         most_stacked: The most trials that one process trains together.
+        judged_key: What its metrics call the mean training reward of one step alone, in which no other step has a part.
         plans_memory: Whether trials in one process take as much GPU memory as they are given.
     """
 
     name: str
     most_stacked: int
+    judged_key: str
     plans_memory: bool
 
     @property

@@ -18,7 +18,6 @@ import math
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import fields
@@ -32,6 +31,7 @@ from mua_rl.errors import UserError, one_line
 from mua_rl.files import write_whole
 from mua_rl.lr.record import package_versions
 from mua_rl.run import processes
+from mua_rl.run.machine import git_commit
 from mua_rl.run.trial import Status, TrialResult
 
 CONFIG, VERSIONS, METRICS, RESULT, CURVE = "config.yaml", "versions.json", "metrics.jsonl", "result.json", "curve.png"
@@ -42,14 +42,14 @@ PATHS = ("model", "tokenizer_name", "base", "vec_normalize", "lr_from", "start_f
 
 
 _locks: dict[Path, IO] = {}
-"""Of the run folders that this process works in, for as long as it lives."""
+"""The locks on the run folders that this process works in, held for as long as it lives."""
 
 
 class RunFolder:
     """A folder that belongs to one run.
 
     Attributes:
-        path: Where it is.
+        path: The path of the folder.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -57,10 +57,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | None, name: str) -> "RunFolder":
-        """Make a new folder at `path`, or, where `path` is none, one under `runs/` that no other run has.
+        """Make a new folder at `path`; where `path` is `None`, under `runs/` by a name that no other run has.
 
         Raises:
-            UserError: There is something at `path` already: nothing is ever written over.
+            UserError: The folder exists and is not empty, since nothing is ever written over; or it cannot be made.
         """
         if path is None:
             stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -70,6 +70,11 @@ class RunFolder:
                     folder.mkdir(parents=True)
                 except FileExistsError:
                     continue
+                except OSError as error:
+                    raise UserError(
+                        f"the run folder {folder} cannot be made in {Path.cwd()}: {error.strerror}; name another with "
+                        "--output_dir."
+                    ) from None
                 return cls(folder)
         folder = Path(str(path))
         try:
@@ -88,7 +93,7 @@ class RunFolder:
         """The folder of an earlier run.
 
         Raises:
-            UserError: There is none.
+            UserError: The path is no run folder.
         """
         run = cls(path)
         if not (run.path / CONFIG).exists():
@@ -100,22 +105,22 @@ class RunFolder:
         """The folder of an earlier run that left a policy.
 
         Raises:
-            UserError: There is none, or it is a sweep's.
+            UserError: The path is no run folder, or a sweep's.
         """
         run = cls.open(path)
         if "algo" in run.settings():
-            raise UserError(f"{path} is a sweep, which holds no policy: name a run, such as one with --lr-from {path}.")
+            raise UserError(f"{path} is a sweep, which holds no policy: name a run, such as one with --lr_from {path}.")
         return run
 
     def start(self, settings: dict[str, Any], rate: dict[str, Any] | None = None) -> None:
-        """Write down what was asked and what it runs with.
+        """Write down what the run was asked, and what it runs with.
 
         Args:
-            settings: What was asked.
+            settings: The settings that were given.
             rate: The learning rate, as `learning_rate` gives it back.
 
         Raises:
-            UserError: Another run did so since the folder was found empty.
+            UserError: Another run has begun in the folder since it was seen to be empty.
         """
         try:
             with open(self.path / CONFIG, "x", encoding="utf-8") as stream:
@@ -159,7 +164,7 @@ class RunFolder:
         _locks[path] = file
 
     def settings(self) -> dict[str, Any]:
-        """What the run was asked."""
+        """The settings that the run was started with."""
         return yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8")) or {}
 
     def learning_rate(self) -> dict[str, Any] | None:
@@ -185,17 +190,17 @@ class RunFolder:
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end (`trainer_state.json` is its last file)."""
-        found = [
+        checkpoints = [
             (int(folder.name.rpartition("-")[2]), folder)
             for folder in self.path.glob("checkpoint-*")
             if folder.name.rpartition("-")[2].isdigit() and _is_json(folder / "trainer_state.json")
         ]
-        return max(found)[1] if found else None
+        return max(checkpoints)[1] if checkpoints else None
 
     def rewind(self, step: int) -> None:
         """Forget metrics after `step`, which a resumed run measures again."""
-        kept = [line for line in self.metrics() if line["step"] <= step]
-        write_whole(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+        lines = [line for line in self.metrics() if line["step"] <= step]
+        write_whole(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
 
     def score_before(self) -> tuple[float, str] | None:
         """The score before the first step and its text for the reader; `None`: it was not measured yet."""
@@ -263,9 +268,9 @@ def open_run(
 
     Args:
         resume: The folder to resume, or `None` for a new one.
-        output_dir: Where a new one goes; `None`: under `runs/`, called after `name`.
+        output_dir: The path of a new folder; `None`: one under `runs/`, called after `name`.
         name: Algorithm, task and rank; what a file name cannot hold is replaced.
-        settings: What was given. Paths in it are kept whole, so that the run resumes from any folder.
+        settings: The settings that were given. Paths in them are made whole, so that the run resumes from any folder.
         rate: The learning rate, which a new run writes down.
 
     Raises:
@@ -287,10 +292,6 @@ def open_run(
 def with_whole_paths(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings that mean the same from any folder."""
     paths = {k: str(Path(str(v)).resolve()) for k, v in settings.items() if k in PATHS and Path(str(v)).exists()}
-    if task := settings.get("task"):
-        from mua_rl.envs.tasks import with_whole_path  # here, since control runs have no task and do without datasets
-
-        paths["task"] = with_whole_path(task)
     return {**settings, **paths}
 
 
@@ -298,37 +299,23 @@ def start_wandb(run: RunFolder, **options: Any) -> None:
     """Begin a run at Weights & Biases; a resumed run goes on there under the id in its folder.
 
     Args:
-        options: Of `wandb.init`.
+        run: The folder of the run, which keeps the id.
+        options: Options of `wandb.init`.
 
     Raises:
-        UserError: It cannot begin.
+        UserError: Weights & Biases cannot be used.
     """
     import wandb
 
-    kept = run.path / WANDB_ID
-    identity = kept.read_text(encoding="utf-8").strip() if kept.exists() else None
+    path = run.path / WANDB_ID
+    identity = path.read_text(encoding="utf-8").strip() if path.exists() else None
     try:
         started = wandb.init(**{"name": run.path.name, **options}, id=identity, resume="allow")
     except wandb.Error as error:
         raise UserError(
             f"Weights & Biases cannot be used ({one_line(error)}): see wandb login, or set WANDB_MODE=offline."
         ) from None
-    kept.write_text(f"{started.id}\n", encoding="utf-8")
-
-
-def git_commit() -> str | None:
-    """The commit that this package runs from, with "+changes" where files differ from it; `None` outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, check=True, timeout=10, encoding="utf-8"
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "-C", str(here), "status", "--porcelain", "-uno"], capture_output=True, timeout=10, encoding="utf-8"
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit + ("+changes" if changed else "")
+    path.write_text(f"{started.id}\n", encoding="utf-8")
 
 
 def _is_json(path: Path) -> bool:

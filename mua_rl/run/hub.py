@@ -49,7 +49,7 @@ def reached() -> Iterator[None]:
 def push(trainer: Trainer, folder: Path) -> None:
     """Push the folder of a run that has ended, all but its checkpoints.
 
-    The weights are in it twice, byte for byte: at its root, where the hub looks for a model, and where `--start-from`
+    The weights are in it twice, byte for byte: at its root, where the hub looks for a model, and where `--start_from`
     does. The hub stores by content.
 
     Raises:

@@ -10,11 +10,11 @@ def learning_curve(metrics: list[dict[str, Any]], path: Path, title: str, curves
     """Draw metrics against steps.
 
     Args:
-        metrics: Lines of a run's metrics, each with a `step`.
-        path: Where the PNG goes.
-        title: Shown above.
-        curves: Metric key → label. Keys with few points are drawn with markers.
-        x: Label of the x axis.
+        metrics: The lines of a run's metrics, each with a `step`.
+        path: The PNG file.
+        title: The title above the axes.
+        curves: The label of each metric, by its key. Metrics with few points are drawn with markers.
+        x: The label of the x axis.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")  # no pyplot: safe in any thread, without a display
     axes = figure.add_subplot()

@@ -9,7 +9,9 @@ from typing import Any
 
 from mua_rl.lr.spec import AdapterSpec
 
-PER_TRIAL = ("rank", "init", "alpha", "lr", "learning_rate", "lr_from", "rank_exponent", "seed", "output_dir")
+PER_TRIAL = (
+    "rank", "init", "alpha", "lora_alpha", "lr", "learning_rate", "lr_from", "rank_exponent", "seed", "output_dir",
+)  # fmt: skip
 """Settings of a trainer that each trial brings along."""
 WITHOUT_EFFECT = (
     "lr_from", "rank_exponent", "output_dir", "report_to", "tensorboard_log", "wandb", "progress_bar", "verbose",
@@ -116,11 +118,12 @@ class TrialResult:
         """The result of a trial that came to its end, or was stopped.
 
         Args:
-            score, standard_error: After training; NaN where the trial was stopped.
-            before: Before training.
+            score: The score after training; NaN where the trial was stopped.
+            standard_error: The standard error of the score.
+            before: The score before training.
             rewards: Mean training reward of each step, as `reward_means` takes them.
-            steps: Steps that were taken.
-            seconds: Wall time.
+            steps: The number of steps that were taken.
+            seconds: The wall time.
             stopped: Why the trial was stopped; "" where it was not.
         """
         worse = is_clear(before - score, standard_error)
@@ -150,7 +153,7 @@ class TrialResult:
         """The result that `as_dict` wrote, or the `Outcome` of a version before 0.2 (metric, error, diverged, stopped).
 
         Raises:
-            ValueError: The status is none.
+            ValueError: The status is unknown.
         """
         values = dict(values)
         if "metric" in values:

@@ -134,7 +134,7 @@ class Request:
         """
         settings = self.settings if settings is None else settings
         defaults = {f.name: f.default for arguments in (self.adapter, self.trainer) for f in fields(arguments)}
-        own = {f.name for f in fields(SweepArguments)} - {"algo"} | {"rank", "init", "alpha"}
+        own = {f.name for f in fields(SweepArguments)} - {"algo"} | {"rank", "init", "alpha", "lora_alpha"}
         ignored = {*own, *WITHOUT_EFFECT}
         return {k: v for k, v in settings.items() if k not in ignored and v != defaults.get(k, MISSING)}
 
@@ -158,7 +158,7 @@ def parse(argv: list[str] | None = None) -> Request:
             raise UserError(f"{adapter.resume} is no sweep: go on with it by python -m mua_rl.grpo or mua_rl.ppo.")
         return parse(["--config", str(folder.path / CONFIG), "--output_dir", adapter.resume])
     if adapter.lr is not None or trainer.learning_rate is not None:
-        raise UserError("a sweep finds the learning rate: drop --lr; --grid says where to look, and --lr-from too.")
+        raise UserError("a sweep finds the learning rate: drop --lr; --grid says where to look, and --lr_from too.")
     algorithm.complete(trainer, adapter, settings)
     settings = with_whole_paths(settings)
     return Request(
@@ -196,7 +196,7 @@ def _specs(sweep: SweepArguments, adapter: AdapterArguments, settings: dict[str,
     """Each combination of ranks and schemes once; FFT has no scheme."""
     if sweep.ranks is not None and "rank" in settings:
         raise UserError("--rank and --ranks exclude each other: give --ranks.")
-    if sweep.schemes is not None and settings.keys() & {"init", "alpha"}:
+    if sweep.schemes is not None and settings.keys() & {"init", "alpha", "lora_alpha"}:
         raise UserError("--schemes stands for --init and --alpha: give one or the other.")
     ranks = [parse_rank(rank) for rank in sweep.ranks or [adapter.chosen_rank]]
     schemes = [parse_scheme(scheme) for scheme in sweep.schemes] if sweep.schemes else [(adapter.init, adapter.alpha)]

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from mua_rl.analysis.rows import SweepRow, append, read_all
-from mua_rl.lr.record import machine
+from mua_rl.run.machine import machine
 from mua_rl.run.trial import Trial, TrialResult
 from mua_rl.sweep.search import Plan
 

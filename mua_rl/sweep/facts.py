@@ -11,7 +11,7 @@ from mua_rl.lr.record import LRRecord
 from mua_rl.lr.rules import best_lr_order
 from mua_rl.lr.spec import AdapterSpec
 from mua_rl.lr.transfer import transfer
-from mua_rl.run.arguments import find_record
+from mua_rl.run.learning_rate import find_record
 from mua_rl.sweep.arguments import Request
 from mua_rl.sweep.search import Search, scan_around, scan_range
 

@@ -25,7 +25,7 @@ from mua_rl.sweep.backend import Stopped, die_with_parent
 from mua_rl.sweep.early_stop import why_hopeless
 
 POLL_SECONDS = 0.5
-ENDED = (ExitCode.OK, ExitCode.DIVERGED, ExitCode.WORSE)
+ENDED = (ExitCode.OK, ExitCode.DIVERGED, ExitCode.WORSE, ExitCode.STOPPED)
 """Exit codes of a trainer whose run came to its end."""
 WEIGHTS = ("checkpoint-*", MODEL_FOLDER, ADAPTER_FOLDER, "policy.zip")
 """What a run folder holds of trained weights."""
@@ -47,7 +47,7 @@ class SingleRuns:
 
     def __init__(self, request: Request, folder: Path, environment: dict[str, str], stop: threading.Event) -> None:
         self.request, self.environment, self.stop = request, environment, stop
-        self.reward = request.algorithm.names.reward_key
+        self.reward, self.judged = request.algorithm.names.reward_key, request.algorithm.judged_key
         self.die_with_parent = die_with_parent()
         self.runs = folder / "runs"
         self.runs.mkdir(parents=True, exist_ok=True)
@@ -113,13 +113,13 @@ class SingleRuns:
     def _why_hopeless(self, trial: Trial, folder: RunFolder) -> str:
         if not self.request.sweep.early_stop or self.request.steps < 1:
             return ""
-        curve = reward_curve(folder, self.reward)
+        curve = reward_curve(folder, self.judged)
         if not curve or curve[-1][0] >= self.request.steps:
             return ""
         same_curve = trial.name.partition("-lr")[0]
         others = [RunFolder(path) for path in self.runs.glob(f"{same_curve}-lr*") if path.is_dir()]
-        peers = [reward_curve(other, self.reward) for other in others if other.path != folder.path]
-        return why_hopeless(curve, [peer for peer in peers if peer], self.request.steps)
+        peers = [reward_curve(other, self.judged) for other in others if other.path != folder.path]
+        return why_hopeless(curve, [peer for peer in peers if peer], self.request.steps, independent=True)
 
 
 def trial_flags(trial: Trial) -> list[str]:
@@ -130,7 +130,7 @@ def trial_flags(trial: Trial) -> list[str]:
 
 
 def reward_curve(folder: RunFolder, key: str) -> RewardCurve:
-    """(step, mean training reward) from a run's metrics, which call the reward by a key."""
+    """(step, mean training reward of that step) from a run's metrics, which call the reward by a key."""
     return [(line["step"], line[key]) for line in folder.metrics() if isinstance(line.get(key), (int, float))]
 
 

@@ -73,7 +73,7 @@ def _train(
     def judge(trial: Trial, curve: RewardCurve) -> str:
         curves[trial] = curve
         peers = [other for peer, other in curves.items() if other and peer != trial and peer.spec == trial.spec]
-        return why_hopeless(curve, peers, request.steps)
+        return why_hopeless(curve, peers, request.steps, independent=True)
 
     stacking = Stacking(
         checkpoints=runs,

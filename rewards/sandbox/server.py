@@ -4,6 +4,7 @@ Nothing here decides anything: the code under test can change all of it, and gai
 """
 
 import builtins
+import functools
 import inspect
 import io
 import os
@@ -235,7 +236,7 @@ class Server:
         doc = kind.__doc__ if type(kind.__doc__) is str else None
         abilities, class_abilities = _abilities(inspect.getmro(kind)), _abilities(inspect.getmro(type(kind)))
         if hasattr(kind, "__class_getitem__"):
-            class_abilities.append("class_getitem")
+            class_abilities = (*class_abilities, "class_getitem")
         fields = list(kind.__dataclass_fields__) if hasattr(kind, "__dataclass_fields__") else None
         return {"C": [number, kind.__name__, doc, bases, abilities, class_abilities, base, fields]}
 
@@ -365,14 +366,15 @@ def _is_error(kind: type) -> bool:
     return issubclass(kind, BaseException)
 
 
-def _abilities(ancestry: tuple[type, ...]) -> list[str]:
+@functools.lru_cache(256)  # functions are rehearsed in the zygote
+def _abilities(ancestry: tuple[type, ...]) -> tuple[str, ...]:
     methods = set().union(*(vars(kind) for kind in ancestry if kind not in (object, type)))
     own = set().union(*(vars(kind) for kind in ancestry if kind.__module__ != "builtins"))
-    return [
+    return tuple(
         name
         for name, method in operations.METHODS.items()
         if method in (own if name in operations.COMPARISONS else methods)
-    ]
+    )
 
 
 def _base_value(value: Any) -> Any:

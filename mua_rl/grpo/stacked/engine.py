@@ -1,4 +1,4 @@
-"""Answers of all trials from one vLLM engine in this process, each prompt with its trial's LoRA.
+"""Completions of all trials from one vLLM engine in this process, each prompt with its trial's LoRA.
 
 The engine loads the base once and is handed A and B of all trials whenever it shall answer. An engine takes up to a
 minute to start, so it is kept for the next trials with the same base.
@@ -6,124 +6,52 @@ minute to start, so it is kept for the next trials with the same base.
 
 import gc
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Sequence
 from itertools import count
 from typing import Any
 from unittest import mock
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mua_rl.grpo.setup import free_port
-from mua_rl.grpo.stacked.generation import Answers
-from mua_rl.grpo.stacked.memory import Work
+from mua_rl.grpo.stacked.generation import Completions, Sampling
+from mua_rl.grpo.stacked.memory import StepShape
 from mua_rl.grpo.stacked.stack import LoRAStack
 from mua_rl.rollouts.lora_engine import adapter_llm, engine_rank
 from mua_rl.rollouts.memory import PolicySize, plan
-from mua_rl.rollouts.sync import engine_failures, engine_start
+from mua_rl.rollouts.sync import engine_failures, engine_start, leave_uncompiled
 
 _LORAS = 8  # an engine has room for a multiple of it, so that it serves fewer trials that come later too
 _SEQUENCES = 512  # the most at once: vLLM captures CUDA graphs for no more
 _BATCH_TOKENS = 4096  # as TRL sets it: vLLM takes more memory for more
-_CPU_SHARE = 0.3  # vLLM asks for one on a CPU too
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """What an engine is made for.
-
-    Attributes:
-        base: Fingerprint of the base policy.
-        loras: At once.
-        rank: The largest of them, one of vLLM's.
-        layers: Last names of the layers with LoRA.
-        length: Tokens of the longest prompt and completion together.
-        sequences: Generated at once.
-        dtype: What the trainer computes in.
-    """
-
-    base: str
-    loras: int
-    rank: int
-    layers: tuple[str, ...]
-    length: int
-    sequences: int
-    dtype: str
-
-    @classmethod
-    def of(cls, stack: LoRAStack, work: Work, base: str, dtype: torch.dtype) -> "EngineSettings":
-        """Those that trials need.
-
-        Raises:
-            UserError: vLLM takes no LoRA of such a rank.
-        """
-        loras = -(-work.trials // _LORAS) * _LORAS
-        layers = tuple(sorted({name.rpartition(".")[2] for name in stack.layers}))
-        sequences = min(_SEQUENCES, loras * work.prompts * work.group)
-        return cls(
-            base, loras, engine_rank(stack.rank), layers, work.length, sequences, str(dtype).removeprefix("torch.")
-        )
-
-
-def gpu_share(size: PolicySize, work: Work, settings: EngineSettings) -> float:
-    """The engine's share of the GPU beside trials in training.
-
-    Args:
-        size: Of the base and of A and B of all trials.
-        work: Of the trials.
-        settings: Of the engine.
-
-    Raises:
-        UserError: The GPU is too small.
-    """
-    if not torch.cuda.is_available():
-        return _CPU_SHARE
-    gc.collect()  # of trials that have been trained before
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    made = plan(
-        size,
-        total=total,
-        free=free + torch.cuda.memory_allocated(),  # the base and the trials have their place already
-        micro_batch=work.micro_batch,
-        sequences=settings.sequences,
-        length=work.length,
-        longest=work.length,
-        compute_bytes=work.compute_bytes,
-    )
-    print(f"mua_rl: GPU memory as planned: {made}", flush=True)
-    return made.utilization
+_CPU_SHARE = 0.3  # vLLM asks for a share of the GPU on a CPU too
 
 
 class StackedEngine:
     """An engine with the LoRAs of K trials.
 
     Args:
-        settings: What it is made for.
-        folder: Folder, or hub id, of the base.
-        share: Of the GPU's memory.
+        options: What it is made for: vLLM's options that depend on the trials.
+        folder: The folder, or hub id, of the base.
+        share: The engine's share of the GPU's memory.
 
     Raises:
         UserError: It cannot start.
     """
 
-    def __init__(self, settings: EngineSettings, folder: str, share: float) -> None:
+    def __init__(self, options: dict[str, Any], folder: str, share: float) -> None:
         launch = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         launch |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
         print("mua_rl: starting the vLLM engine, which takes up to a minute", flush=True)
-        options = {"gpu_memory_utilization": share}
+        options = {**options, "gpu_memory_utilization": share}
         with engine_start(options), mock.patch.dict(os.environ, launch):  # not for the runs that are started from here
             self.llm = adapter_llm(
                 **options,
                 model=folder,
-                dtype=settings.dtype,
                 enable_lora=True,
-                max_loras=settings.loras,
-                max_lora_rank=settings.rank,
-                lora_target_modules=list(settings.layers),
-                max_model_len=settings.length,
-                max_num_seqs=settings.sequences,
-                max_num_batched_tokens=max(_BATCH_TOKENS, settings.length),
+                max_num_batched_tokens=max(_BATCH_TOKENS, options["max_model_len"]),
                 distributed_executor_backend="external_launcher",
                 logprobs_mode="processed_logprobs",
                 enforce_eager=not torch.cuda.is_available(),  # compiling costs a CPU run minutes
@@ -133,9 +61,9 @@ class StackedEngine:
         self._versions = count(1)
 
     def sync(self, stack: LoRAStack) -> torch.Tensor:
-        """Take the trials as they are now in place of all that were there before.
+        """Take the trials as they are now in place of all that the engine has.
 
-        A trial with values that are not finite is taken without its B: none of its numbers shall be in the engine's
+        A trial with values that are not finite is taken as the base: none of its numbers shall be in the engine's
         cache.
 
         Returns:
@@ -147,36 +75,23 @@ class StackedEngine:
         self.adapters = []
         for row, trial in enumerate(stack.active):
             number = next(self._versions)
-            tensors = export_arm(stack, trial, self.lora_dtype)
+            # α goes into the fp32 B before the one rounding, as in `mua_rl.rollouts.lora_engine.export_tensors`.
+            tensors = stack.peft_tensors(trial, self.lora_dtype, stack.alpha(trial))
             if not finite[row]:
                 tensors = {name: torch.zeros_like(matrix) for name, matrix in tensors.items()}
             self.adapters.append(self.llm.take(f"mua_rl-{os.getpid()}-{trial}-{number}", number, tensors))
         self.llm.reset_prefix_cache()
         return finite
 
-    def answer(
+    def complete(
         self,
         stack: LoRAStack,
+        sampling: Sampling,
         prompts: list[list[list[int]]],
         copies: int,
-        seeds: torch.Tensor | None,
-        temperature: float,
-        end_ids: list[int],
-        pad_id: int,
-        new_tokens: int,
-    ) -> Answers:
-        """Complete prompts with the trials as they are now.
-
-        Args:
-            stack: The trials.
-            prompts: Token ids of p prompts of each trial.
-            copies: Completions of each prompt; b = p · copies.
-            seeds: `(K, p)`, of the draws; `None` is greedy.
-            temperature: What logits are divided by before sampling.
-            end_ids, pad_id, new_tokens: As `Decoder` takes them.
-
-        Returns:
-            On the CPU, with the log-probs that the engine gave the tokens.
+        generators: Sequence[torch.Generator] | None,
+    ) -> Completions:
+        """Complete prompts with the trials as they are now; see `Decoder.complete`.
 
         Raises:
             EngineFailed: The engine is gone.
@@ -185,39 +100,39 @@ class StackedEngine:
 
         with engine_failures("while the trials were brought to it"):
             finite = self.sync(stack)
-        asked, params, adapters = [], [], []
+        requests, parameters, adapters = [], [], []
         for k, trial in enumerate(prompts):
-            for i, ids in enumerate(trial):
-                asked.append({"prompt_token_ids": ids})
-                params.append(
+            seeds = [None] * len(trial)
+            if generators is not None:
+                seeds = torch.randint(2**62, (len(trial),), generator=generators[k]).tolist()
+            for ids, seed in zip(trial, seeds, strict=True):
+                requests.append({"prompt_token_ids": ids})
+                adapters.append(self.adapters[k])
+                parameters.append(
                     SamplingParams(
                         n=copies,
-                        temperature=0.0 if seeds is None else temperature,
-                        seed=None if seeds is None else int(seeds[k, i]),
-                        max_tokens=new_tokens,
-                        stop_token_ids=end_ids,
+                        temperature=0.0 if seed is None else sampling.temperature,
+                        seed=seed,
+                        max_tokens=sampling.new_tokens,
+                        stop_token_ids=sampling.end_ids,
                         ignore_eos=True,  # it is among the tokens above
                         detokenize=False,
                         logprobs=0,
                     )
                 )
-                adapters.append(self.adapters[k])
         with engine_failures("while it generated"):
-            outputs = self.llm.generate(asked, sampling_params=params, lora_request=adapters, use_tqdm=False)
-        found = [completion for output in outputs for completion in output.outputs]
-        tokens = torch.full((len(found), new_tokens), pad_id)
-        logps = torch.full((len(found), new_tokens), torch.nan)
-        for row, completion in enumerate(found):
-            ids = list(completion.token_ids)
+            outputs = self.llm.generate(requests, sampling_params=parameters, lora_request=adapters, use_tqdm=False)
+        answers = [completion for output in outputs for completion in output.outputs]
+        tokens = torch.full((len(answers), sampling.new_tokens), sampling.pad_id)
+        logps = torch.full(tokens.shape, torch.nan)
+        for row, answer in enumerate(answers):
+            ids = list(answer.token_ids)
             tokens[row, : len(ids)] = torch.tensor(ids)
-            logps[row, : len(ids)] = torch.tensor(
-                [step[token].logprob for token, step in zip(ids, completion.logprobs, strict=True)]
-            )
-        lengths = torch.tensor([len(completion.token_ids) for completion in found])
-        shape = (len(prompts), -1)
-        return Answers(
-            tokens.view(*shape, new_tokens), lengths.view(shape), finite.cpu(), logps.view(*shape, new_tokens)
-        )
+            steps = zip(ids, answer.logprobs, strict=True)
+            logps[row, : len(ids)] = torch.tensor([step[token].logprob for token, step in steps])
+        lengths = torch.tensor([len(answer.token_ids) for answer in answers])
+        tokens, lengths, logps = (values.unflatten(0, (len(prompts), -1)) for values in (tokens, lengths, logps))
+        return Completions(tokens, lengths, finite.cpu(), logps)
 
     def close(self) -> None:
         """Give the memory back."""
@@ -226,33 +141,83 @@ class StackedEngine:
         del self.llm
 
 
-_kept: dict[EngineSettings, StackedEngine] = {}
+_running: dict[tuple[str, str], StackedEngine] = {}
+"""The engine of this process, one at most, by its base and its options."""
 
 
-def engine(settings: EngineSettings, folder: str, share: Callable[[], float]) -> StackedEngine:
-    """The engine for these settings: the one of trials before, or a new one in its place.
+def base_on_disk(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | tempfile.TemporaryDirectory:
+    """Where an engine can read a base: the folder or hub id that it was loaded from, or else a new folder."""
+    if model.name_or_path:
+        return str(model.name_or_path)
+    folder = tempfile.TemporaryDirectory(prefix="mua_rl-base-")
+    model.save_pretrained(folder.name)
+    tokenizer.save_pretrained(folder.name)
+    return folder
+
+
+def engine_for(
+    model: PreTrainedModel,
+    stack: LoRAStack,
+    shape: StepShape,
+    base: str,
+    dtype: torch.dtype,
+    on_disk: str | tempfile.TemporaryDirectory,
+    share: float | None,
+) -> StackedEngine:
+    """The engine for some trials: the one of trials before, or a new one in its place.
 
     Args:
-        settings, folder: As `StackedEngine` takes them.
-        share: Says the share of the GPU for a new one, once the old one has given its memory back.
+        model: The base with the trials' LoRAs.
+        stack, shape: The trials, and the shape of their steps.
+        base: The fingerprint of the base.
+        dtype: What the trainer computes in.
+        on_disk: See `base_on_disk`.
+        share: A new engine's share of the GPU's memory; `None`: it is planned, once an old engine has given its memory
+            back.
 
     Raises:
-        UserError: It cannot start.
+        UserError: It cannot start, or vLLM takes no LoRA of such a rank.
     """
-    if settings not in _kept:
-        while _kept:
-            _kept.popitem()[1].close()
-        _kept[settings] = StackedEngine(settings, folder, share())
-    return _kept[settings]
+    loras = -(-shape.trials // _LORAS) * _LORAS
+    sequences = min(_SEQUENCES, loras * shape.prompts * shape.group)
+    options = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_loras": loras,
+        "max_lora_rank": engine_rank(stack.rank),
+        "lora_target_modules": sorted({name.rpartition(".")[2] for name in stack.layers}),
+        "max_model_len": shape.length,
+        "max_num_seqs": sequences,
+    }
+    key = base, str(options)
+    if key not in _running:
+        while _running:
+            _running.popitem()[1].close()
+        folder = on_disk if isinstance(on_disk, str) else on_disk.name
+        _running[key] = StackedEngine(options, folder, share or _planned_share(model, shape, sequences))
+    leave_uncompiled(model)
+    return _running[key]
 
 
-@torch.no_grad()
-def export_arm(stack: LoRAStack, trial: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """A and B of an active trial under PEFT's names, with the trial's multiplier inside B, see
-    `vllm_lora.export_tensors`."""
-    alpha = stack.adapters[trial].alpha(stack.adapters[trial].rank)
-    named: dict[str, torch.Tensor] = {}
-    for name, a, b in stack.matrices(trial):
-        named[f"base_model.model.{name}.lora_A.weight"] = a.to(dtype, copy=True)
-        named[f"base_model.model.{name}.lora_B.weight"] = (b * alpha).to(dtype)
-    return named
+def _planned_share(model: PreTrainedModel, shape: StepShape, sequences: int) -> float:
+    """An engine's share of the GPU beside trials in training.
+
+    Raises:
+        UserError: The GPU is too small.
+    """
+    if not torch.cuda.is_available():
+        return _CPU_SHARE
+    gc.collect()  # frees the memory of trials that were trained before
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    shares = plan(
+        PolicySize.of(model),
+        total=total,
+        free=free + torch.cuda.memory_allocated(),  # the base and the trials have their place already
+        micro_batch=shape.micro_batch,
+        sequences=sequences,
+        length=shape.length,
+        longest=shape.length,
+        compute_bytes=shape.compute_bytes,
+    )
+    print(f"mua_rl: GPU memory as planned: {shares}", flush=True)
+    return shares.utilization

@@ -6,21 +6,34 @@ those of a row of its own; the prompt is computed, and its activations are kept,
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 UNLABELLED = -100
-_PROMPT, _PADDING = 0, -1  # the part of a row that a token belongs to; completions count from 1
+_PROMPT, _PADDING = 0, -1  # the segment of a row that a token belongs to; completions count from 1
 _ROW = 512  # tokens: in longer rows attention to what is masked costs more than the prompt computed again
 GPU_ALIGNED = 16
-"""A GPU's attention kernels like lengths as a multiple of it, and are chosen anew for each length."""
+"""A GPU's attention kernels prefer lengths that are a multiple of this, and are chosen anew for each length."""
+
+COLUMNS = np.dtype(
+    [
+        ("ids", np.int64),  # the token at each place
+        ("labels", np.int64),  # the token that is scored there, which comes next, or `UNLABELLED`
+        ("weights", np.float32),  # the weighted advantage of the label's completion; 0 without a label
+        ("logps", np.float32),  # the engine's log-prob of the label; NaN without a label or an engine
+        ("positions", np.int64),  # as if each completion followed the prompt alone
+        ("segments", np.int64),  # which completion the token belongs to, from 1; 0 for the prompt
+    ]
+)
+"""What a packed row has for each place: the prompt but for its last token, then for each completion that last token and
+all of its own but the last, so that each token that is scored has a place from which it is predicted."""
 
 
-class Completion(NamedTuple):
-    """Token ids of a completion, not none; its weighted advantage; log-probs that the engine that wrote it gave."""
+class WeightedCompletion(NamedTuple):
+    """A completion's token ids, at least one; its weighted advantage; the log-probs of the engine that generated it."""
 
     tokens: Sequence[int]
     weight: float
@@ -28,38 +41,13 @@ class Completion(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
-    """A prompt and some of its completions; one entry for each token in every list.
-
-    Attributes:
-        ids: The prompt but for its last token, then for each completion that last token and all of its own but the
-            last, so that each token that is scored has a place from which it is predicted.
-        labels: The token to be scored at each place, or `UNLABELLED`.
-        positions: Of the tokens, as if each completion followed the prompt alone.
-        parts: Which completion a token belongs to, from 1; 0 for the prompt.
-        weights: The weighted advantage of the completion, at its labels; 0 elsewhere.
-        logps: The engine's log-probs of the labels; NaN elsewhere, and everywhere where there is no engine.
-    """
-
-    ids: list[int]
-    labels: list[int]
-    positions: list[int]
-    parts: list[int]
-    weights: list[float]
-    logps: list[float]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows of K trials for one forward pass, b for each trial.
+class PackedBatch:
+    """Rows of K trials for one forward pass, b of each trial; see `COLUMNS`.
 
     Attributes:
         ids, labels: `(K·b, t)`.
         weights, logps: `(K, b·t)`.
-        positions, parts: `(K·b, t)`; `None` where no row has two completions, so that causal attention does.
+        positions, segments: `(K·b, t)`; `None` where no row has two completions, so that causal attention does.
     """
 
     ids: torch.Tensor
@@ -67,49 +55,60 @@ class Batch:
     weights: torch.Tensor
     logps: torch.Tensor
     positions: torch.Tensor | None
-    parts: torch.Tensor | None
+    segments: torch.Tensor | None
 
-    def to(self, device: torch.device) -> "Batch":
-        """The same on a device."""
-        tensors = [getattr(self, field.name) for field in fields(self)]
-        return Batch(*(None if tensor is None else tensor.to(device) for tensor in tensors))  # type: ignore[arg-type]
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The same batch on a device."""
+        tensors = {name: None if tensor is None else tensor.to(device) for name, tensor in vars(self).items()}
+        return PackedBatch(**tensors)  # type: ignore[arg-type]
 
 
-def pack(prompt: list[int], completions: Iterable[Completion], longest: int = _ROW) -> list[Row]:
-    """Rows with a prompt's completions.
+def pack(prompt: list[int], completions: Iterable[WeightedCompletion], longest: int = _ROW) -> list[np.ndarray]:
+    """Pack a prompt's completions into rows of `COLUMNS`.
 
     Args:
         prompt: Token ids, at least one.
-        completions: In any order.
-        longest: Tokens of a row, at most, if it has more than one completion.
+        completions: The completions, in any order.
+        longest: The most tokens of a row that has more than one completion.
     """
-    rows: list[Row] = []
     start = len(prompt) - 1
+    rows: list[list[np.ndarray]] = []
+    length = longest
     for tokens, weight, logps in completions:
-        size = len(tokens)
-        if not rows or len(rows[-1]) + size > longest:
-            nothing = [math.nan] * start
-            rows.append(
-                Row(prompt[:-1], [UNLABELLED] * start, [*range(start)], [_PROMPT] * start, [0.0] * start, nothing)
-            )
-        row = rows[-1]
-        row.ids.extend([prompt[-1], *tokens[:-1]])
-        row.labels.extend(tokens)
-        row.positions.extend(range(start, start + size))
-        row.parts.extend([max(row.parts, default=_PROMPT) + 1] * size)
-        row.weights.extend([weight] * size)
-        row.logps.extend([math.nan] * size if logps is None else logps)
-    return rows
+        if length + len(tokens) > longest:
+            rows.append([_segment(prompt[:-1], UNLABELLED, 0.0, math.nan, 0, _PROMPT)])
+            length = start
+        ids = [prompt[-1], *tokens[:-1]]
+        rows[-1].append(_segment(ids, tokens, weight, math.nan if logps is None else logps, start, len(rows[-1])))
+        length += len(tokens)
+    return [np.concatenate(row) for row in rows]
 
 
-def batches(trials: Sequence[Sequence[Row]], tokens: int, pad_id: int, aligned: int = 1) -> Iterator[Batch]:
-    """All rows of each trial, the longest first, so that a batch has little padding.
+def _segment(
+    ids: Sequence[int],
+    labels: Sequence[int] | int,
+    weight: float,
+    logps: Sequence[float] | float,
+    start: int,
+    segment: int,
+) -> np.ndarray:
+    """The places of a prompt or a completion in a row, whose first has the position `start`."""
+    places = np.empty(len(ids), COLUMNS)
+    places["ids"], places["labels"], places["weights"], places["logps"] = ids, labels, weight, logps
+    places["positions"], places["segments"] = np.arange(start, start + len(ids)), segment
+    return places
+
+
+def batches(
+    trials: Sequence[Sequence[np.ndarray]], tokens: int, pad_id: int, aligned: int = 1
+) -> Iterator[PackedBatch]:
+    """Batches of all rows of each trial, the longest first, so that a batch has little padding.
 
     Args:
-        trials: Rows of each trial.
-        tokens: Of one batch, with its padding, at most; more only where one row of each trial has more.
+        trials: The rows of each trial.
+        tokens: The most tokens of a batch, with its padding; more only where one row of each trial has more.
         pad_id: The padding token.
-        aligned: The length of a batch is a multiple of it.
+        aligned: The length of a batch is a multiple of this.
     """
     ordered = [sorted(rows, key=len, reverse=True) for rows in trials]
     start, most = 0, max(map(len, trials))
@@ -121,43 +120,40 @@ def batches(trials: Sequence[Sequence[Row]], tokens: int, pad_id: int, aligned: 
         start += count
 
 
-def _batch(trials: Sequence[Sequence[Row]], count: int, length: int, pad_id: int) -> Batch:
-    shape = (len(trials), count, length)
-    ids, labels = np.full(shape, pad_id), np.full(shape, UNLABELLED)
-    positions, parts = np.zeros_like(ids), np.full(shape, _PADDING)
-    weights, logps = np.zeros(shape, dtype=np.float32), np.full(shape, np.nan, dtype=np.float32)
-    for k, rows in enumerate(trials):
-        for i, row in enumerate(rows):
-            ids[k, i, : len(row)], labels[k, i, : len(row)] = row.ids, row.labels
-            positions[k, i, : len(row)], parts[k, i, : len(row)] = row.positions, row.parts
-            weights[k, i, : len(row)], logps[k, i, : len(row)] = row.weights, row.logps
-    inputs = [torch.from_numpy(array).flatten(0, 1) for array in (ids, labels)]
-    values = [torch.from_numpy(array).flatten(1) for array in (weights, logps)]
-    several = [torch.from_numpy(array).flatten(0, 1) if parts.max() > 1 else None for array in (positions, parts)]
-    return Batch(*inputs, *values, *several)
+def _batch(trials: Sequence[Sequence[np.ndarray]], count: int, length: int, pad_id: int) -> PackedBatch:
+    padding = np.array((pad_id, UNLABELLED, 0.0, math.nan, 0, _PADDING), COLUMNS)
+    batch = np.full((len(trials), count, length), padding)
+    for trial, rows in zip(batch, trials, strict=True):
+        for places, row in zip(trial, rows, strict=False):
+            places[: len(row)] = row
+    columns = {name: torch.from_numpy(np.ascontiguousarray(batch[name])) for name in COLUMNS.names or ()}
+    weights, logps = (columns.pop(name).flatten(1) for name in ("weights", "logps"))
+    ids, labels, positions, segments = (column.flatten(0, 1) for column in columns.values())
+    several = (positions, segments) if segments.max() > 1 else (None, None)
+    return PackedBatch(ids, labels, weights, logps, *several)
 
 
-def completion_sums(values: torch.Tensor, parts: torch.Tensor | None) -> torch.Tensor:
+def completion_sums(values: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
     """At each token the sum of its completion's values, `(R, t)` → `(R, t)`; values are 0 outside of completions.
 
     Args:
-        parts: Of `Batch`.
+        segments: See `PackedBatch`.
     """
-    if parts is None:
+    if segments is None:
         return values.sum(-1, keepdim=True).expand_as(values)
-    parts = parts.clamp(min=_PROMPT)
-    sums = values.new_zeros(len(values), int(parts.max()) + 1)
-    return sums.scatter_add(1, parts, values).gather(1, parts)
+    segments = segments.clamp(min=_PROMPT)
+    sums = values.new_zeros(len(values), int(segments.max()) + 1)
+    return sums.scatter_add(1, segments, values).gather(1, segments)
 
 
-def attention_bias(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def attention_bias(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What is added to attention scores, `(R, t)` → `(R, 1, t, t)`: 0 for the prompt and the token's own completion up
     to the token, −∞ for all else.
 
     Args:
-        parts: Of `Batch`.
-        dtype: That of the queries; in another one every layer would keep a copy for the backward pass.
+        segments: See `PackedBatch`.
+        dtype: The dtype of the queries; in another one every layer would keep a copy for the backward pass.
     """
-    seen = (parts[:, None, :] == parts[:, :, None]) | (parts[:, None, :] == _PROMPT)
-    bias = torch.zeros(seen.shape, dtype=dtype, device=parts.device)
+    seen = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == _PROMPT)
+    bias = torch.zeros(seen.shape, dtype=dtype, device=segments.device)
     return bias.masked_fill_(~seen.tril(), -torch.inf)[:, None]

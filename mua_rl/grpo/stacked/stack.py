@@ -16,7 +16,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import nn
 
-from mua_rl.adapter.adapters import LoRA, lora_layers
+from mua_rl.adapter.adapters import LoRA
+from mua_rl.adapter.targets import lora_layers
 from mua_rl.errors import UserError
 
 # Gradients are views into one vector a trial: what autograd warns of is that no other layout is as fast for it.
@@ -24,13 +25,13 @@ warnings.filterwarnings("ignore", message="grad and param do not obey the gradie
 
 
 def check_linear(name: str, layer: nn.Module) -> nn.Linear:
-    """Give back a layer that is to carry LoRA.
+    """Return a layer that is to carry LoRA.
 
     Raises:
-        UserError: It has no stacked form.
+        UserError: The layer has no stacked form.
     """
     if not isinstance(layer, nn.Linear):
-        raise UserError(f"trials side by side take linear layers, and {name} is none: run the trials singly.")
+        raise UserError(f"trials side by side take linear layers, and {name} is not linear: run the trials singly.")
     return layer
 
 
@@ -38,9 +39,9 @@ class StackedLinear(nn.Module):
     """A frozen linear layer that adds `α_k B_k A_k x` to the rows of trial k.
 
     Attributes:
-        a: A of the trials, `(K, r, n)`, fp32.
-        b: B of the trials, `(K, m, r)`, fp32.
-        multiplier: α of the trials, `(K, 1, 1)`; `None` where all are 1.
+        a: The trials' A, `(K, r, n)`, fp32.
+        b: The trials' B, `(K, m, r)`, fp32.
+        multiplier: The trials' α, `(K, 1, 1)`; `None` where all are 1.
     """
 
     a: nn.Parameter
@@ -72,7 +73,7 @@ class LoRAStack:
     Args:
         model: A causal language model; its targeted linear layers are replaced by `StackedLinear`.
         adapters: What each trial trains.
-        seeds: Of the starting values of each trial: those that `adapter.attach(model, seed)` draws.
+        seeds: The seed of each trial's starting values, which are those that `adapter.attach(model, seed)` draws.
 
     Attributes:
         values: `(K, P)`, fp32.
@@ -80,13 +81,14 @@ class LoRAStack:
         active: Which of `adapters` the rows are; all at first.
 
     Raises:
-        UserError: As `LoRA.attach`; or a targeted layer is not linear.
+        UserError: See `LoRA.attach`; or a targeted layer is not linear.
     """
 
     def __init__(self, model: nn.Module, adapters: Sequence[LoRA], seeds: Sequence[int]) -> None:
         self.model, self.adapters = model, list(adapters)
-        self.rank = max(adapter.rank for adapter in adapters)
-        wrapped = next(a for a in adapters if a.rank == self.rank).attach(model)
+        largest = max(adapters, key=lambda adapter: adapter.rank)
+        self.rank = largest.rank
+        wrapped = largest.attach(model)
         self.config = cast(LoraConfig, wrapped.peft_config["default"])
         self.layers: dict[str, StackedLinear] = {}
         for name, layer in list(lora_layers(wrapped)):
@@ -113,7 +115,7 @@ class LoRAStack:
         return torch.cat([matrix.flatten() for _, a, b in matrices for matrix in (a, b)]).cpu()
 
     def unpack(self, trial: int, packed: torch.Tensor) -> torch.Tensor:
-        """What `pack` gave, maybe of another stack with that trial, as a row of `values`: `(p,)` → `(P,)`."""
+        """A row of `values` from what `pack` gave, maybe of another stack with that trial: `(p,)` → `(P,)`."""
         vector = torch.zeros_like(self.values[0])
         matrices = [m for _, a, b in self._views(vector, self.adapters[trial].rank) for m in (a, b)]
         for matrix, part in zip(matrices, packed.split([m.numel() for m in matrices]), strict=True):
@@ -126,39 +128,51 @@ class LoRAStack:
         self.active = list(trials)
         self._lay_out(self.values[rows])
 
-    def save_adapter(self, trial: int, folder: Path | str) -> None:
-        """Write an active trial as a PEFT adapter (`mua_rl.adapter.load_adapter` reads it)."""
+    def alpha(self, trial: int) -> float:
+        """The multiplier α of a trial."""
+        return self.adapters[trial].alpha(self.adapters[trial].rank)
+
+    @torch.no_grad()
+    def peft_tensors(
+        self, trial: int, dtype: torch.dtype = torch.float32, multiplier: float = 1.0
+    ) -> dict[str, torch.Tensor]:
+        """Copies of an active trial's A, and of B times a number, under PEFT's names; B is rounded to `dtype` once."""
         tensors = {}
         for name, a, b in self.matrices(trial):
-            tensors[f"base_model.model.{name}.lora_A.weight"] = a.cpu().contiguous()
-            tensors[f"base_model.model.{name}.lora_B.weight"] = b.cpu().contiguous()
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a.to(dtype, copy=True)
+            tensors[f"base_model.model.{name}.lora_B.weight"] = (b * multiplier).to(dtype).contiguous()
+        return tensors
+
+    def save_adapter(self, trial: int, folder: Path | str) -> None:
+        """Write an active trial as a PEFT adapter, which `mua_rl.adapter.adapters.load_adapter` reads.
+
+        Raises:
+            UserError: The trial has ended early, and its weights are gone.
+        """
+        if trial not in self.active:
+            raise UserError(f"trial {trial} has ended early, and its adapter is gone.")
         folder, adapter, config = Path(folder), self.adapters[trial], copy.copy(self.config)
         config.r, config.lora_alpha = adapter.rank, adapter.peft_config(self.model).lora_alpha
         config.inference_mode = True
         config.save_pretrained(str(folder))
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(self.peft_tensors(trial), folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
-    def _views(self, vector: torch.Tensor, rank: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """A and B of every layer within a row of `values` or a vector like it, up to a rank."""
+    def _views(self, rows: torch.Tensor, rank: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """A `(…, r, n)` and B `(…, m, r)` of every layer, up to a rank, within rows `(…, P)` laid out as `values`."""
         start = 0
         for name, layer in self.layers.items():
             m, n = layer.base.weight.shape
-            a, b = vector[start : start + self.rank * (n + m)].split([self.rank * n, self.rank * m])
-            yield name, a.view(self.rank, n)[:rank], b.view(m, self.rank)[:, :rank]
+            a, b = rows[..., start : start + self.rank * (n + m)].split([self.rank * n, self.rank * m], -1)
+            yield name, a.unflatten(-1, (self.rank, n))[..., :rank, :], b.unflatten(-1, (m, self.rank))[..., :rank]
             start += self.rank * (n + m)
 
     def _lay_out(self, values: torch.Tensor) -> None:
         """Make `values` the trials' values and point the layers at them."""
         self.values, self.gradients = values, torch.zeros_like(values)
-        alphas = [self.adapters[trial].alpha(self.adapters[trial].rank) for trial in self.active]
+        alphas = [self.alpha(trial) for trial in self.active]
         multiplier = None if set(alphas) <= {1.0} else torch.tensor(alphas, device=values.device).view(-1, 1, 1)
-        start = 0
-        for layer in self.layers.values():
-            m, n = layer.base.weight.shape
-            layer.multiplier = multiplier
-            for role, shape in (("a", (self.rank, n)), ("b", (m, self.rank))):
-                end = start + shape[0] * shape[1]
-                parameter = nn.Parameter(values[:, start:end].view(-1, *shape))
-                parameter.grad = self.gradients[:, start:end].view(-1, *shape)
-                setattr(layer, role, parameter)
-                start = end
+        gradients = self._views(self.gradients, self.rank)
+        for (name, a, b), (_, a_gradient, b_gradient) in zip(self._views(values, self.rank), gradients, strict=True):
+            layer = self.layers[name]
+            layer.multiplier, layer.a, layer.b = multiplier, nn.Parameter(a), nn.Parameter(b)
+            layer.a.grad, layer.b.grad = a_gradient, b_gradient

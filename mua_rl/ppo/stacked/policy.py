@@ -17,10 +17,11 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal
 
-from mua_rl.adapter.adapters import TargetModules, adapter_for, lora_layers, lora_matrices
+from mua_rl.adapter.adapters import adapter_for
+from mua_rl.adapter.targets import TargetModules, lora_layers, lora_matrices
 from mua_rl.errors import UserError
 from mua_rl.ppo.base import BasePolicy
-from mua_rl.ppo.trainer import HEAD, exactly, head_role_of, resolve_layers
+from mua_rl.ppo.layers import HEAD, fit, head_role_of, resolve_layers
 from mua_rl.run.trial import Trial
 
 Weights = dict[str, Tensor]
@@ -160,6 +161,8 @@ def _initial_weights(policy: ActorCriticPolicy, trials: Sequence[Trial], target_
     parameters = {name: parameter.detach() for name, parameter in policy.named_parameters()}
     if trials[0].spec.rank is None:
         return {name: value.expand(len(trials), *value.shape) for name, value in parameters.items()}
+    if target_modules in ("actor", ["actor"]):
+        raise UserError(f"side by side, LoRA on the actor alone has no stacked form: {SINGLY}.")
     layers = resolve_layers(policy, target_modules)
     carried = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
     weights = {
@@ -176,16 +179,16 @@ def _initial_weights(policy: ActorCriticPolicy, trials: Sequence[Trial], target_
     for k, trial in enumerate(trials):
         key = (trial.spec.rank, trial.spec.scheme, trial.seed)
         if key not in drawn:
-            drawn[key] = _draw(policy, trial, exactly(layers))
+            drawn[key] = _draw(policy, trial, layers)
         for layer, a, b in drawn[key]:
             weights[f"{layer}.lora_A"][k, : len(a)] = a
             weights[f"{layer}.lora_B"][k, :, : len(a)] = b
     return weights
 
 
-def _draw(policy: ActorCriticPolicy, trial: Trial, target_modules: TargetModules) -> list[tuple[str, Tensor, Tensor]]:
+def _draw(policy: ActorCriticPolicy, trial: Trial, layers: Sequence[str]) -> list[tuple[str, Tensor, Tensor]]:
     """Layer, A and B of each layer, as a LoRA trial's adapter draws them for a policy that trains alone."""
-    attached = adapter_for(trial.spec, target_modules).attach(copy.deepcopy(policy), trial.seed)
+    attached = fit(adapter_for(trial.spec, "hidden"), policy, layers).attach(copy.deepcopy(policy), trial.seed)
     found = []
     for name, layer in lora_layers(attached):
         a, b = lora_matrices(layer)

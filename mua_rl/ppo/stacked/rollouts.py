@@ -14,10 +14,10 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from torch.distributions import Categorical, Independent
 
-from mua_rl.envs.control.tensor import Step, Task
+from mua_rl.envs.control.tensor import Step, TensorTask
 from mua_rl.ppo.evaluation import HELD_OUT_SEED
 from mua_rl.ppo.stacked.policy import StackedPolicy, Weights
-from mua_rl.ppo.stacked.update import Options, Rollout
+from mua_rl.ppo.stacked.update import Options, Transitions
 
 
 class Envs(Protocol):
@@ -85,7 +85,7 @@ class Collector:
         self.observation = envs.reset()
 
     @torch.no_grad()
-    def collect(self, policy: StackedPolicy) -> tuple[Rollout, Tensor]:
+    def collect(self, policy: StackedPolicy) -> tuple[Transitions, Tensor]:
         """`n_steps` steps of every environment, and the mean return `[K]` of the episodes that ended (NaN: none)."""
         weights, space = policy.weights(), policy.policy.action_space
         noises = self._noise(space)
@@ -108,7 +108,7 @@ class Collector:
         advantages = generalized_advantages(rewards, values, ended, self.options.gamma, self.options.gae_lambda)
         values = values[:, :-1]
         fields = (seen[:, :-1], torch.stack(actions, 1), torch.stack(log_probs, 1), values, advantages)
-        rollout = Rollout(*(field.flatten(1, 2) for field in (*fields, advantages + values)))
+        rollout = Transitions(*(field.flatten(1, 2) for field in (*fields, advantages + values)))
         return rollout, met.episode_return.sum((1, 2)) / ended.sum((1, 2))
 
     def _noise(self, space: spaces.Space) -> Tensor:
@@ -169,7 +169,7 @@ def generalized_advantages(rewards: Tensor, values: Tensor, ended: Tensor, gamma
 
 
 @torch.no_grad()
-def held_out_returns(policy: StackedPolicy, task: Task, episodes: int) -> Tensor:
+def held_out_returns(policy: StackedPolicy, task: TensorTask, episodes: int) -> Tensor:
     """Returns `[K, episodes]` under deterministic actions, from the same held-out starts for every trial."""
     weights = policy.weights()
     drawn = task.random_numbers(episodes, generator=torch.Generator().manual_seed(HELD_OUT_SEED))

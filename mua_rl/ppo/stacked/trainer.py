@@ -23,14 +23,14 @@ from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from mua_rl.adapter.adapters import TargetModules
-from mua_rl.envs.control.tensor import Task, TensorEnvs, tensor_task
+from mua_rl.adapter.targets import TargetModules
+from mua_rl.envs.control.tensor import TensorEnvs, TensorTask, tensor_task
 from mua_rl.errors import UserError, one_line
 from mua_rl.lr.record import check_learning_rate
 from mua_rl.lr.spec import FFT
 from mua_rl.ppo.arguments import PPOArguments
 from mua_rl.ppo.base import BasePolicy
-from mua_rl.ppo.envs import check_env_id, evaluation_envs
+from mua_rl.ppo.envs import check_env_id, environment_class, evaluation_envs
 from mua_rl.ppo.evaluation import Returns, evaluate
 from mua_rl.ppo.setup import bare_envs, training_envs
 from mua_rl.ppo.stacked.policy import SINGLY, StackedPolicy, build_policy
@@ -64,19 +64,19 @@ def train_side_by_side(
         What each trial reached, in order.
 
     Raises:
-        UserError: See `SideBySide`.
+        UserError: See `StackedPPO`.
     """
     count = max(1, min(workers, len(trials)))
-    groups = [SideBySide(arguments, trials[first::count], base, target_modules, device) for first in range(count)]
+    groups = [StackedPPO(arguments, trials[first::count], base, target_modules, device) for first in range(count)]
     if count == 1:
         return groups[0].learn()
     with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        outcomes = list(pool.map(SideBySide.learn, groups))
+        outcomes = list(pool.map(StackedPPO.learn, groups))
     in_order = [outcomes[k % count][k // count] for k in range(len(trials))]
     return [replace(outcome, seconds=outcome.seconds / count) for outcome in in_order]
 
 
-class SideBySide:
+class StackedPPO:
     """K trials that are ready to train; arguments as `train_side_by_side`.
 
     Attributes:
@@ -219,12 +219,14 @@ def ppo_options(arguments: PPOArguments, base: BasePolicy) -> Options:
     return Options(**{field.name: options[field.name] for field in fields(Options)})
 
 
-def _tensor_task(arguments: PPOArguments, base: BasePolicy) -> Task | None:
+def _tensor_task(arguments: PPOArguments, base: BasePolicy) -> TensorTask | None:
     """The task as tensors, if it has such a version and nothing is wrapped around it."""
     normalised = arguments.vec_normalize == "new" or (base.vec_normalize and arguments.vec_normalize != "none")
     if normalised or arguments.wrapper or arguments.frame_stack > 1:
         return None
     check_env_id(arguments.env_id)
+    if environment_class(arguments.env_id) is not None:
+        return None
     try:
         return tensor_task(arguments.env_id, arguments.env_kwargs)  # type: ignore[arg-type]  # a mapping since __post_init__
     except (gymnasium.error.Error, ImportError, TypeError) as error:

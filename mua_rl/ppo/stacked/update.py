@@ -32,7 +32,7 @@ class Options:
     target_kl: float | None
 
 
-class Rollout(NamedTuple):
+class Transitions(NamedTuple):
     """Transitions of K trials, each field `[K, N]` or, for observations and actions of a Box, with a third axis."""
 
     observations: Tensor
@@ -42,14 +42,14 @@ class Rollout(NamedTuple):
     advantages: Tensor
     returns: Tensor
 
-    def take(self, trials: Tensor, order: Tensor) -> "Rollout":
+    def take(self, trials: Tensor, order: Tensor) -> "Transitions":
         """Transitions `order` (indices `[k, N]`) of the trials with these indices `[k]`."""
-        return Rollout(*(field[trials[:, None], order] for field in self))
+        return Transitions(*(field[trials[:, None], order] for field in self))
 
-    def minibatches(self, size: int) -> Iterator["Rollout"]:
+    def minibatches(self, size: int) -> Iterator["Transitions"]:
         """The transitions in their order, `size` at a time; the last ones may be fewer."""
         for parts in zip(*(field.split(size, 1) for field in self), strict=True):
-            yield Rollout(*parts)
+            yield Transitions(*parts)
 
 
 class StackedAdam:
@@ -94,7 +94,7 @@ class StackedAdam:
         trained[:, body:].addcmul_(change[:, body:], rates[:, 1:], value=-1)
 
 
-def loss_and_kl(policy: StackedPolicy, trained: Tensor, batch: Rollout, options: Options) -> tuple[Tensor, Tensor]:
+def loss_and_kl(policy: StackedPolicy, trained: Tensor, batch: Transitions, options: Options) -> tuple[Tensor, Tensor]:
     """Each trial's PPO loss (Schulman et al. 2017) and its estimate of KL(old ‖ new), both `[K]`."""
     weights = policy.weights(trained)
     advantages = batch.advantages
@@ -118,7 +118,7 @@ def loss_and_kl(policy: StackedPolicy, trained: Tensor, batch: Rollout, options:
     return loss, kl
 
 
-def gradient_and_kl(policy: StackedPolicy, batch: Rollout, options: Options) -> tuple[Tensor, Tensor]:
+def gradient_and_kl(policy: StackedPolicy, batch: Transitions, options: Options) -> tuple[Tensor, Tensor]:
     """Gradient of each trial's loss by its own numbers, `[K, P]`, not yet clipped, and the KL, `[K]`."""
     trained = policy.trained.detach().requires_grad_()
     loss, kl = loss_and_kl(policy, trained, batch, options)
@@ -135,7 +135,7 @@ def clipped(gradient: Tensor, max_norm: float, on: Tensor) -> Tensor:
 def update(
     policy: StackedPolicy,
     adam: StackedAdam,
-    rollout: Rollout,
+    rollout: Transitions,
     order: Tensor,
     rates: Tensor,
     alive: Tensor,

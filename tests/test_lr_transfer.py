@@ -13,19 +13,10 @@ from mua_rl.analysis.predictions import calibrated, compare, evidence, leave_one
 from mua_rl.analysis.report import parse_sizes
 from mua_rl.analysis.rows import read_all
 from mua_rl.analysis.transfer_rules import THEORY, rank_corrected, shipped
+from mua_rl.lr.evidence import EVIDENCE, FROM_RANK, RANK_EXPONENT, RANK_EXPONENTS, default_exponent, pair_kind
 from mua_rl.lr.rules import Configuration
 from mua_rl.lr.spec import AdapterSpec, AlphaRule, Scheme
-from mua_rl.lr.transfer import (
-    EVIDENCE,
-    FROM_RANK,
-    RANK_EXPONENT,
-    RANK_EXPONENTS,
-    default_exponent,
-    given,
-    kept,
-    pair_kind,
-    transfer,
-)
+from mua_rl.lr.transfer import LearningRate, transfer
 from mua_rl.run.folder import RunFolder
 from mua_rl.run.life import announce
 
@@ -58,7 +49,7 @@ FULL = Configuration(FFT, 512, optimizer="adamw_torch", outputs=512)
 def test_the_evidence_is_what_docs_results_say_today(measured):
     for exponent, sweeps in measured.items():
         found = evidence(sweeps, shipped(sweeps[0].algorithm))
-        stale = f"policy.EVIDENCE is stale, {exponent} has {found}"
+        stale = f"EVIDENCE is stale, {exponent} has {found}"
         assert found.keys() == EVIDENCE[exponent].keys(), stale
         for kind, now in found.items():
             stated = EVIDENCE[exponent][kind]
@@ -100,7 +91,7 @@ def test_ppo_transfers_between_a_lora_and_full_finetuning_are_further_off_than_b
 
 def test_the_records_own_rate_and_a_given_one_are_no_predictions():
     record = make_record(rank=1, algorithm="dpo")
-    for found in (transfer(record, record.configuration()), given(1e-3)):
+    for found in (transfer(record, record.configuration()), LearningRate(1e-3, "given by --lr")):
         assert found.evidence is None
         assert found.warning == ""
         assert found.reason == found.why
@@ -209,5 +200,5 @@ def test_a_guess_stays_a_guess_through_runs():
     found = transfer(make_record(evidence="guess"), lora(16))
     assert found.is_guess
     assert found.reason.startswith("a guess that was run")
-    assert kept(found.as_dict()) == replace(found, why=found.reason)
+    assert LearningRate.from_dict(found.as_dict()) == replace(found, why=found.reason)
     assert not transfer(make_record(evidence="run"), lora(16)).is_guess

@@ -1,0 +1,128 @@
+"""Which layers of a model carry LoRA, and how large they are, for any `nn.Module` that PEFT can target."""
+
+import copy
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from mua_rl.errors import UserError, one_line
+
+MLP_PROJECTIONS = (
+    ("gate_proj", "up_proj", "gate_up_proj", "down_proj"),  # Llama and its like, the first two fused in Phi-3's
+    ("mlp.c_fc", "mlp.c_proj"),  # GPT-2, StarCoder2
+    ("dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
+    ("fc1", "fc2"),  # OPT, Phi
+)
+"""The default of the paper, the MLP projections of every decoder layer, by families; a model has the first it shows.
+
+The order matters for models of several parts: a vision-language model's text layers come before its vision tower's.
+"""
+
+TargetModules = str | list[str]
+"""`"mlp"`, `"all-linear"` (every linear layer but the output head), a regular expression, or a list of names."""
+
+
+def resolve_targets(model: nn.Module, targets: TargetModules) -> TargetModules:
+    """The names that PEFT shall match for `targets`.
+
+    Raises:
+        UserError: The model has no MLP projections under their usual names.
+    """
+    if targets != "mlp":
+        return targets
+    paths = [path for path, _ in model.named_modules()]
+    for family in MLP_PROJECTIONS:
+        if present := [name for name in family if any(path.endswith(f".{name}") for path in paths)]:
+            return present
+    raise UserError(
+        f"the model has no MLP layers under their usual names ({', '.join(map(', '.join, MLP_PROJECTIONS))}): name the "
+        "layers to adapt with --target_modules, or take all-linear."
+    )
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """Every layer that carries LoRA, with its name."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def lora_matrices(layer: LoraLayer, adapter_name: str = "default") -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of a layer: `(r, n)` and `(m, r)`, with the kernel's axes after them for convolutions."""
+    if adapter_name in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
+    a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    return cast(torch.Tensor, a), cast(torch.Tensor, b)
+
+
+def fan_in(weight: torch.Tensor) -> int:
+    """Inputs that one output of a linear or convolutional weight sums over."""
+    return math.prod(weight.shape[1:])
+
+
+def targeted_layers(
+    model: nn.Module, targets: TargetModules
+) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Layers of a plain model that PEFT would adapt, found by PEFT itself on a copy without storage.
+
+    Yields:
+        Each layer's name, and the A and B that a LoRA would have, shapes without values; their rank means nothing.
+
+    Raises:
+        UserError: No layer matches, or PEFT cannot adapt one.
+    """
+    weights = [*model.parameters(), *model.buffers()]
+    shapes = {id(weight): torch.empty_like(weight, device="meta") for weight in weights}
+    shapes |= {id(p): nn.Parameter(shapes[id(p)], requires_grad=False) for p in model.parameters()}
+    with torch.device("meta"):
+        skeleton = copy.deepcopy(model, shapes)  # deepcopy takes the shapes for copies of the weights
+    convolutions = [module for module in model.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
+    rank = math.lcm(*(module.groups for module in convolutions))  # PEFT wants a rank that every grouping divides
+    config: Any = LoraConfig(r=rank, target_modules=resolve_targets(model, targets))
+    for name, layer in lora_layers(inject(skeleton, config)):
+        yield name.removeprefix("base_model.model."), lora_matrices(layer)
+
+
+def sizes(model: nn.Module, targets: TargetModules) -> tuple[list[int], int]:
+    """The fan-ins n of the targeted layers, each once, ascending, and their smallest fan-out m.
+
+    Args:
+        model: A plain model, or one that carries LoRA, whose own layers count then.
+        targets: The layers of a plain model.
+
+    Raises:
+        UserError: No layer matches the targets.
+    """
+    matrices = [lora_matrices(layer) for _, layer in lora_layers(model)]
+    matrices = matrices or [pair for _, pair in targeted_layers(model, targets)]
+    if not matrices:
+        raise UserError(f"no layer of the model matches the target modules {targets!r}.")
+    return sorted({fan_in(a) for a, _ in matrices}), min(len(b) for _, b in matrices)
+
+
+def leave_fast_path(model: nn.Module) -> None:
+    """Keep PyTorch's own encoder layers from their fast path, which reads the bare weights and passes LoRA by.
+
+    It is taken in evaluation, by rollouts say, and of no other layer; the switch is this process's.
+    """
+    if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
+        torch.backends.mha.set_fastpath_enabled(False)
+
+
+def inject(model: nn.Module, config: LoraConfig) -> PeftModel:
+    """Let PEFT put its layers into a model.
+
+    Raises:
+        UserError: PEFT cannot.
+    """
+    leave_fast_path(model)
+    try:
+        return get_peft_model(model, config)
+    except (ValueError, re.error) as error:
+        raise UserError(f"LoRA cannot be attached: {one_line(error)}") from None
