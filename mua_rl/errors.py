@@ -27,6 +27,10 @@ class Terminated(RuntimeError):
     """The run was asked to end (SIGTERM); the message says what was saved and how to go on."""
 
 
+class NoRate(RuntimeError):
+    """A sweep has ended and found no learning rate; the message says why."""
+
+
 class EngineFailed(RuntimeError):
     """The inference engine failed; the message says how."""
 

@@ -13,6 +13,7 @@ from mua_rl.errors import (
     CannotLearn,
     Diverged,
     EngineFailed,
+    NoRate,
     PolicyWorse,
     Terminated,
     Unscored,
@@ -39,6 +40,8 @@ class ExitCode(IntEnum):
     """No step could teach anything: no reward gave a score, for example."""
     STOPPED = 7
     """The run was stopped, since it could not learn any more."""
+    NO_RATE = 8
+    """The sweep has ended and found no learning rate."""
     INTERRUPTED = 130
     """The command was interrupted from the keyboard, as shells have it."""
     TERMINATED = 143
@@ -85,6 +88,8 @@ def run_command(main: Callable[[], None], after_interrupt: str = "") -> None:
         leave(f"mua_rl: the run was stopped: {error}.", ExitCode.STOPPED)
     except PolicyWorse as error:
         leave(f"mua_rl: {error}", ExitCode.WORSE)
+    except NoRate as error:
+        leave(f"mua_rl: {error}", ExitCode.NO_RATE)
     except EngineFailed as error:
         leave(f"mua_rl: {error}; go on with --resume and the run folder.", ExitCode.ENGINE_FAILED)
     except Terminated as error:

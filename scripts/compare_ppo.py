@@ -311,10 +311,8 @@ def cell(results: list[Result], name: str, stage: str, rank: str) -> str:
 
 def write_records(results: list[Result], names: list[str], folder: Path) -> None:
     """One LR record per task whose stage 1 is complete, named after its base policy."""
-    from dataclasses import replace
-
     from mua_rl.ppo.arguments import PPOArguments
-    from mua_rl.ppo.run import lr_record
+    from mua_rl.ppo.run import recipe_of
     from mua_rl.ppo.setup import set_up
     from mua_rl.run.arguments import AdapterArguments
 
@@ -326,13 +324,10 @@ def write_records(results: list[Result], names: list[str], folder: Path) -> None
         setup = set_up(arguments, AdapterArguments(rank=str(TUNED_RANK), lr=2.0 ** chosen[0]))
         runs = [r for r in results if (r.task, r.stage, r.log2_lr) == (name, "tune", chosen[0])]
         before = [r.mean for r in results if (r.task, r.stage) == (name, "base")]
-        metric = {
-            "name": "held-out return",
-            "before": before[0] if before else None,
-            "after": statistics.fmean(r.mean for r in runs),
-        }
+        scores = before[0] if before else None, statistics.fmean(r.mean for r in runs)
         note = "smallest learning rate within one standard error of the best in scripts/compare_ppo.py, stage 1"
-        record = replace(lr_record(arguments, setup, metric), seeds=sorted(r.seed for r in runs), note=note)
+        recipe, spec, seeds = recipe_of(arguments, setup), setup.configuration.spec, sorted(r.seed for r in runs)
+        record = recipe.record(spec, setup.rate.value, scores, seeds, "sweep", note, task.steps)
         print(record.save(folder / f"ppo-{task.base.lower()}.json"))
 
 

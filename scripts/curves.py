@@ -14,6 +14,7 @@ the CSV has are not repeated: the same command goes on after a stop, and several
 import math
 import re
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,12 +24,12 @@ from typing import Any
 
 import torch
 from datasets import disable_progress_bars as disable_dataset_bars
+from rich.markup import escape
 from selection import passes
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup, set_seed
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
@@ -37,22 +38,22 @@ from mua_rl.adapter import groups as optim
 from mua_rl.adapter.adapters import Adapter, Full, adapter_for
 from mua_rl.adapter.fingerprint import fingerprint
 from mua_rl.adapter.targets import TargetModules, lora_layers
-from mua_rl.analysis.measured import Context, sweeps_of
-from mua_rl.analysis.report import write_report
-from mua_rl.analysis.rows import Row, append, read_all
-from mua_rl.errors import Diverged, UserError
+from mua_rl.analysis.report import FILE_NAME as REPORT
+from mua_rl.errors import Diverged, NoRate, UserError
 from mua_rl.lm import models
 from mua_rl.lr.rank import parse_rank
-from mua_rl.lr.record import LRRecord, check_learning_rate, package_versions
+from mua_rl.lr.recipe import Recipe
+from mua_rl.lr.record import check_learning_rate
 from mua_rl.lr.spec import AdapterSpec
 from mua_rl.run.arguments import AdapterArguments, parse_arguments
-from mua_rl.run.folder import MODEL_FOLDER, open_run
+from mua_rl.run.folder import MODEL_FOLDER, RunFolder, open_run
 from mua_rl.run.learning_rate import Base, resolve_learning_rate
-from mua_rl.run.machine import machine
+from mua_rl.run.life import Measurement, Names, announce, live, raise_if_worse
 from mua_rl.run.trial import Trial, TrialResult
-from mua_rl.sweep.closing import make_record, warnings_of
-from mua_rl.sweep.facts import PLACEHOLDER, Facts
+from mua_rl.sweep.closing import CSV, make_record, warnings_of, write_tables
+from mua_rl.sweep.csv_study import CSVStudy
 from mua_rl.sweep.search import HIGHEST, LOWEST, Search, scan_range
+from mua_rl.sweep.work import work
 
 HEAD = "head"
 IGNORED = -100
@@ -180,17 +181,16 @@ def launch(arguments_type: type, problem: Callable[[Any], Field]) -> None:
     run(problem(own), adapter_arguments, curves, given)
 
 
-def finetune(
-    problem: Field, adapter: Adapter, learning_rate: float, seed: int, head_lr: float
-) -> tuple[nn.Module, float, float]:
-    """Train a fresh copy of the base by the paper's recipe.
+def train(
+    problem: Field, adapter: Adapter, model: nn.Module, learning_rate: float, seed: int, head_lr: float
+) -> LRScheduler:
+    """Train a model that has its adapter by the paper's recipe; gives the schedule, whose steps are those taken.
 
     AdamW, gradients clipped at 1, warm-up over the first 5 % of the steps, cosine decay to a tenth.
 
-    Returns:
-        The trained model, its metric and the metric's standard error; NaN where training diverged.
+    Raises:
+        Diverged: Training left the finite numbers.
     """
-    model = attach(problem, adapter, problem.load(), seed)
     roles = adapter.learning_rates(learning_rate)
     if problem.head is not None:
         roles[HEAD] = head_lr
@@ -203,8 +203,21 @@ def finetune(
         optimizer, round(0.05 * problem.steps), problem.steps, min_lr_rate=0.1
     )
     set_seed(seed)
+    problem.train(model, optimizer, schedule, seed)
+    return schedule
+
+
+def finetune(
+    problem: Field, adapter: Adapter, learning_rate: float, seed: int, head_lr: float
+) -> tuple[nn.Module, float, float]:
+    """Train a fresh copy of the base.
+
+    Returns:
+        The trained model, its metric and the metric's standard error; NaN where training diverged.
+    """
+    model = attach(problem, adapter, problem.load(), seed)
     try:
-        problem.train(model, optimizer, schedule, seed)
+        train(problem, adapter, model, learning_rate, seed, head_lr)
     except Diverged:
         return model, math.nan, math.nan
     return model, *problem.measure(model)
@@ -233,122 +246,181 @@ def _is_in(name: str, module: str) -> bool:
     return f".{module}." in f".{name}"
 
 
+class FieldLearner:
+    """One run of a field as `mua_rl.run.life` sees it.
+
+    Args:
+        problem: What is trained on what.
+        adapter: The adapter, which a fresh copy of the base gets.
+        adapter_arguments: Where the learning rate comes from.
+        head_lr: The learning rate of a new head.
+
+    Raises:
+        UserError: The adapter does not fit, or nothing gives a learning rate.
+    """
+
+    seed = 0
+
+    def __init__(self, problem: Field, adapter: Adapter, adapter_arguments: AdapterArguments, head_lr: float) -> None:
+        self.problem, self.adapter, self.head_lr, self.steps = problem, adapter, head_lr, 0
+        base_model = problem.load()
+        self.recipe, configuration = recipe_of(problem, adapter, base_model, head_lr), adapter.configuration(base_model)
+        base = Base(problem.base, self.recipe.base_fingerprint)
+        self.rate = resolve_learning_rate(adapter_arguments, configuration, base, problem.algorithm)
+        self.spec = configuration.spec
+        self.title = f"{problem.task}, {configuration}, lr {self.rate.value:.3g}"
+        self.names = Names(
+            problem.algorithm, problem.metric, "held_out/metric", "training reward", "reward", "optimizer step", False
+        )
+        self.after: tuple[float, float] | None = None
+        self.model = attach(problem, adapter, base_model, self.seed)
+
+    def train(self, checkpoint: Path | None, on_begin: Callable[[], None]) -> None:
+        """See `Learner.train`."""
+        on_begin()
+        schedule = train(self.problem, self.adapter, self.model, self.rate.value, self.seed, self.head_lr)
+        self.steps = schedule.last_epoch
+        self.after = self.problem.measure(self.model)
+        if not math.isfinite(self.after[0]):
+            raise Diverged(f"{self.problem.metric} is {self.after[0]}")
+
+    def measure(self) -> Measurement:
+        """See `Learner.measure`."""
+        score, error = self.after or self.problem.measure(self.model)
+        return Measurement(score, error, f"{score:.4g} ± {error:.2g}")
+
+    def save(self, run: RunFolder) -> None:
+        """See `Learner.save`; a model with a new head is written whole beside its adapter, with the head."""
+        self.model.save_pretrained(run.path / self.adapter.saved_as)  # type: ignore[operator]
+        if self.problem.head and self.adapter.rank is not None:
+            self.adapter.merged(self.model).save_pretrained(run.path / MODEL_FOLDER)
+
+    def unscored(self) -> None:
+        """See `Learner.unscored`: supervised training has no reward."""
+
+    def remarks(self) -> list[str]:
+        """See `Learner.remarks`."""
+        return []
+
+    def doubt(self) -> str:
+        """See `Learner.doubt`."""
+        return ""
+
+
 def run_once(problem: Field, adapter_arguments: AdapterArguments, curves: CurveArguments, given: dict) -> None:
     """One run with a run folder: settings, versions, what was trained, result and LR record.
 
     Raises:
         UserError: As `mua_rl.run.learning_rate.resolve_learning_rate`.
         Diverged: The run left the finite numbers.
+        PolicyWorse: The model ended worse than it began.
     """
     adapter = adapter_arguments.adapter(problem.target_modules)
-    base_model = problem.load()
-    record = record_of(problem, adapter, base_model, curves.head_lr)
-    target, base = record.configuration(), Base(problem.base, record.base_fingerprint)
-    rate = resolve_learning_rate(adapter_arguments, target, base, problem.algorithm)
-    print(f"{problem.base} on {problem.task}, {target}: learning rate {rate.value:.4g}, {rate.reason}")
-    if rate.warning:
-        print(f"warning: {rate.warning}")
+    learner = FieldLearner(problem, adapter, adapter_arguments, curves.head_lr)
     name = f"{problem.algorithm}-{problem.task}-r{adapter.rank or 'full'}"
-    before, _ = problem.measure(base_model)
-    attach(problem, adapter, base_model)  # refuses what fits no layer before there is a folder
-    del base_model  # a run loads its own
     folder, _ = open_run(None, curves.output_dir, name, given)
-    start = time.monotonic()
-    model, metric, error = finetune(problem, adapter, rate.value, 0, curves.head_lr)
-    seconds = time.monotonic() - start
-    result = TrialResult.of_training(metric, error, before, [metric], problem.steps, seconds)
-    if not math.isfinite(metric):
-        result = TrialResult.of_divergence(before, problem.steps, seconds, f"{problem.metric} is {metric}")
-    folder.finish(result, {"metric": problem.metric, "learning_rate": rate.value, "learning_rate_reason": rate.reason})
-    if result.is_lost:
-        raise Diverged(f"{problem.metric} went from {before:.4g} to {metric:.4g}")
-    model.save_pretrained(folder.path / adapter.saved_as)  # type: ignore[operator]
-    if problem.head and adapter.rank is not None:
-        adapter.merged(model).save_pretrained(folder.path / MODEL_FOLDER)  # with the head
-    measured = {"name": problem.metric, "before": before, "after": metric}
-    replace(record, learning_rate=rate.value, metric=measured, seeds=[0], note=rate.reason).save(folder.path)
-    print(f"{problem.metric}: {before:.4g} before, {metric:.4g} ± {error:.2g} after; in {folder.path}")
+    announce(
+        folder,
+        f"[bold]{escape(problem.task)}[/] with {escape(problem.base)}, {escape(str(learner.spec))}",
+        learner.rate,
+    )
+    live(folder, learner)
+    raise_if_worse(folder)
 
 
-def record_of(problem: Field, adapter: Adapter, base_model: nn.Module, head_lr: float) -> LRRecord:
-    """An LR record but for the learning rate, what it reached, and its seeds."""
-    configuration = adapter.configuration(base_model)
-    return LRRecord(
-        learning_rate=PLACEHOLDER,
-        scheme=configuration.scheme.value,
-        rank=configuration.rank,
-        alpha=str(configuration.spec.alpha),
-        widths=adapter.widths(base_model),
-        target_modules=adapter.target_modules,
+def recipe_of(problem: Field, adapter: Adapter, base_model: nn.Module, head_lr: float) -> Recipe:
+    """How the runs of a problem are made."""
+    return Recipe(
         algorithm=problem.algorithm,
         task=problem.task,
         base_model=problem.base,
         base_fingerprint=fingerprint(base_model),
+        widths=adapter.widths(base_model),
+        outputs=adapter.configuration(base_model).outputs,
+        target_modules=adapter.target_modules,
         optimizer={"name": "adamw", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01, "max_grad_norm": 1.0},
         schedule={"name": "cosine", "warmup_fraction": 0.05, "final_fraction": 0.1, "steps": problem.steps},
         batch=problem.batch,
-        metric={"name": problem.metric},
-        seeds=[],
-        versions=package_versions(),
+        score=problem.metric,
         other_learning_rates={HEAD: head_lr} if problem.head else {},
-        outputs=configuration.outputs,
     )
 
 
+class FieldBackend:
+    """Runs the trials of a field one after another, as a sweep's backend; arguments as `run_trial`."""
+
+    at_once = 1
+
+    def __init__(self, problem: Field, before: float, head_lr: float) -> None:
+        self.problem, self.before, self.head_lr = problem, before, head_lr
+
+    def group(self, trial: Trial) -> Trial:
+        """See `Backend.group`."""
+        return trial
+
+    def run(self, trials: Sequence[Trial]) -> list[TrialResult]:
+        """See `Backend.run`."""
+        return [run_trial(self.problem, trial, self.before, self.head_lr) for trial in trials]
+
+
 def measure_curves(problem: Field, adapter_arguments: AdapterArguments, curves: CurveArguments) -> None:
-    """Search each curve's best learning rate, one run after another; then the report and the LR record.
+    """Search each curve's best learning rate by a sweep's loop; then the report and the LR record.
 
     Raises:
         UserError: A rank does not fit the model, there is none to measure, or the folder cannot be used.
+        NoRate: All searches have ended, and found no learning rate.
     """
     name = re.sub(r"[^\w.-]+", "-", f"{problem.algorithm}-{problem.task}-{problem.base}")
     out = Path(curves.output_dir or Path("runs") / name)
-    csv = out / "sweep.csv"
     scan, step = scan_range(*curves.grid, curves.resolution)
     searches = []
     for rank in dict.fromkeys(map(parse_rank, curves.ranks)):
         spec = AdapterSpec.parse(rank, adapter_arguments.init, adapter_arguments.alpha)
         attach(problem, adapter_for(spec, problem.target_modules), problem.load())  # refuses a rank that does not fit
         searches.append(Search(spec, scan, step, curves.resolution, tuple(range(curves.seeds))))
-    wanted = [one for one in searches if passes({"rank": str(one.spec.rank or "full")}, curves.only)]
+    wanted = [search for search in searches if passes({"rank": str(search.spec.rank or "full")}, curves.only)]
     if not wanted:
         raise UserError(f"--only {' '.join(curves.only)} leaves none of --ranks {' '.join(curves.ranks)}.")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the folder {out} cannot be made ({error.strerror}): choose another --output_dir.") from None
-    outcomes_of(csv, problem)  # refuses what is no CSV of these curves before there is work
-    before, _ = problem.measure(problem.load())
-    with tqdm(unit="run") as bar:
-        while waiting := [trial for one in wanted for trial in one.next_trials(outcomes_of(csv, problem))]:
-            bar.total = bar.n + len(waiting)
-            outcome = run_trial(problem, waiting[0], before, curves.head_lr)
-            append(csv, [Row(problem.algorithm, problem.task, problem.base, waiting[0], outcome, machine())])
-            bar.set_postfix_str(f"{waiting[0].spec.label} 2^{waiting[0].log2_lr:g}: {outcome.score:.4g}")
-            bar.update()
-    close(problem, searches, out, curves.head_lr)
+    study = study_of(problem, out)
+    base_model = problem.load()
+    recipe = recipe_of(problem, Full(problem.target_modules), base_model, curves.head_lr)
+    before, _ = problem.measure(base_model)
+    del base_model
+
+    def show(trial: Trial, result: TrialResult) -> None:
+        print(f"{trial.spec.label} 2^{trial.log2_lr:g} seed {trial.seed}: {result.score:.4g}", flush=True)
+
+    work(study, wanted, FieldBackend(problem, before, curves.head_lr), show, math.inf, threading.Event())
+    close(recipe, searches, study, out)
 
 
-def outcomes_of(csv: Path, problem: Field) -> dict[Trial, TrialResult]:
-    """The runs of this problem that a CSV has."""
-    return {row.trial: row.result for row in rows_of(csv, problem)}
-
-
-def rows_of(csv: Path, problem: Field) -> list[Row]:
-    """The runs of this problem in a CSV, each once.
+def study_of(problem: Field, out: Path) -> CSVStudy:
+    """The study in a folder's CSV.
 
     Raises:
-        UserError: It cannot be read, or its runs are of another length.
+        UserError: The CSV cannot be read, or its runs are of another length.
     """
-    key = (problem.algorithm, problem.task, problem.base)
-    rows = [row for row in (read_all([csv]) if csv.exists() else []) if (row.algorithm, row.task, row.base) == key]
-    if other := {row.result.steps for row in rows} - {problem.steps}:
-        raise UserError(f"{csv} has runs of {min(other)} steps, not {problem.steps}: choose another --output_dir.")
-    return rows
+    study = CSVStudy(out / CSV, (problem.algorithm, problem.task, problem.base))
+    if others := {row.result.steps for row in study.rows()} - {problem.steps}:
+        raise UserError(
+            f"{study.path} has runs of {min(others)} steps, not {problem.steps}: choose another --output_dir."
+        )
+    return study
 
 
 def run_trial(problem: Field, trial: Trial, before: float, head_lr: float) -> TrialResult:
-    """One run of a curve."""
+    """One run of a curve.
+
+    Args:
+        problem: The field's problem.
+        trial: What is run.
+        before: The metric of the base.
+        head_lr: The learning rate of a new head.
+    """
     start = time.monotonic()
     _, metric, error = finetune(
         problem, adapter_for(trial.spec, problem.target_modules), trial.learning_rate, trial.seed, head_lr
@@ -359,23 +431,24 @@ def run_trial(problem: Field, trial: Trial, before: float, head_lr: float) -> Tr
     return TrialResult.of_training(metric, error, before, [metric], problem.steps, seconds)
 
 
-def close(problem: Field, searches: list[Search], out: Path, head_lr: float) -> None:
-    """Report, figures and LR record of what there is, the record of the first curve whose search has ended."""
-    template = record_of(problem, Full(problem.target_modules), problem.load(), head_lr)
-    context = Context(max(template.widths), template.outputs)
-    rows = rows_of(out / "sweep.csv", problem)
-    outcomes = {row.trial: row.result for row in rows}
-    [sweep] = sweeps_of(rows, contexts=lambda key: context)
-    write_report([sweep], out, metrics={problem.algorithm: problem.metric})
-    for warning in [warning for one in searches for warning in warnings_of(one, outcomes)]:
+def close(recipe: Recipe, searches: Sequence[Search], study: CSVStudy, out: Path) -> None:
+    """Write report and figures of what there is, and the LR record of the first curve whose search has an optimum.
+
+    Raises:
+        NoRate: All searches have ended, and found no learning rate.
+    """
+    outcomes = study.outcomes()
+    sweep, _ = write_tables(out, recipe, study.rows())
+    for warning in [warning for search in searches for warning in warnings_of(search, outcomes)]:
         print(f"note: {warning}")
-    for search in searches:
-        if search.spec in sweep.curves and not search.next_trials(outcomes):
-            record = make_record(Facts(template, template, "", True), search, sweep.curves[search.spec], outcomes)
-            if record is not None:
-                print(f"record: {record.save(out)} ({record.learning_rate:.3g} for r={record.rank or 'full'})")
-                break
-    print(f"report: {out / 'report.md'}")
+    print(f"report: {out / REPORT}")
+    ended = [search for search in searches if sweep and not search.next_trials(outcomes)]
+    records = [make_record(recipe, search, sweep.curves.get(search.spec), outcomes) for search in ended if sweep]
+    record = next((record for record in records if record is not None), None)
+    if record is not None:
+        print(f"record: {record.save(out)} ({record.learning_rate:.3g} for r={record.rank or 'full'})")
+    elif len(ended) == len(searches):
+        raise NoRate(f"no curve has a learning rate that made the base better: see {out / REPORT}.")
 
 
 @torch.no_grad()

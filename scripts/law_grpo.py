@@ -32,7 +32,7 @@ from torch import nn
 
 from mua_rl.adapter.adapters import Adapter, LoRA
 from mua_rl.adapter.targets import MLP_PROJECTIONS, TargetModules
-from mua_rl.analysis.rows import Row, append, read
+from mua_rl.analysis.rows import SweepRow, append, read
 from mua_rl.errors import UserError
 from mua_rl.exits import run_command
 from mua_rl.grpo.arguments import parse
@@ -208,7 +208,7 @@ def main() -> None:
         arguments, _, _ = parse([str(flag) for flag in [*flags, *options.flags]])
         trained = train_full(arguments, arms[0], kind, parts) if kind in FULL else train_lora(arguments, arms, parts)
         outcomes: list[Outcome] = [outcome for outcome, _ in trained]
-        rows = [Row("grpo", task, base(kind), a, o, machine()) for a, o in zip(arms, outcomes, strict=True)]
+        rows = [SweepRow("grpo", task, base(kind), a, o, machine()) for a, o in zip(arms, outcomes, strict=True)]
         append(options.output, rows)
         with open(options.output.with_suffix(".jsonl"), "a", encoding="utf-8") as stream:
             for row, (_, history) in zip(rows, trained, strict=True):

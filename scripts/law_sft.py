@@ -22,7 +22,7 @@ from torch import nn
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
 from mua_rl.adapter.adapters import LoRA
-from mua_rl.analysis.rows import Row, append
+from mua_rl.analysis.rows import SweepRow, append
 from mua_rl.envs.tasks import get_task
 from mua_rl.exits import run_command
 from mua_rl.grpo.stacked.stack import LoRAStack
@@ -152,7 +152,7 @@ def main() -> None:
             outcome = Outcome(metric, error, before, metric, metric, metric < before, "", options.steps, seconds)
         else:
             outcome = Outcome.of_divergence(before, options.steps, seconds, "the metric left the finite numbers")
-        append(options.output, [Row("sft", options.task, base, arm, outcome, machine())])
+        append(options.output, [SweepRow("sft", options.task, base, arm, outcome, machine())])
         print(f"{base} {arm.name}: {metric:.3f}", flush=True)
     print(f"{len(arms)} runs in {time.monotonic() - start:.0f} s", flush=True)
 

@@ -11,10 +11,10 @@ one trial; lines that are there are not repeated. Two processes share the work b
 
 import argparse
 import math
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,15 @@ import torch
 from compare_ppo import TASKS, half_octaves
 from selection import passes
 
-from mua_rl.analysis import rows
 from mua_rl.exits import run_command
 from mua_rl.flags import FlagParser
 from mua_rl.lr.spec import FFT, AdapterSpec
-from mua_rl.ppo.base import BasePolicy, read_base_policy
-from mua_rl.run.machine import machine
 from mua_rl.run.trial import Trial, TrialResult
+from mua_rl.sweep.arguments import parse
+from mua_rl.sweep.csv_study import CSVStudy
+from mua_rl.sweep.search import FixedTrials
+from mua_rl.sweep.stacked_runs import StackedRuns
+from mua_rl.sweep.work import work
 
 WIDTH = 256
 BASE_SEEDS = (0, 1)
@@ -43,53 +45,35 @@ DEFAULT_TASKS = ("cartpole", "pendulum")
 
 
 @dataclass(frozen=True)
-class Work:
-    """A trial with the task and the base checkpoint that it adapts."""
+class Curve:
+    """A curve with the task and the base checkpoint that its trials adapt."""
 
     task: str
     base: str
-    trial: Trial
+    spec: AdapterSpec
+    grid: tuple[float, ...]
 
-    def columns(self) -> dict[str, str]:
-        """What identifies it in the CSV."""
-        return columns(TASKS[self.task].env_id, self.base, self.trial)
-
-
-def columns(env_id: str, base: str, trial: Trial) -> dict[str, str]:
-    """What identifies a trial among all of them."""
-    values = {"task": env_id, "base": base, **trial.as_dict()}
-    return {name: "" if value is None else str(value) for name, value in values.items()}
+    def trials(self, seeds: int) -> tuple[Trial, ...]:
+        """All trials of the curve."""
+        return tuple(Trial(self.spec, log2_lr, seed) for log2_lr in self.grid for seed in range(seeds))
 
 
-def all_work(seeds: int) -> list[Work]:
-    """Every trial, one base checkpoint after the other and LoRA in order of rank."""
-    curves = [(FFT, FFT_GRID)]
-    curves += [(AdapterSpec.parse(rank, *scheme), grid) for rank in RANKS for scheme, grid in GRIDS.items()]
+def all_curves() -> list[Curve]:
+    """Every curve, one base checkpoint after the other and LoRA in order of rank."""
+    grids = {FFT: FFT_GRID}
+    grids |= {AdapterSpec.parse(rank, *scheme): grid for rank in RANKS for scheme, grid in GRIDS.items()}
     return [
-        Work(
-            task,
-            f"{TASKS[task].base}-w{WIDTH}-s{base_seed}",
-            Trial(spec, log2_lr, seed),
-        )
-        for base_seed in BASE_SEEDS
+        Curve(task, f"{TASKS[task].base}-w{WIDTH}-s{seed}", spec, grid)
+        for seed in BASE_SEEDS
         for task in DEFAULT_TASKS
-        for spec, grid in curves
-        for log2_lr in grid
-        for seed in range(seeds)
+        for spec, grid in grids.items()
     ]
 
 
-def wanted(work: Work, only: Sequence[str]) -> bool:
-    """Whether it passes every filter `name=value[,value…]` (task: its short name; rank: full for FFT)."""
-    return passes({**work.columns(), "task": work.task, "rank": str(work.trial.spec.rank or "full")}, only)
-
-
-def groups(work: Sequence[Work], per_group: int) -> Iterator[list[Work]]:
-    """What trains side by side: one task, one base, LoRA or FFT, at most `per_group` trials."""
-    for _, run in groupby(work, key=lambda one: (one.task, one.base, one.trial.spec.rank is None)):
-        trials = list(run)
-        size = math.ceil(len(trials) / math.ceil(len(trials) / per_group))
-        yield from (trials[begin : begin + size] for begin in range(0, len(trials), size))
+def wanted(curve: Curve, only: Sequence[str]) -> bool:
+    """Whether a curve passes every filter `name=value[,value…]` of task, base, rank (full: FFT), init and alpha."""
+    spec = {**curve.spec.as_dict(), "rank": str(curve.spec.rank or "full")}
+    return passes({"task": curve.task, "base": curve.base, **spec}, only)
 
 
 def base_path(folder: Path, base: str) -> Path:
@@ -118,27 +102,21 @@ def prepare(folder: Path, base: str) -> None:
     model.save(base_path(folder, base), exclude=UNSAVED)
 
 
-def finished(path: Path) -> set[tuple[str, ...]]:
-    """The trials of a CSV, by the values of `Work.columns`."""
-    if not path.exists():
-        return set()
-    return {tuple(columns(row.task, row.base, row.trial).values()) for row in rows.read(path)}
+def train(curves: Sequence[Curve], options: argparse.Namespace, deadline: float) -> bool:
+    """Train what the CSV lacks of curves that share their task and their base; whether all of it is done."""
+    task, base = TASKS[curves[0].task], curves[0].base
+    flags = ["--algo", "ppo", "--env_id", task.env_id, "--total_timesteps", str(task.steps)]
+    backend = StackedRuns(
+        parse([*flags, "--base", str(base_path(options.work, base)), "--device", options.device]), options.work
+    )
+    backend.at_once = options.per_group
+    study = CSVStudy(options.output, ("ppo", task.env_id, base), options.device)
+    plans = [FixedTrials(curve.spec, curve.trials(options.seeds)) for curve in curves]
 
+    def show(trial: Trial, outcome: TrialResult) -> None:
+        print(f"{curves[0].task} {base} {trial.name}: {outcome.score:.1f}", flush=True)
 
-def append(path: Path, work: Sequence[Work], outcomes: Sequence[TrialResult], where: str) -> None:
-    """Add a group's lines."""
-    done = zip(work, outcomes, strict=True)
-    rows.append(path, [rows.Row("ppo", TASKS[one.task].env_id, one.base, one.trial, o, where) for one, o in done])
-
-
-def train_group(work: Sequence[Work], base: BasePolicy, device: str) -> list[TrialResult]:
-    """Train the trials of a group."""
-    from mua_rl.ppo.arguments import PPOArguments
-    from mua_rl.ppo.stacked.trainer import train_side_by_side
-
-    task = TASKS[work[0].task]
-    arguments = PPOArguments(env_id=task.env_id, total_timesteps=task.steps)
-    return train_side_by_side(arguments, [one.trial for one in work], base, device=device)
+    return work(study, plans, backend, show, deadline, threading.Event())
 
 
 def main() -> None:
@@ -146,36 +124,25 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/reproduce_ppo"), help="folder of the base checkpoints")
     parser.add_argument("--output", type=Path, default=Path("runs/reproduce_ppo.csv"))
     parser.add_argument("--prepare", action="store_true", help="make the base checkpoints and stop")
-    parser.add_argument("--only", nargs="*", default=[], metavar="NAME=VALUE", help="of task, base, rank, init, …")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME=VALUE", help="of task, base, rank, init, alpha")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--per_group", type=int, default=32, help="trials side by side")
-    parser.add_argument("--time_limit", type=float, default=math.inf, help="seconds to start groups for")
-    arguments = parser.parse_args()
+    parser.add_argument("--time_limit", type=float, default=math.inf, help="seconds after which no group is started")
+    options = parser.parse_args()
 
-    start = time.monotonic()
-    work = [one for one in all_work(arguments.seeds) if wanted(one, arguments.only)]
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    for base in dict.fromkeys(one.base for one in work):
-        if not base_path(arguments.work, base).exists():
-            prepare(arguments.work, base)
-    if arguments.prepare:
+    deadline = time.monotonic() + options.time_limit
+    curves = [curve for curve in all_curves() if wanted(curve, options.only)]
+    options.work.mkdir(parents=True, exist_ok=True)
+    for base in dict.fromkeys(curve.base for curve in curves):
+        if not base_path(options.work, base).exists():
+            prepare(options.work, base)
+    if options.prepare:
         return
-    done = finished(arguments.output)
-    remaining = [one for one in work if tuple(one.columns().values()) not in done]
-    print(f"{len(remaining)} of {len(work)} trials to train", flush=True)
-    took = 0.0
-    for group in groups(remaining, arguments.per_group):
-        began = time.monotonic()
-        if began - start + took > arguments.time_limit:  # the next group takes as long as the last one
+    for task, base in dict.fromkeys((curve.task, curve.base) for curve in curves):
+        if not train([curve for curve in curves if (curve.task, curve.base) == (task, base)], options, deadline):
             print("out of time: run the same command again", flush=True)
             return
-        base = read_base_policy(base_path(arguments.work, group[0].base))
-        outcomes = train_group(group, base, arguments.device)
-        append(arguments.output, group, outcomes, machine(arguments.device))
-        took = time.monotonic() - began
-        best = max((outcome.score for outcome in outcomes if not math.isnan(outcome.score)), default=math.nan)
-        print(f"{group[0].task} {group[0].base}: {len(group)} trials in {took:.0f} s, best {best:.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from pathlib import Path
 from reproduce_grpo import add_run_options, run_all
 
 from mua_rl.analysis.measured import sweeps_of
-from mua_rl.analysis.report import ReportTable
+from mua_rl.analysis.outcomes import best_of
 from mua_rl.analysis.rows import read
+from mua_rl.analysis.tables import ReportTable
 from mua_rl.errors import UserError
 from mua_rl.exits import run_command
 from mua_rl.flags import FlagParser
@@ -29,8 +30,8 @@ from mua_rl.lr.transfer import transfer
 from mua_rl.run.trial import Trial, TrialResult
 from mua_rl.sweep.arguments import parse
 from mua_rl.sweep.closing import make_record
-from mua_rl.sweep.facts import Facts, find_facts
-from mua_rl.sweep.search import HIGHEST, LOWEST, Search, best_of
+from mua_rl.sweep.facts import find_facts
+from mua_rl.sweep.search import HIGHEST, LOWEST, FixedTrials, Search
 
 TASK = "reasoning-gym:chain_sum,min_terms=2,max_terms=2,min_digits=1,max_digits=2,answer=number,size=4096"
 SOURCE = Path(__file__).parents[1] / "docs" / "results" / "reproduce_grpo.csv"
@@ -55,7 +56,7 @@ def make_source_record(options: argparse.Namespace) -> LRRecord:
     measured = sweep.curves[curve]
     seeds = tuple(sorted({seed for _, _, seed in measured.points}))
     search = Search(curve, scan=(), step=1.0, resolution=1.0, seeds=seeds)
-    record = make_record(facts, search, measured, {row.trial: row.result for row in rows})
+    record = make_record(facts.recipe, search, measured, {row.trial: row.result for row in rows})
     if record is None:
         raise UserError(f"{options.source} gives no record: no run of {curve.label} got better than the base.")
     return record
@@ -77,17 +78,17 @@ def transferred(options: argparse.Namespace) -> dict[AdapterSpec, float]:
     record = LRRecord.load(path) if path.exists() else make_source_record(options)
     ranks = [str(rank) for rank in options.ranks]
     request = parse(["--algo", "grpo", "--model", options.model, "--task", record.task, "--ranks", *ranks, "full"])
-    facts: Facts = find_facts(request)
+    recipe = find_facts(request).recipe
     print(f"the record of {record.task}: {record.note}")
-    found = {}
+    rates = {}
     for curve in [*(AdapterSpec(rank) for rank in options.ranks), FFT]:
-        rate = transfer(record, facts.record_of(curve).configuration())
-        found[curve] = round(math.log2(rate.value), 2)
-        print(f"{curve.label}: 2^{found[curve]:g}: {rate.reason}")
+        rate = transfer(record, recipe.configuration(curve))
+        rates[curve] = round(math.log2(rate.value), 2)
+        print(f"{curve.label}: 2^{rates[curve]:g}: {rate.reason}")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         record.save(path)  # more runs of the source would move its optimum, and with it what is to be run here
-    return found
+    return rates
 
 
 def trials(rates: Mapping[AdapterSpec, float], options: argparse.Namespace) -> list[Trial]:
@@ -146,7 +147,9 @@ def main() -> None:
     options = parser.parse_args()
 
     rates = transferred(options)
-    done = run_all(lambda done: [trial for trial in trials(rates, options) if trial not in done], options)
+    wanted = trials(rates, options)
+    plans = [FixedTrials(spec, tuple(trial for trial in wanted if trial.spec == spec)) for spec in rates]
+    done = run_all(plans, options)
     if done is not None:
         for value in VALUES:
             print(table(rates, done, options, value).markdown(), end="\n\n")

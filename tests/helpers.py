@@ -39,5 +39,6 @@ def make_record(**changes) -> LRRecord:
         "metric": {"name": "held-out accuracy", "before": 0.3, "after": 0.9},
         "seeds": [0],
         "versions": {"python": "3.11"},
+        "evidence": "sweep",
     }
     return LRRecord(**{**entries, **changes})

@@ -6,7 +6,7 @@ import numpy as np
 from helpers import spec
 
 from mua_rl.analysis.measured import FFT, Context, sweeps_of
-from mua_rl.analysis.rows import Row
+from mua_rl.analysis.rows import SweepRow
 from mua_rl.run.trial import Status, Trial, TrialResult
 
 SIZES = Context(width=512, outputs=256)
@@ -20,7 +20,7 @@ def outcome(metric=0.5, *, before=0.1, stopped="", steps=60, seconds=10.0):
 
 
 def row(trial, result, *, task="arithmetic", base="base", algorithm="grpo"):
-    return Row(algorithm, task, base, trial, result, "a machine")
+    return SweepRow(algorithm, task, base, trial, result, "a machine")
 
 
 def optimum_of(curve, exponent):

@@ -1,6 +1,5 @@
 """Vision-language finetuning by scripts/finetune_captions.py, in runs of a few steps."""
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from mua_rl.adapter.targets import lora_layers
 from mua_rl.analysis.rows import read
 from mua_rl.errors import UserError
 from mua_rl.lr.record import LRRecord
+from mua_rl.run.folder import RunFolder
 
 pytest.importorskip("PIL", reason="PIL is not installed: pip install 'mua-rl[fields]'")
 
@@ -165,10 +165,10 @@ def test_held_out_pictures_are_not_trained_on_and_a_seed_orders_the_others(probl
 
 
 def test_a_run_saves_the_adapter_that_it_measured(problem, lora_run):
-    result = json.loads((lora_run / "result.json").read_text())
-    assert result["held_out/after"] > result["held_out/before"]
+    result = RunFolder(lora_run).result()
+    assert result.score > result.before
     adapted = load_adapter(problem.load(), lora_run / "adapter")
-    assert problem.measure(adapted)[0] == pytest.approx(result["held_out/after"], abs=1e-5)
+    assert problem.measure(adapted)[0] == pytest.approx(result.score, abs=1e-5)
     layers = [name for name, _ in lora_layers(adapted)]
     assert len(layers) == 9
     assert all(".text_model.layers." in name and ".mlp." in name for name in layers)
@@ -176,13 +176,13 @@ def test_a_run_saves_the_adapter_that_it_measured(problem, lora_run):
 
 def test_full_finetuning_goes_on_at_the_rate_of_a_loras_record_and_saves_a_whole_model(launch, problem, lora_run):
     launch("--rank", "full", "--lr_from", lora_run, "--output_dir", "fft")
-    result = json.loads(Path("fft/result.json").read_text())
+    result = RunFolder("fft").result()
     lora, record = LRRecord.load(lora_run), LRRecord.load("fft")
     assert record.scheme == "FFT"
     assert record.learning_rate == pytest.approx(lora.learning_rate * (lora.rank / lora.outputs) ** 0.5)
     assert record.algorithm == "vision-language"
     model = AutoModelForImageTextToText.from_pretrained("fft/model")
-    assert problem.measure(model)[0] == pytest.approx(result["held_out/after"], abs=1e-5)
+    assert problem.measure(model)[0] == pytest.approx(result.score, abs=1e-5)
     base = problem.load().state_dict()
     moved = {name for name, weight in model.state_dict().items() if not torch.equal(weight, base[name])}
     assert {name.split(".")[1] for name in moved if "." in name} >= {"vision_model", "text_model", "connector"}
@@ -202,8 +202,8 @@ def test_a_curve_over_both_towers_ends_in_a_record(launch):
 def test_another_model_and_data_set_are_taken_from_folders(launch, llava):
     model, data = llava
     launch("--model", model, "--dataset_name", data, "--rank", 4, "--lr", 2**-9, "--output_dir", "other")
-    result = json.loads(Path("other/result.json").read_text())
-    assert result["held_out/after"] > result["held_out/before"]
+    result = RunFolder("other").result()
+    assert result.score > result.before
     record = LRRecord.load("other")
     assert (record.base_model, record.task) == (model, data)
     whole = AutoModelForImageTextToText.from_pretrained(model)

@@ -21,6 +21,7 @@ from mua_rl.adapter.fingerprint import fingerprint
 from mua_rl.adapter.targets import lora_layers
 from mua_rl.errors import UserError
 from mua_rl.lr.record import LRRecord
+from mua_rl.run.folder import RunFolder
 from mua_rl.run.trial import Status, TrialResult
 
 pytestmark = pytest.mark.slow  # what is tested starts training
@@ -78,7 +79,7 @@ def finetune(scripts):
 
 
 def result_of(folder):
-    return json.loads((folder / "result.json").read_text())
+    return RunFolder(folder).result()
 
 
 @pytest.mark.parametrize(("name", "each", "layers"), [("text", 6, 2), ("images", 6, 3)])
@@ -123,8 +124,8 @@ def test_what_a_lora_run_saves_gives_its_metric_again(problems, lora_runs, name)
         assert model.config.id2label == {0: "0", 1: "1", 2: "2"}
     else:
         model = load_adapter(problem.load(), folder / "adapter")
-    assert problem.measure(model)[0] == pytest.approx(result_of(folder)["held_out/after"], rel=1e-5)
-    assert result_of(folder)["held_out/after"] != result_of(folder)["held_out/before"]
+    assert problem.measure(model)[0] == pytest.approx(result_of(folder).score, rel=1e-5)
+    assert result_of(folder).score != result_of(folder).before
 
 
 @pytest.mark.parametrize("name", AUTO)
@@ -138,7 +139,7 @@ def test_fft_takes_its_learning_rate_from_the_record_of_a_lora_run_and_saves_all
     assert record.learning_rate == pytest.approx(lora.learning_rate * (lora.rank / lora.outputs) ** 0.5)
     assert record.other_learning_rates == ({"head": 1e-3} if name == "text" else {})
     assert problems[name].measure(AUTO[name].from_pretrained(folder / "model"))[0] == pytest.approx(
-        result_of(folder)["held_out/after"], rel=1e-5
+        result_of(folder).score, rel=1e-5
     )
 
 

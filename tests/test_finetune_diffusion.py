@@ -18,6 +18,7 @@ from mua_rl.adapter.targets import lora_layers
 from mua_rl.analysis.rows import read
 from mua_rl.errors import Diverged, UserError
 from mua_rl.lr.record import LRRecord
+from mua_rl.run.folder import RunFolder
 
 for package in ("diffusers", "sklearn", "PIL"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install 'mua-rl[fields]'")
@@ -60,7 +61,7 @@ def lora_run(launch):
 
 
 def result_of(folder):
-    return json.loads((Path(folder) / "result.json").read_text())
+    return RunFolder(folder).result()
 
 
 def test_lora_sits_on_the_convolutions_of_residual_blocks_and_on_the_projections_of_attention(problem):
@@ -121,9 +122,9 @@ def test_training_is_decided_by_its_seed(script, problem):
 
 def test_a_run_ends_in_an_adapter_that_brings_the_metric_back(lora_run, problem):
     result = result_of(lora_run)
-    assert result["held_out/after"] > result["held_out/before"]
+    assert result.score > result.before
     unet = load_adapter(problem.load(), lora_run / "adapter")
-    assert problem.measure(unet)[0] == pytest.approx(result["held_out/after"], rel=1e-6)
+    assert problem.measure(unet)[0] == pytest.approx(result.score, rel=1e-6)
 
 
 def test_full_finetuning_takes_a_loras_record_and_saves_a_unet_of_diffusers(launch, lora_run, problem):
@@ -133,12 +134,12 @@ def test_full_finetuning_takes_a_loras_record_and_saves_a_unet_of_diffusers(laun
     lora = LRRecord.load(lora_run)
     assert LRRecord.load("full").learning_rate == pytest.approx(lora.learning_rate * (lora.rank / lora.outputs) ** 0.5)
     unet = UNet2DConditionModel.from_pretrained("full/model")
-    assert problem.measure(unet)[0] == pytest.approx(result_of("full")["held_out/after"], rel=1e-6)
+    assert problem.measure(unet)[0] == pytest.approx(result_of("full").score, rel=1e-6)
 
 
 def test_the_curves_end_in_a_csv_a_report_and_a_record(launch):
     launch("--ranks", 4, "--grid", -9, -8, "--resolution", 1, "--seeds", 1, "--output_dir", "curves")
-    assert {(row.trial.rank, row.task, row.base) for row in read("curves/sweep.csv")} == {
+    assert {(row.trial.spec.rank, row.task, row.base) for row in read("curves/sweep.csv")} == {
         (4, "turned-digits", "unet-digits-3")
     }
     assert "minus held-out denoising loss" in Path("curves/report.md").read_text()

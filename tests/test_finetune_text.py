@@ -14,7 +14,7 @@ from torch.nn.functional import log_softmax
 
 from mua_rl.adapter.adapters import LoRA
 from mua_rl.adapter.fingerprint import fingerprint
-from mua_rl.analysis.rows import Row, append
+from mua_rl.analysis.rows import SweepRow, append
 from mua_rl.errors import UserError
 from mua_rl.grpo import run as grpo
 from mua_rl.grpo.arguments import parse
@@ -64,7 +64,7 @@ def test_grpo_goes_on_from_a_finetuned_policy_at_the_rate_of_its_own_record(tmp_
     sft = tmp_path / "sft"
     run(monkeypatch, "--model", "embedded", "--rank", 8, "--lr", 2**-7, "--output_dir", sft)
     result = RunFolder.open(str(sft)).result()
-    assert result["held_out/after"] > result["held_out/before"] + 1
+    assert result.score > result.before + 1
     assert LRRecord.load(sft).algorithm == "sft"
     flags = ["--start_from", str(sft), "--rank", "32", "--max_steps", "1", "--per_device_train_batch_size", "16"]
     flags += ["--gradient_accumulation_steps", "1", "--held_out_problems", "16", "--held_out_steps", "0"]
@@ -252,17 +252,19 @@ def test_the_same_command_after_a_stop_repeats_no_run_and_a_run_of_two_processes
     run(monkeypatch, *GRID, "--output_dir", tmp_path)
     finished = [trial for trial in ran if trial]
     assert len(finished) == len({*finished}) == 6
-    assert {trial.rank for trial in finished} == {4, None}
+    assert {trial.spec.rank for trial in finished} == {4, None}
     csv = tmp_path / "sweep.csv"
     csv.write_text(csv.read_text() + csv.read_text().splitlines()[1] + "\n")
-    assert len(curves.rows_of(csv, problem())) == 6
+    assert len(curves.study_of(problem(), tmp_path).rows()) == 6
 
 
 def test_the_record_is_of_a_search_that_has_ended(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(curves, "run_trial", instant_run)
     trials = [make_trial(4, "B", "1", log2_lr, 0) for log2_lr in (-9.0, -8.0)]
     outcomes = [instant_run(problem(), trial, -5.0, 0) for trial in trials]
-    rows = [Row("sft", "differences", "embedded", *pair, "elsewhere") for pair in zip(trials, outcomes, strict=True)]
+    rows = [
+        SweepRow("sft", "differences", "embedded", *pair, "elsewhere") for pair in zip(trials, outcomes, strict=True)
+    ]
     append(tmp_path / "sweep.csv", rows)
     run(monkeypatch, *GRID, "--only", "rank=full", "--output_dir", tmp_path)
     assert LRRecord.load(tmp_path).rank is None

@@ -1,6 +1,7 @@
 """How far off a transferred learning rate may be: what docs/results say, and a warning where they say nothing."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,17 +9,10 @@ import pytest
 from helpers import make_record
 
 from mua_rl.analysis.measured import FFT, sweeps_of
-from mua_rl.analysis.predictions import (
-    BareRule,
-    RankCorrected,
-    calibrated,
-    evidence,
-    leave_one_out,
-    prediction_tests,
-    shipped,
-)
+from mua_rl.analysis.predictions import calibrated, compare, evidence, leave_one_out
 from mua_rl.analysis.report import parse_sizes
 from mua_rl.analysis.rows import read_all
+from mua_rl.analysis.transfer_rules import THEORY, rank_corrected, shipped
 from mua_rl.lr.evidence import EVIDENCE, FROM_RANK, RANK_EXPONENT, RANK_EXPONENTS, default_exponent, pair_kind
 from mua_rl.lr.rules import Configuration
 from mua_rl.lr.spec import AdapterSpec, AlphaRule, Scheme
@@ -76,7 +70,7 @@ def test_on_sweeps_that_had_no_part_in_choosing_it_the_rule_is_right_four_times_
     measured,
 ):
     unseen = [sweep for sweep in measured[RANK_EXPONENT] if (sweep.algorithm, sweep.base) != ("grpo", "smollm2")]
-    hits, bare = (np.mean([t.is_hit for t in prediction_tests(unseen, RankCorrected(c))]) for c in (RANK_EXPONENT, 0))
+    hits, bare = (np.mean([t.is_hit for t in compare(unseen, rank_corrected(c))]) for c in (RANK_EXPONENT, 0))
     assert hits >= 0.8 > 2 * bare
 
 
@@ -133,7 +127,7 @@ def test_full_finetuning_is_tuned_at_a_rank_from_which_it_was_measured_to_lose_l
     least = FROM_RANK[RANK_EXPONENT]
     losses = [
         (test.source.spec.rank, test.loss)
-        for test in prediction_tests(measured[RANK_EXPONENT], RankCorrected(RANK_EXPONENT))
+        for test in compare(measured[RANK_EXPONENT], rank_corrected(RANK_EXPONENT))
         if test.target.spec == FFT
     ]
     assert max(loss for rank, loss in losses if rank >= least) < 0.033
@@ -175,8 +169,8 @@ def test_in_ppo_init_a_keeps_its_rate_over_ranks_and_multipliers_unless_the_theo
 def test_the_default_of_ppo_was_nearer_than_the_theory_in_every_sweep_of_init_a(measured):
     for sweep in measured[0.0]:
         by_default, theory = (
-            np.mean([abs(t.error) for t in prediction_tests([sweep], rule) if t.kind == "within Init[A]"])
-            for rule in (shipped("ppo"), BareRule())
+            np.mean([abs(t.error) for t in compare([sweep], rule) if t.kind == "within Init[A]"])
+            for rule in (shipped("ppo"), THEORY)
         )
         assert by_default < theory, sweep.base
 
@@ -191,3 +185,20 @@ def test_a_grpo_run_shows_the_warning_before_its_first_step(tmp_path, capsys):
         rate = transfer(make_record(), lora(rank))
         announce(RunFolder(tmp_path), "arithmetic with embedded", rate)
         assert ("r = 2 is outside the ranks" in capsys.readouterr().out) is warns
+
+
+@pytest.mark.parametrize("evidence", ["run", "guess"])
+def test_only_a_sweeps_record_claims_to_be_near_the_best(evidence):
+    assert "nine times in ten" in transfer(make_record(), lora(16)).reason
+    found = transfer(make_record(evidence=evidence), lora(16))
+    assert found.value == transfer(make_record(), lora(16)).value
+    assert "nine times in ten" not in found.reason
+    assert found.warning.startswith(f"the record is of a {evidence} and not of a sweep")
+
+
+def test_a_guess_stays_a_guess_through_runs():
+    found = transfer(make_record(evidence="guess"), lora(16))
+    assert found.is_guess
+    assert found.reason.startswith("a guess that was run")
+    assert LearningRate.from_dict(found.as_dict()) == replace(found, why=found.reason)
+    assert not transfer(make_record(evidence="run"), lora(16)).is_guess

@@ -24,6 +24,18 @@ def test_a_record_comes_back_from_disk_as_it_was(tmp_path):
     assert LRRecord.load(record.save(tmp_path / "elsewhere.json")) == record
 
 
+@pytest.mark.parametrize(
+    ("note", "evidence"),
+    [
+        ("a sweep: optimum of a fit to 16 runs", "sweep"),
+        ("a guess, since no record fits x", "guess"),
+        ("given by --lr", "run"),
+    ],
+)
+def test_a_record_of_an_earlier_version_says_in_its_note_how_its_rate_was_found(tmp_path, note, evidence):
+    assert LRRecord.load(edited(tmp_path, evidence=None, note=note)).evidence == evidence
+
+
 def test_saving_leaves_no_scratch_file(tmp_path):
     make_record().save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
@@ -64,6 +76,7 @@ def edited(tmp_path, **changes):
         ({"optimizer": {"betas": []}}, "optimizer"),
         ({"other_learning_rates": {"head": -1}}, "head"),
         ({"other_learning_rates": {"head": "fast"}}, "head"),
+        ({"evidence": "hearsay"}, "evidence is one of sweep, run, guess"),
     ],
 )
 def test_a_bad_record_is_refused_with_its_fault(tmp_path, changes, message):

@@ -1,11 +1,13 @@
 """The reproduction's script: which trials there are, how they are grouped, and that none is trained twice."""
 
 import importlib
+import sys
 
 import pytest
 
+from mua_rl.analysis.rows import read
 from mua_rl.errors import UserError
-from mua_rl.run.trial import Status
+from mua_rl.run.trial import Status, TrialResult
 
 pytest.importorskip("stable_baselines3")
 
@@ -15,48 +17,67 @@ def script():
     return importlib.import_module("reproduce_ppo")
 
 
-def outcome(metric):
-    from mua_rl.run.trial import TrialResult
-
-    return TrialResult(metric, 1.0, 16.0, 100.0, 200.0, Status.OK, "", 25600, 1.5)
-
-
-def test_arms_are_the_issues(script):
-    work = script.all_work(seeds=8)
-    assert len({(one.task, one.base, one.trial) for one in work}) == len(work)
-    assert {one.trial.spec.rank for one in work} == {None, 2, 8, 32} and max(script.RANKS) <= script.WIDTH / 8
-    assert {(one.trial.spec.init, str(one.trial.spec.alpha)) for one in work if one.trial.spec.rank} == {
+def test_trials_are_the_issues(script):
+    curves = script.all_curves()
+    trials = [(curve.task, curve.base, trial) for curve in curves for trial in curve.trials(8)]
+    assert len(set(trials)) == len(trials)
+    assert {curve.spec.rank for curve in curves} == {None, 2, 8, 32} and max(script.RANKS) <= script.WIDTH / 8
+    assert {(curve.spec.init, str(curve.spec.alpha)) for curve in curves if curve.spec.rank} == {
         ("B", "1"),
         ("A", "1"),
         ("A", "1/r"),
     }
-    assert len({(one.task, one.base) for one in work}) == 4
+    assert len({(curve.task, curve.base) for curve in curves}) == 4
 
 
-def test_groups_share_task_base_and_kind_and_hold_no_more_than_asked(script):
-    work = script.all_work(seeds=2)
-    groups = list(script.groups(work, 50))
-    assert [one for group in groups for one in group] == work
-    assert max(map(len, groups)) <= 50
-    for group in groups:
-        assert len({(one.task, one.base, one.trial.spec.rank is None) for one in group}) == 1
+@pytest.fixture
+def run(script, monkeypatch, tmp_path):
+    """Runs the script with trainers that take no time; gives the groups: task, path of the base, and trials."""
+    groups = []
+
+    def train(arguments, trials, base, *_, **options):
+        groups.append((arguments.env_id, base, trials))
+        return [TrialResult(500.0, 1.0, 16.0, 100.0, 200.0, Status.OK, "", 25600, 1.5) for _ in trials]
+
+    monkeypatch.setattr("mua_rl.ppo.stacked.trainer.train_side_by_side", train)
+    monkeypatch.setattr("mua_rl.ppo.setup.read_base_policy", lambda path, statistics: path)
+    monkeypatch.setattr(script, "prepare", lambda folder, base: script.base_path(folder, base).touch())
+
+    def start(*flags):
+        groups.clear()
+        folders = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "out.csv")]
+        monkeypatch.setattr(sys, "argv", ["reproduce_ppo.py", *folders, *flags])
+        script.main()
+        return list(groups)
+
+    return start
 
 
-def test_what_is_in_the_csv_is_not_trained_again(script, tmp_path):
-    path, work = tmp_path / "out.csv", script.all_work(seeds=1)
-    assert script.finished(path) == set()
-    first, second = work[:3], work[-2:]  # FFT, whose rank is an empty cell, and LoRA
-    script.append(path, first, [outcome(float("nan"))] * 3, "here")
-    script.append(path, second, [outcome(500.0)] * 2, "here")
-    done = script.finished(path)
-    assert [one for one in work if tuple(one.columns().values()) in done] == first + second
-    header = path.read_text().splitlines()[0].split(",")
-    assert header[:4] == ["algorithm", "task", "base", "rank"] and header[-1] == "machine"
+def test_groups_share_task_base_and_kind_and_hold_no_more_than_asked(script, run, tmp_path):
+    groups = run("--seeds", "2", "--per-group", "50")
+    trained = [(task, base.stem, trial) for task, base, trials in groups for trial in trials]
+    asked = [
+        (script.TASKS[curve.task].env_id, curve.base, trial)
+        for curve in script.all_curves()
+        for trial in curve.trials(2)
+    ]
+    assert len(trained) == len(asked) and set(trained) == set(asked)
+    assert max(len(trials) for *_, trials in groups) <= 50
+    for *_, trials in groups:
+        assert len({trial.spec.rank is None for trial in trials}) == 1
+    assert {(row.task, row.base, row.trial) for row in read(tmp_path / "out.csv")} == set(asked)
 
 
-def test_filters_choose_arms_and_an_unknown_name_is_refused(script):
-    work = script.all_work(seeds=1)
-    chosen = [one for one in work if script.wanted(one, ["task=pendulum", "rank=full,8"])]
-    assert {one.task for one in chosen} == {"pendulum"} and {one.trial.spec.rank for one in chosen} == {None, 8}
+def test_what_is_in_the_csv_is_not_trained_again(run):
+    first = run("--seeds", "1", "--only", "task=pendulum", "rank=full,8")
+    again = run("--seeds", "2", "--only", "task=pendulum", "rank=full,8", "init=B,")
+    assert {trial.seed for *_, trials in first for trial in trials} == {0}
+    assert {trial.seed for *_, trials in again for trial in trials} == {1}
+    assert run("--seeds", "2", "--only", "task=pendulum", "rank=full") == []
+
+
+def test_filters_choose_trials_and_an_unknown_name_is_refused(script):
+    chosen = [curve for curve in script.all_curves() if script.wanted(curve, ["task=pendulum", "rank=full,8"])]
+    assert {curve.task for curve in chosen} == {"pendulum"} and {curve.spec.rank for curve in chosen} == {None, 8}
     with pytest.raises(UserError, match="not 'colour=red'"):
-        script.wanted(work[0], ["colour=red"])
+        script.wanted(chosen[0], ["colour=red"])

@@ -19,27 +19,30 @@ from helpers import make_record, make_trial, spec
 from rich.console import Console
 
 from mua_rl.analysis import rows
-from mua_rl.errors import UserError
+from mua_rl.errors import NoRate, UserError
+from mua_rl.exits import ExitCode
 from mua_rl.grpo import arguments as grpo_arguments
 from mua_rl.grpo.stacked import trainer as grpo
 from mua_rl.grpo.stacked.checkpoint import Checkpoint, path_of
+from mua_rl.lr.recipe import Recipe
 from mua_rl.lr.record import LRRecord
 from mua_rl.lr.spec import FFT
 from mua_rl.run.folder import RunFolder
 from mua_rl.run.trial import Status, TrialResult
-from mua_rl.sweep import runner
+from mua_rl.sweep import backend, single_runs
 from mua_rl.sweep.arguments import parse, parse_scheme
+from mua_rl.sweep.backend import environments
 from mua_rl.sweep.facts import Facts, find_facts
-from mua_rl.sweep.runner import Single, environments, trial_flags
-from mua_rl.sweep.side_by_side import SideBySide
+from mua_rl.sweep.single_runs import SingleRuns, trial_flags
+from mua_rl.sweep.stacked_runs import StackedRuns
 
-command = importlib.import_module("mua_rl.sweep.__main__")
+command = importlib.import_module("mua_rl.sweep.run")
 ARM = make_trial(8, "A", "1/r", -10.5, 43)
 
 
 def facts(known=True, **changes):
     record = make_record(**changes)
-    return Facts(replace(record, learning_rate=1e-3), replace(record, learning_rate=2**-11), "a record", known)
+    return Facts(Recipe.of(record), replace(record, learning_rate=2**-11), "a record", known)
 
 
 class FakeRunner:
@@ -70,7 +73,7 @@ def sweep(monkeypatch, tmp_path):
 
     def run(*flags, runner=None):
         runner = runner or FakeRunner()
-        monkeypatch.setattr(command, "choose_runners", lambda *_: [runner])
+        monkeypatch.setattr(command, "choose_backends", lambda *_: [runner])
         console = Console(record=True, width=120, file=io.StringIO())
         folder = command.sweep(parse(["--output_dir", str(tmp_path / "out"), *flags]), console)
         return console.export_text(), folder, runner
@@ -100,12 +103,12 @@ def test_schemes_are_read_as_people_write_them():
 
 def test_every_flag_of_the_trainer_is_passed_on_and_the_sweeps_own_are_not():
     request = parse(["--max_steps", "7", "--model", "smollm2", "--workers", "2", "--seed", "5", "--lr_from", "x"])
-    assert request.given == {"max_steps": 7, "model": "smollm2"}
+    assert request.trainer_settings == {"max_steps": 7, "model": "smollm2"}
     assert request.seeds == (5, 6)
     assert parse(["--max_steps", "300", "--init", "B"]).comparable() == parse([]).comparable() == {"algo": "grpo"}
     pytest.importorskip("stable_baselines3")
     request = parse(["--algo", "ppo", "--env_id", "CartPole-v1", "--n_epochs", "3", "--grid", "-9", "-7"])
-    assert request.given == {"env_id": "CartPole-v1", "n_epochs": 3}
+    assert request.trainer_settings == {"env_id": "CartPole-v1", "n_epochs": 3}
     assert request.specs == [spec(8, "B", "1")]
 
 
@@ -137,9 +140,9 @@ def test_a_config_file_names_the_algorithm_and_flags_win(tmp_path):
         (["--arms_memory", "0"], "above 0, not 0.0"),
         (["--arms_memory", "nan"], "above 0, not nan"),
         (["--arms_memory", "inf"], "above 0, not inf"),
-        (["--algo", "ppo", "--arms_memory", "2"], "of GRPO alone"),
+        (["--algo", "ppo", "--arms_memory", "2"], "means nothing with --algo ppo"),
         (["--lr", "1e-3"], "drop --lr"),
-        (["--algo", "dpo"], "grpo or ppo"),
+        (["--algo", "dpo"], "takes grpo or ppo, not 'dpo'"),
         (["--rank_exponent", "1.5"], "--rank_exponent takes a number from 0"),
         (["--algo", "ppo", "--rank_exponent", "nan", "--grid", "-9", "-7"], "--rank_exponent takes a number from 0"),
         (["--resume", "/no/such/folder"], "no run folder"),
@@ -162,6 +165,14 @@ def test_a_search_begins_around_the_records_rate_moved_by_the_rules_and_widely_w
     assert (wide.step, len(wide.scan)) == (2, 5)
     assert facts(known=False).search(spec(8, "B", "1"), theory).scan == (-15, -13, -11, -9, -7)
     assert facts().search(spec(8, "B", "1"), parse(["--grid", "-8", "-6"])).scan == (-8, -7, -6)
+
+
+def test_facts_of_a_study_that_an_earlier_version_began_are_read():
+    old, placeholder = facts(other_learning_rates={"head": 2**-10, "x": 0.5}), math.nextafter(1e-3, 1.0)
+    template = make_record(learning_rate=placeholder, other_learning_rates={"head": placeholder, "x": 0.5})
+    data = {**asdict(old), "template": asdict(template)}
+    del data["recipe"]
+    assert Facts.from_dict(json.loads(json.dumps(data))) == old
 
 
 def test_facts_survive_json():
@@ -218,7 +229,7 @@ def test_resume_takes_the_sweeps_own_settings(sweep, tmp_path):
     assert first.trials == []
     request = parse(["--resume", str(folder)])
     assert request.specs == [spec(8, "B", "1")]
-    assert request.given == {"max_steps": 9}
+    assert request.trainer_settings == {"max_steps": 9}
     with pytest.raises(UserError, match="drop max_steps"):
         parse(["--resume", str(folder), "--max_steps", "5"])
 
@@ -282,24 +293,28 @@ def test_diverged_and_stopped_runs_are_named_and_never_the_record(sweep):
     assert -13 < math.log2(LRRecord.load(folder).learning_rate) <= -10
 
 
-def test_a_sweep_in_which_nothing_learns_writes_no_record(sweep):
+def test_a_sweep_in_which_nothing_learns_writes_no_record_and_its_report_states_no_optimum(sweep, tmp_path):
     class Useless(FakeRunner):
         def respond(self, trial):
             if trial.log2_lr < -5:
                 return replace(super().respond(trial), score=0.4)
             return replace(super().respond(trial), score=0.1, status=Status.WORSE)
 
-    text, folder, _ = sweep(runner=Useless())
-    assert "No learning rate was found" in text
-    assert "no run got better than the base" in text
+    with pytest.raises(NoRate, match="found no learning rate for Init"):
+        sweep(runner=Useless())
+    folder = tmp_path / "out"
+    report = (folder / "report.md").read_text()
+    assert "no run got better than the base" in report
+    assert not list(folder.glob("*.png"))
+    assert ".png" not in report
     assert not (folder / "lr_record.json").exists()
 
 
 @pytest.mark.parametrize("rate", [1e-3, 2e-3])
 def test_a_heads_given_rate_is_never_taken_for_one_that_follows_the_rest(rate):
-    template = find_facts(parse(["--algo", "ppo", "--head_lr", str(rate)])).template
-    assert template.other_learning_rates == {"head": rate}
-    assert template.learning_rate != rate
+    recipe = find_facts(parse(["--algo", "ppo", "--head_lr", str(rate)])).recipe
+    assert recipe.other_learning_rates == {"head": rate}
+    assert recipe.record(FFT, rate / 2, (0.0, 1.0), [1], "sweep", "", 10).other_learning_rates == {"head": rate}
 
 
 def test_a_record_of_runs_by_epochs_says_how_many_steps_these_were(sweep, monkeypatch):
@@ -309,7 +324,7 @@ def test_a_record_of_runs_by_epochs_says_how_many_steps_these_were(sweep, monkey
 
 
 def test_a_head_without_a_rate_of_its_own_gets_the_tuned_one(sweep, monkeypatch):
-    monkeypatch.setattr(command, "find_facts", lambda request: facts(other_learning_rates={"head": 1e-3, "x": 0.5}))
+    monkeypatch.setattr(command, "find_facts", lambda request: facts(other_learning_rates={"head": 2**-10, "x": 0.5}))
     _, folder, _ = sweep()
     record = LRRecord.load(folder)
     assert record.other_learning_rates == {"head": record.learning_rate, "x": 0.5}
@@ -346,7 +361,7 @@ os.mkdir(folder + "/checkpoint-20")
 
 @pytest.fixture
 def single(tmp_path, monkeypatch):
-    """A `Single` whose trainer is a script of a few lines."""
+    """`SingleRuns` whose trainer is a script of a few lines."""
 
     script, popen = tmp_path / "trainer.py", subprocess.Popen
 
@@ -355,12 +370,12 @@ def single(tmp_path, monkeypatch):
         return popen([sys.executable, str(script), *arguments[3:]], **options)
 
     monkeypatch.setattr(subprocess, "Popen", start)
-    monkeypatch.setattr(runner, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(single_runs, "POLL_SECONDS", 0.05)
 
     def make(body, *flags, stop=None):
         script.write_text(TRAINER.format(body=body))
         request = parse(["--max_steps", "20", *flags])
-        return Single(request, tmp_path, {"MUA_TEST": "1"}, stop or threading.Event())
+        return SingleRuns(request, tmp_path, {"MUA_TEST": "1"}, stop or threading.Event())
 
     return make
 
@@ -430,7 +445,7 @@ time.sleep(60)
 def test_a_sweep_that_ends_ends_its_runs(single):
     stop = threading.Event()
     threading.Timer(0.5, stop.set).start()
-    with pytest.raises(runner.Stopped):
+    with pytest.raises(backend.Stopped):
         single("time.sleep(60)", stop=stop).run([ARM])
 
 
@@ -455,7 +470,7 @@ def test_arms_have_names_and_flags_of_their_own():
 
 def test_workers_share_out_cores_and_gpus(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(runner.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(backend.os, "cpu_count", lambda: 8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     assert [e["CUDA_VISIBLE_DEVICES"] for e in environments(3)] == ["2", "5", "2"]
     assert {e["OMP_NUM_THREADS"] for e in environments(3)} == {"2"}
@@ -467,22 +482,22 @@ def test_grpo_arms_get_their_memory_and_go_on_with_those_of_their_step(tmp_path,
     asked = []
     monkeypatch.setattr(grpo, "train_side_by_side", lambda *_, **options: asked.append(options) or [])
     request = parse(["--arms_memory", "2.5", "--max_steps", "20"])
-    side_by_side = SideBySide(request, tmp_path, environment={} if own_process else None)
+    stacked = StackedRuns(request, tmp_path, environment={} if own_process else None)
     if own_process:
-        side_by_side.pool.shutdown()
-        side_by_side.pool = ThreadPoolExecutor(1)
+        stacked.pool.shutdown()
+        stacked.pool = ThreadPoolExecutor(1)
     trials = [replace(ARM, log2_lr=-k) for k in range(4)]
     for trial, step in zip(trials, (10, 10, 5), strict=False):
         path = path_of(tmp_path / "runs", trial)
         path.parent.mkdir(exist_ok=True)
         torch.save(vars(Checkpoint(trial.as_dict(), {}, step, 0.4, None, {})), path)
-    assert [side_by_side.group(trial) == side_by_side.group(trials[0]) for trial in trials] == [
+    assert [stacked.group(trial) == stacked.group(trials[0]) for trial in trials] == [
         True,
         True,
         False,
         False,
     ]
-    side_by_side.run(trials[:2])
+    stacked.run(trials[:2])
     assert (asked[0]["memory"], asked[0]["checkpoints"]) == (2.5, tmp_path / "runs")
 
 
@@ -509,7 +524,8 @@ TINY += ["--held_out_problems", "16", "--held_out_steps", "0", "--report_to", "n
 def test_a_grpo_sweep_from_command_to_record(tmp_path, side_by_side):
     out = tmp_path / "out"
     run = run_command("--ranks", 4, "--grid", -5, -4, "--side_by_side", side_by_side, "--output_dir", out, *TINY)
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == ExitCode.NO_RATE, run.stderr  # two steps teach nothing
+    assert "found no learning rate for Init[B]" in run.stderr
     table = rows.read(out / "sweep.csv")
     assert {row.trial.log2_lr for row in table} >= {-5, -4}
     assert {row.result.steps for row in table} == {2}
@@ -530,7 +546,7 @@ def test_a_grpo_sweep_that_is_killed_goes_on_within_its_arms(tmp_path):
     process.kill()
     process.wait()
     run = run_command("--resume", out)
-    assert run.returncode == 0, run.stderr
+    assert run.returncode in (ExitCode.OK, ExitCode.NO_RATE), run.stderr
     assert "3 trials go on from step" in run.stdout
     assert {row.trial.log2_lr for row in rows.read(out / "sweep.csv")} >= {-6, -5, -4}
     assert not list((out / "runs").glob("*.pt"))

@@ -7,7 +7,8 @@ from helpers import scheme, spec
 from known_sweeps import SCHEMES, optimum_of, outcome, row, sweep_rows, sweeps
 
 from mua_rl.analysis.measured import FFT, Context, distance, slope, sweeps_of
-from mua_rl.analysis.predictions import BareRule, prediction_tests
+from mua_rl.analysis.predictions import compare
+from mua_rl.analysis.transfer_rules import THEORY
 from mua_rl.run.trial import Trial
 
 
@@ -73,7 +74,7 @@ def test_a_rank_whose_optimum_is_at_the_edge_of_its_grid_counts_in_no_slope_and_
     rows = [r for r in sweep_rows() if not (r.trial.spec.rank == 64 and r.trial.log2_lr > -13)]
     assert sweeps(rows)[0].curves[spec(64, "B", "1")].optimum.edge == "right"
     assert slope(sweeps(rows), scheme("B", "1")).ranks == [4, 16]
-    touched = {m.spec for test in prediction_tests(sweeps(rows), BareRule()) for m in (test.source, test.target)}
+    touched = {m.spec for test in compare(sweeps(rows), THEORY) for m in (test.source, test.target)}
     assert spec(64, "B", "1") not in touched
     assert spec(16, "B", "1") in touched
 

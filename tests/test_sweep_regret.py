@@ -8,29 +8,29 @@ from helpers import spec
 from known_sweeps import SCHEMES, SIZES, outcome, row, sweep_rows, sweeps
 
 from mua_rl.analysis.measured import FFT, sweeps_of
-from mua_rl.analysis.predictions import BareRule, RankCorrected
-from mua_rl.analysis.regret import DividedByTen, Fixed, regrets
-from mua_rl.analysis.small_sweeps import small_sweeps
+from mua_rl.analysis.regret import regrets, small_sweeps
+from mua_rl.analysis.transfer_rules import DIVIDED_BY_TEN, THEORY, fixed, rank_corrected
+from mua_rl.errors import UserError
 from mua_rl.run.trial import Trial, TrialResult
 
 
 def test_regret_is_the_share_of_ffts_gain_that_is_lost_at_the_transferred_rate(quarter):
-    found = {regret.source.spec.rank: regret for regret in regrets(quarter, BareRule())}
+    found = {regret.source.spec.rank: regret for regret in regrets(quarter, THEORY)}
     assert set(found) == {4, 16, 64}
     off = 0.25 * math.log2(256 / 4)
     assert found[4].share == pytest.approx(1 - math.exp(-((off / 2.2) ** 2)), abs=0.07)
     assert not found[4].within_noise
-    assert all(regret.share < 0.02 for regret in regrets(quarter, RankCorrected(0.25)))
-    assert all(regret.share >= 0 for rule in (BareRule(), DividedByTen(), Fixed()) for regret in regrets(quarter, rule))
+    assert all(regret.share < 0.02 for regret in regrets(quarter, rank_corrected(0.25)))
+    assert all(regret.share >= 0 for rule in (THEORY, DIVIDED_BY_TEN, fixed(1e-6)) for regret in regrets(quarter, rule))
 
 
 def test_the_cost_of_tuning_is_a_share_of_ffts_sweep(quarter):
-    regret = regrets(quarter, BareRule())[0]
+    regret = regrets(quarter, THEORY)[0]
     fft = quarter[0].fft
     assert regret.steps == pytest.approx(regret.source.steps / fft.steps)
     assert 0.2 < regret.seconds < 0.35  # a quarter of the seconds a run
-    (fixed,) = regrets(quarter, Fixed())
-    assert (fixed.steps, fixed.seconds, fixed.source) == (0, 0, None)
+    (always,) = regrets(quarter, fixed(1e-6))
+    assert (always.steps, always.seconds, always.source) == (0, 0, None)
 
 
 def test_sweeps_of_fewer_seeds_are_dealt_from_a_larger_one_and_cost_their_share():
@@ -70,28 +70,34 @@ def test_a_seed_that_has_not_run_at_every_rate_makes_no_sweep_of_its_own():
 
 
 def test_a_rate_outside_ffts_grid_gives_a_bound(quarter):
-    (fixed,) = regrets(quarter, Fixed())
-    assert fixed.is_bound
-    assert fixed.share > 0.9
-    assert not regrets(quarter, BareRule())[0].is_bound
+    (always,) = regrets(quarter, fixed(1e-6))
+    assert always.is_bound
+    assert always.share > 0.9
+    assert not regrets(quarter, THEORY)[0].is_bound
 
 
-def test_where_fft_gains_nothing_there_is_no_share_to_lose():
+def test_where_fft_gains_nothing_it_has_no_optimum_and_no_share_to_lose():
     rows = [
         replace(r, result=replace(r.result, before=0.95)) if r.trial.spec.rank is None else r for r in sweep_rows((4,))
     ]
-    assert all(math.isnan(regret.share) for regret in regrets(sweeps(rows), BareRule()))
+    (found,) = sweeps(rows)
+    assert "no run got better than the base" in found.without[FFT]
+    assert regrets([found], THEORY) == regrets([found], fixed(1e-6)) == []
 
 
-def test_where_fft_gains_no_more_than_noise_there_is_no_share_to_lose_either():
-    rows = [replace(row, result=replace(row.result, score=0.5, before=0.5)) for row in sweep_rows()]
-    assert all(math.isnan(regret.share) for regret in regrets(sweeps(rows), BareRule()))
+def test_where_fft_gains_no_more_than_noise_it_has_no_optimum_either():
+    rows = [row for row in sweep_rows((4,)) if row.trial.spec.rank]
+    noise = [replace(row, result=replace(row.result, score=0.115, before=0.1)) for row in sweep_rows((), seeds=1)]
+    (found,) = sweeps(rows + noise)
+    assert "no run got better than the base" in found.without[FFT]
+    with pytest.raises(UserError, match="no run got better than the base by more than its noise"):
+        sweeps(noise)
 
 
 def test_runs_whose_cost_is_not_known_have_losses_all_the_same():
     rows = [replace(row, result=replace(row.result, steps=0, seconds=0.0)) for row in sweep_rows(exponent=0.5)]
     found = sweeps(rows)
-    assert {(regret.steps, regret.seconds) for regret in regrets(found, BareRule())} == {(0.0, 0.0)}
+    assert {(regret.steps, regret.seconds) for regret in regrets(found, THEORY)} == {(0.0, 0.0)}
     assert {(small.steps, small.seconds) for small in small_sweeps(found[0], 1)} == {(0.0, 0.0)}
 
 
@@ -104,9 +110,9 @@ def test_a_rate_at_which_full_finetuning_diverged_loses_all_and_one_off_the_grid
                 yield row(Trial(curve, float(lr), seed), result)
 
     (found,) = sweeps([*hill(FFT, -14, -17, -12, cliff=-12), *hill(spec(8, "B", "1"), -11, -14, -8)])
-    (beyond,) = regrets([found], BareRule())
+    (beyond,) = regrets([found], THEORY)
     assert beyond.log2_lr == pytest.approx(-11, abs=0.3)
     assert beyond.share == pytest.approx(1.0)
     assert not beyond.is_bound
-    (below,) = regrets([found], Fixed(2.0**-20))
+    (below,) = regrets([found], fixed(2.0**-20))
     assert below.is_bound

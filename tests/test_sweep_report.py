@@ -9,11 +9,12 @@ import pytest
 from helpers import make_trial
 from known_sweeps import SCHEMES, outcome, row, sweep_rows, sweeps
 
-from mua_rl.analysis import report
+from mua_rl.analysis import report, tables
 from mua_rl.analysis.measured import Context
-from mua_rl.analysis.predictions import BareRule, EqualMovement, RankCorrected, prediction_tests
+from mua_rl.analysis.predictions import compare
 from mua_rl.analysis.regret import regrets
 from mua_rl.analysis.rows import COLUMNS, append, read_all
+from mua_rl.analysis.transfer_rules import THEORY, equal_movement, rank_corrected
 from mua_rl.errors import UserError
 from mua_rl.run.trial import TrialResult
 
@@ -21,11 +22,11 @@ from mua_rl.run.trial import TrialResult
 def test_a_perfect_rule_stands_below_the_rules_of_each_algorithm_with_all_pairs_of_theirs():
     rows = [r for name in ("grpo", "ppo") for r in sweep_rows((4, 64), SCHEMES[:2], noise=0.1, algorithm=name)]
     found = sweeps(rows)
-    table = report.prediction_table(found, [BareRule(), EqualMovement()])
+    table = tables.prediction_table(found, [THEORY, equal_movement()])
     names = [line[0] for line in table.lines]
     assert [name for name in names if "perfect" in name] == [names[4], names[9]]
     ceiling = dict(zip(table.columns, table.lines[4], strict=True))
-    tests = prediction_tests(found[:1], BareRule())
+    tests = compare(found[:1], THEORY)
     assert ceiling["all"] == f"{np.mean([test.perfect_hit for test in tests]):.0%}"
     assert ceiling["as good as the best"] == f"{np.mean([test.perfect_as_good for test in tests]):.0%}"
     assert ceiling["within Init[A]"].endswith("%")
@@ -35,7 +36,7 @@ def test_a_perfect_rule_stands_below_the_rules_of_each_algorithm_with_all_pairs_
 
 def test_the_rule_that_ships_stands_among_the_rules_and_is_each_algorithms_own():
     rows = [r for name in ("grpo", "ppo") for r in sweep_rows((4, 64), SCHEMES[:2], algorithm=name)]
-    table = report.prediction_table(sweeps(rows), [BareRule(), RankCorrected(0.5)])
+    table = tables.prediction_table(sweeps(rows), [THEORY, rank_corrected(0.5)])
     cells = {line[0]: line[1:] for line in table.lines}
     assert cells["grpo: what mua_rl does by default"] == cells["grpo: theory × (r/m)^0.5"]
     assert cells["ppo: what mua_rl does by default"] == cells["ppo: no rule, the LR unchanged"] != cells["ppo: theory"]
@@ -44,12 +45,12 @@ def test_the_rule_that_ships_stands_among_the_rules_and_is_each_algorithms_own()
 def test_predictions_as_good_as_the_best_are_counted_beside_the_width_that_noise_gives_them():
     def bare(noise):
         found = sweeps(sweep_rows((4, 64), SCHEMES[:1], exponent=0.5, noise=noise))
-        table = report.prediction_table(found, [BareRule()])
+        table = tables.prediction_table(found, [THEORY])
         return found, dict(zip(table.columns, table.lines[0], strict=True))
 
     (exact, sharp), (noisy, blurred) = bare(0.01), bare(0.4)
     assert sharp["as good as the best"] == "0/6 (0%)"
-    good = sum(test.is_as_good for test in prediction_tests(noisy, BareRule()))
+    good = sum(test.is_as_good for test in compare(noisy, THEORY))
     assert good > 0
     assert blurred["as good as the best"] == f"{good}/6 ({good / 6:.0%})"
     assert float(blurred["its median width"]) > 2 * float(sharp["its median width"])
@@ -58,9 +59,9 @@ def test_predictions_as_good_as_the_best_are_counted_beside_the_width_that_noise
 
 
 def test_the_table_of_losses_counts_how_often_full_finetuning_is_as_good_as_its_best(quarter):
-    table = report.regret_summary(quarter, [BareRule(), RankCorrected(0.25)])
+    table = tables.regret_summary(quarter, [THEORY, rank_corrected(0.25)])
     shares = {line[0]: line[table.columns.index("as good as the best")] for line in table.lines}
-    good = sum(regret.within_noise for regret in regrets(quarter, BareRule()))
+    good = sum(regret.within_noise for regret in regrets(quarter, THEORY))
     assert shares["grpo: theory"] == f"{good}/3 ({good / 3:.0%})"
     assert good < 3
     assert shares["grpo: theory × (r/m)^0.25"] == "3/3 (100%)"

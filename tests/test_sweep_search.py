@@ -8,15 +8,15 @@ from collections import deque
 import pytest
 from helpers import make_trial, spec
 
+from mua_rl.analysis.outcomes import best_of
 from mua_rl.run.trial import Status, TrialResult
+from mua_rl.sweep.early_stop import why_hopeless
 from mua_rl.sweep.search import (
     HIGHEST,
     LOWEST,
     Search,
-    best_of,
     scan_around,
     scan_range,
-    why_hopeless,
 )
 
 

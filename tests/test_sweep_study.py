@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from dataclasses import asdict
 
 import optuna
 import pytest
@@ -228,10 +229,9 @@ def test_a_dead_workers_trial_that_had_its_outcome_is_not_repeated(tmp_path):
     study = open_study(path)
     study.plan(SEARCHES)
     [claim] = study.claim(1, lambda trial: trial)
-    claim.optuna_trial.set_user_attr(
-        "outcome", respond(claim.trial).as_dict()
-    )  # and killed before it could end the trial
-    claim.optuna_trial.set_user_attr(WORKER, {**study.worker.as_dict(), "name": "dead", "pid": 2**22 + 1})
+    # It is killed before it could end the trial.
+    study.claims[claim].set_user_attr("outcome", respond(claim).as_dict())
+    study.claims[claim].set_user_attr(WORKER, {**asdict(study.worker), "name": "dead", "pid": 2**22 + 1})
     run(open_study(path), FakeRunner(log))
     assert len(runs(log)) == 15
     assert len(open_study(path).outcomes()) == 16
@@ -243,8 +243,8 @@ def test_a_living_workers_trial_is_left_alone_and_a_silent_one_elsewhere_is_not(
     far.plan(SEARCHES)
     [claim] = far.claim(1, lambda trial: trial)
     near.reap()
-    assert claim.trial.number in [t.number for t in near._trials(optuna.trial.TrialState.RUNNING)]
-    claim.optuna_trial.set_user_attr(WORKER, {**far.worker.as_dict(), "place": "another machine"})
+    assert far.claims[claim].number in [t.number for t in near._trials(optuna.trial.TrialState.RUNNING)]
+    far.claims[claim].set_user_attr(WORKER, {**asdict(far.worker), "place": "another machine"})
     monkeypatch.setattr(worker, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(worker, "SILENCE_SECONDS", 0.4)
     with far.heartbeat():
@@ -256,7 +256,7 @@ def test_a_living_workers_trial_is_left_alone_and_a_silent_one_elsewhere_is_not(
         near.reap()
         time.sleep(0.1)
     assert not near._trials(optuna.trial.TrialState.RUNNING)
-    assert not far.finish(claim, respond(claim.trial))  # it comes back, too late: its outcome does not count
+    assert not far.finish(claim, respond(claim))  # it comes back, too late: its outcome does not count
 
 
 def work_on(path, log, seconds):
@@ -299,3 +299,21 @@ def test_the_study_keeps_what_was_found_of_the_base(tmp_path):
     assert open_study(tmp_path / "study").facts(find) == {"width": 128}
     assert len(found) == 1
     assert json.dumps(open_study(tmp_path / "study").study.user_attrs)
+
+
+@pytest.mark.parametrize("location", ["study.journal", "sqlite:///{}/study.db"])
+def test_optunas_own_heartbeat_never_gives_up_a_dead_workers_trial(tmp_path, location):
+    """Why `mua_rl.sweep.worker` is there: Optuna beats in `Study.optimize` alone, and in no journal."""
+    if "://" in location:
+        callback = optuna.storages.RetryHeartbeatStaleTrialCallback()
+        options = {"heartbeat_interval": 1, "grace_period": 1, "heartbeat_stale_trial_callback": callback}
+        storage = optuna.storages.RDBStorage(location.format(tmp_path), **options)
+    else:
+        backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / location))
+        storage = optuna.storages.JournalStorage(backend)
+        assert not hasattr(storage, "record_heartbeat")
+    study = optuna.create_study(storage=storage)
+    study.ask()  # as a worker that is killed now
+    time.sleep(2.1)  # past the grace period
+    optuna.storages.fail_stale_trials(study)
+    assert [trial.state for trial in study.get_trials()] == [optuna.trial.TrialState.RUNNING]

@@ -76,13 +76,13 @@ def optimum_against_rank(sweep: Sweep, path: Path) -> None:
                 (measured.spec.rank or 1) * shift, measured.optimum.log2_lr, yerr=_bar(measured), fmt="o", capsize=3,
                 color=colour, mfc="white" if measured.optimum.edge else colour,
             )  # fmt: skip
-        found = slope([sweep], scheme)
+        trend = slope([sweep], scheme)
         name = AdapterSpec(1, *scheme).scheme_label
-        if found.theory is not None:
+        if trend.theory is not None:
             known = [m for m in line if not m.optimum.edge]
-            middle = np.mean([m.optimum.log2_lr - found.theory * math.log2(m.spec.rank or 1) for m in known])
-            axes.plot(ranks, middle + found.theory * np.log2(ranks), color=colour, ls=":")
-            name += f": slope {found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}], theory {found.theory:+.2f}"
+            middle = np.mean([m.optimum.log2_lr - trend.theory * math.log2(m.spec.rank or 1) for m in known])
+            axes.plot(ranks, middle + trend.theory * np.log2(ranks), color=colour, ls=":")
+            name += f": slope {trend.value:+.2f} [{trend.low:+.2f}, {trend.high:+.2f}], theory {trend.theory:+.2f}"
         axes.plot([], [], "o:", color=colour, label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ranks, [str(rank) for rank in ranks])

@@ -9,7 +9,8 @@ from itertools import groupby
 import numpy as np
 
 from mua_rl.analysis.optimum import COVERAGE, RESOLUTION, Array, Optimum, estimate_optimum
-from mua_rl.analysis.rows import Row
+from mua_rl.analysis.outcomes import NOT_LEARNT, best_of, has_learnt, points_of
+from mua_rl.analysis.rows import SweepRow
 from mua_rl.errors import UserError
 from mua_rl.lr.rules import Configuration, TransferError, lr_ratio
 from mua_rl.lr.spec import FFT, AdapterSpec, AlphaRule, Scheme
@@ -134,9 +135,10 @@ class Slope:
 
 
 def sweeps_of(
-    rows: Iterable[Row],
+    rows: Iterable[SweepRow],
     value: str = "score",
     contexts: Callable[[Key], Context] = lambda key: Context(),
+    needs_optimum: bool = True,
 ) -> list[Sweep]:
     """Sort rows into sweeps and find the optimum of each curve.
 
@@ -144,22 +146,23 @@ def sweeps_of(
         rows: Each run once.
         value: Which of `VALUES` the curves show. The gain is counted from the metric before training with any of them.
         contexts: What is known of a sweep, by its key.
+        needs_optimum: Whether at least one curve must have an optimum.
 
     Raises:
-        UserError: No curve has an optimum.
+        UserError: No curve has an optimum, and one must.
     """
     sweeps: list[Sweep] = []
-    for key, found in groupby(sorted(rows, key=_order), key=_key):
+    for key, of_key in groupby(sorted(rows, key=_order), key=_key):
         curves: dict[AdapterSpec, Measured] = {}
         without: dict[AdapterSpec, str] = {}
-        for curve, of_curve in groupby(found, key=lambda row: row.trial.spec):
+        for curve, of_curve in groupby(of_key, key=lambda row: row.trial.spec):
             try:
                 others = [measured for sweep in sweeps for measured in sweep.curves.values()] + [*curves.values()]
                 curves[curve] = _with_own_draws(_measure(curve, list(of_curve), value), others)
             except UserError as error:
                 without[curve] = str(error)
         sweeps.append(Sweep(*key, curves, without, contexts(key)))
-    if not any(sweep.curves for sweep in sweeps):
+    if needs_optimum and not any(sweep.curves for sweep in sweeps):
         reasons = [f"{spec.label}: {reason}" for sweep in sweeps for spec, reason in sweep.without.items()]
         raise UserError(
             f"no curve of the sweep has an optimum. {reasons[0]}"
@@ -169,18 +172,27 @@ def sweeps_of(
     return sweeps
 
 
-def _key(row: Row) -> Key:
+def _key(row: SweepRow) -> Key:
     return row.algorithm, row.task, row.base
 
 
-def _order(row: Row) -> tuple:
+def _order(row: SweepRow) -> tuple:
     """LoRA by scheme and rank, then FFT."""
     spec = row.trial.spec
     scheme = (spec == FFT, spec.init, str(spec.alpha), spec.rank or 0)
     return (*_key(row), *scheme, row.trial.log2_lr, row.trial.seed)
 
 
-def _measure(curve: AdapterSpec, rows: Sequence[Row], value: str) -> Measured:
+def _measure(curve: AdapterSpec, rows: Sequence[SweepRow], value: str) -> Measured:
+    """The optimum of a curve.
+
+    Raises:
+        UserError: The curve has none.
+    """
+    outcomes = points_of((row.trial, row.result) for row in rows)
+    best = best_of(outcomes)
+    if best is not None and not has_learnt(outcomes[best]):
+        raise UserError(NOT_LEARNT)
     points = [
         (
             row.trial.log2_lr,

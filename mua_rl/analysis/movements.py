@@ -36,5 +36,6 @@ def read_movements(paths: Sequence[Path | str]) -> Movements:
                 "scripts/measure_movement.py makes one."
             ) from None
     return {
-        key: {curve: 2.0 ** statistics.fmean(found) for curve, found in curves.items()} for key, curves in logs.items()
+        key: {curve: 2.0 ** statistics.fmean(values) for curve, values in curves.items()}
+        for key, curves in logs.items()
     }

@@ -14,7 +14,7 @@ from mua_rl.run.trial import Trial, TrialResult
 
 
 @dataclass(frozen=True)
-class Row:
+class SweepRow:
     """A run of a sweep.
 
     Attributes:
@@ -34,18 +34,19 @@ class Row:
     machine: str
 
 
+_KEY = ["algorithm", "task", "base"]
 _TRIAL: dict[str, type] = {"rank": int, "init": str, "alpha": str, "log2_lr": float, "seed": int}
 _RESULT = get_type_hints(TrialResult)
-_OUTCOME = {
+_OLD_RESULT = {
     "metric": float, "error": float, "before": float, "reward_mean": float, "reward_last": float, "diverged": bool,
     "stopped": str, "steps": int, "seconds": float,
 }  # fmt: skip
 """The result's columns before version 0.2, whose files are still read."""
-COLUMNS = ["algorithm", "task", "base", *_TRIAL, *_RESULT, "machine"]
-_OLD_COLUMNS = ["algorithm", "task", "base", *_TRIAL, *_OUTCOME, "machine"]
+COLUMNS = [*_KEY, *_TRIAL, *_RESULT, "machine"]
+_OLD_COLUMNS = [*_KEY, *_TRIAL, *_OLD_RESULT, "machine"]
 
 
-def append(path: Path | str, rows: Iterable[Row]) -> None:
+def append(path: Path | str, rows: Iterable[SweepRow]) -> None:
     """Add whole lines to a CSV, which is made with its header where there is none.
 
     One write under a lock: processes that append to one file at a time neither mix lines nor repeat the header. A file
@@ -54,28 +55,24 @@ def append(path: Path | str, rows: Iterable[Row]) -> None:
     Raises:
         UserError: The file is there and has other columns.
     """
-    text = "".join(_line(_cells(row)) for row in rows)
-    if not text:
+    rows = list(rows)
+    if not rows:
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+", buffering=0) as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         stream.seek(0)
-        there = stream.readall() or b""
-        if there and _columns(there.decode(errors="replace").splitlines()[0], path) == _OLD_COLUMNS:
-            old = "".join(_line(_cells(row)) for row in _parse_rows(there.decode("utf-8"), path))
+        text = (stream.readall() or b"").decode(errors="replace")
+        if text and _columns(text.splitlines()[0], path) == _OLD_COLUMNS:
+            rows, text = [*_parse_rows(text, path), *rows], ""
             stream.truncate(0)
-            there, text = b"", old + text
-        if not there:
-            text = _line(COLUMNS) + text
-        else:
-            if not there.endswith(b"\n"):  # cut off in the middle of a line: `read` names it, and this one stays whole
-                text = "\n" + text
-        stream.write(text.encode())
+        # A line that was cut off gets an end: `read` names it, and the next one stays whole.
+        start = "" if text.endswith("\n") else "\n" if text else _line(COLUMNS)
+        stream.write((start + "".join(_line(_cells(row)) for row in rows)).encode())
 
 
-def read(path: Path | str) -> list[Row]:
+def read(path: Path | str) -> list[SweepRow]:
     """The rows of a CSV, in order.
 
     Raises:
@@ -91,7 +88,7 @@ def read(path: Path | str) -> list[Row]:
     return _parse_rows(text, path)
 
 
-def _parse_rows(text: str, path: Path) -> list[Row]:
+def _parse_rows(text: str, path: Path) -> list[SweepRow]:
     """The rows in a CSV's text.
 
     Raises:
@@ -108,7 +105,7 @@ def _parse_rows(text: str, path: Path) -> list[Row]:
         ) from None
 
 
-def read_all(paths: Sequence[Path | str]) -> list[Row]:
+def read_all(paths: Sequence[Path | str]) -> list[SweepRow]:
     """The rows of several CSVs, each run once: of repeated ones the last.
 
     Raises:
@@ -135,7 +132,7 @@ def _columns(line: str, path: Path) -> list[str]:
     raise UserError(f"{path} has other columns than a sweep's CSV: line 1 should be {','.join(COLUMNS)}.")
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: SweepRow) -> list[str]:
     values = {**vars(row), **row.trial.as_dict(), **row.result.as_dict()}
     return ["" if values[name] is None else str(values[name]) for name in COLUMNS]
 
@@ -146,7 +143,7 @@ def _line(cells: Sequence[str]) -> str:
     return stream.getvalue()
 
 
-def _row(values: dict[str, Any]) -> Row:
+def _row(values: dict[str, Any]) -> SweepRow:
     """The row of a line's values.
 
     Raises:
@@ -154,27 +151,18 @@ def _row(values: dict[str, Any]) -> Row:
     """
     if None in values or None in values.values():
         raise ValueError("it has too many or too few values")
-    trial = {name: _parse(name, kind, values[name]) for name, kind in _TRIAL.items()}
-    kinds = _OUTCOME if "metric" in values else _RESULT
-    result = {name: _parse(name, kind, values[name]) for name, kind in kinds.items()}
+    kinds = _OLD_RESULT if "metric" in values else _RESULT
+    trial, result = ({name: _parse(name, types[name], values[name]) for name in types} for types in (_TRIAL, kinds))
     if not math.isfinite(trial["log2_lr"]):
         raise ValueError(f"log2_lr is {trial['log2_lr']}")
-    return Row(
-        values["algorithm"],
-        values["task"],
-        values["base"],
-        Trial.from_dict(trial),
-        TrialResult.from_dict(result),
-        values["machine"],
-    )
+    algorithm, task, base = (values[name] for name in _KEY)
+    return SweepRow(algorithm, task, base, Trial.from_dict(trial), TrialResult.from_dict(result), values["machine"])
 
 
 def _parse(name: str, kind: type, text: str) -> Any:
     try:
-        if name == "rank":
-            return int(text) if text else None
-        if kind is bool:
-            return {"True": True, "False": False}[text]
-        return kind(text)
+        if name == "rank" and not text:
+            return None
+        return {"True": True, "False": False}[text] if kind is bool else kind(text)
     except (ValueError, KeyError):
         raise ValueError(f"{name} is {text!r}") from None

@@ -24,7 +24,7 @@ from mua_rl.grpo.trainer import (
     TerminationCallback,
     make_trainer,
 )
-from mua_rl.lr.record import LRRecord, package_versions
+from mua_rl.lr.recipe import Recipe
 from mua_rl.run import hub, processes
 from mua_rl.run.arguments import AdapterArguments
 from mua_rl.run.folder import BEST, RunFolder, open_run, start_wandb
@@ -85,8 +85,9 @@ class GRPOLearner:
         termination: Termination,
     ) -> None:
         self.setup, self.arguments, self.trainer, self.held_out = setup, arguments, trainer, measure
+        self.recipe, self.spec = recipe_of(arguments, setup), setup.configuration.spec
         self.run, self.termination = run, termination
-        self.rate = setup.rate
+        self.rate, self.seed = setup.rate, arguments.seed
 
     @property
     def title(self) -> str:
@@ -124,10 +125,6 @@ class GRPOLearner:
     def save(self, run: RunFolder) -> None:
         """See `Learner.save`."""
         self.trainer.write_policy(str(run.path / self.setup.adapter.saved_as))
-
-    def record(self, metric: dict[str, Any]) -> LRRecord:
-        """See `Learner.record`."""
-        return lr_record(self.arguments, self.setup, metric, self.steps)
 
     def unscored(self, metrics: list[dict[str, Any]]) -> Unscored | None:
         """See `Learner.unscored`."""
@@ -192,20 +189,17 @@ def _train(
     return run
 
 
-def lr_record(arguments: GRPOArguments, setup: GRPOSetup, metric: dict, steps: int) -> LRRecord:
-    """The LR record of a run that has ended well, after so many optimizer steps."""
+def recipe_of(arguments: GRPOArguments, setup: GRPOSetup) -> Recipe:
+    """What the runs of these arguments have in common."""
     assert arguments.generation_batch_size and arguments.num_generations
-    return LRRecord(
-        learning_rate=setup.rate.value,
-        scheme=setup.configuration.scheme.value,
-        rank=setup.configuration.rank,
-        alpha=str(setup.configuration.spec.alpha),
-        widths=setup.widths,
-        target_modules=setup.adapter.target_modules,
-        algorithm="grpo",
+    return Recipe(
+        algorithm=NAMES.algorithm,
         task=arguments.task,
         base_model=setup.base.name,
         base_fingerprint=setup.base.fingerprint,
+        widths=setup.widths,
+        outputs=setup.configuration.outputs,
+        target_modules=setup.adapter.target_modules,
         optimizer={
             "name": setup.configuration.optimizer,
             "betas": [arguments.adam_beta1, arguments.adam_beta2],
@@ -217,16 +211,12 @@ def lr_record(arguments: GRPOArguments, setup: GRPOSetup, metric: dict, steps: i
             "name": str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)),
             "options": arguments.lr_scheduler_kwargs or {},
             "warmup": arguments.warmup_steps,
-            "steps": steps,
+            "steps": arguments.max_steps,
         },
         batch={
             "prompts": arguments.generation_batch_size // arguments.num_generations,
             "completions_per_prompt": arguments.num_generations,
             "optimizer_steps_per_batch": arguments.optimizer_steps_per_batch,
         },
-        metric=metric,
-        seeds=[arguments.seed],
-        versions=package_versions(),
-        outputs=setup.configuration.outputs,
-        note=setup.rate.reason,
+        score=NAMES.score,
     )

@@ -20,6 +20,8 @@ from mua_rl.lr.spec import AdapterSpec, AlphaRule, Scheme
 FILE_NAME = "lr_record.json"
 FORMAT = "mua_rl LR record"
 FORMAT_VERSION = 1
+EVIDENCE = ("sweep", "run", "guess")
+"""How a learning rate was found; only that of a sweep is known to be near the best."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class LRRecord:
         other_learning_rates: Learning rates, by role ("head", say), of parameters that the theory does not cover.
         lora_plus_ratio: The learning rate of B over that of A.
         outputs: m, the smallest fan-out of the trained layers; `None` where it is not known.
+        evidence: One of `EVIDENCE`: the best of a sweep, one that a run ended no worse at, or a guess that was run.
         note: Where the learning rate comes from, in a sentence.
         created: When the record was made, in UTC, as ISO 8601 has it.
     """
@@ -72,6 +75,7 @@ class LRRecord:
     other_learning_rates: dict[str, float] = field(default_factory=dict)
     lora_plus_ratio: float = 1.0
     outputs: int | None = None
+    evidence: str = "run"
     note: str = ""
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -87,6 +91,8 @@ class LRRecord:
             raise UserError(f"an LR record's layers have at least one output, not {self.outputs}.")
         if "name" not in self.optimizer:
             raise UserError("an LR record must name its optimizer.")
+        if self.evidence not in EVIDENCE:
+            raise UserError(f"an LR record's evidence is one of {', '.join(EVIDENCE)}, not {self.evidence!r}.")
 
     @property
     def spec(self) -> AdapterSpec:
@@ -158,6 +164,9 @@ class LRRecord:
             raise UserError(f"the LR record {path} is incomplete, it lacks: {', '.join(missing)}; tune again.")
         if unknown := sorted(data.keys() - fields.keys()):
             raise UserError(f"the LR record {path} has unknown entries: {', '.join(unknown)}; upgrade mua_rl.")
+        if "evidence" not in data:  # of a version before 0.2, whose note says it
+            note = str(data.get("note"))
+            data["evidence"] = {"a sweep": "sweep", "a guess": "guess"}.get(note[:7], "run")
         hints = get_type_hints(cls)
         for name, value in data.items():
             if not _has_type(value, hints[name]):

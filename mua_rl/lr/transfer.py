@@ -35,6 +35,7 @@ class LearningRate:
         evidence: How far off it may be; `None` where nothing was measured, or nothing was predicted.
         warning: Why it should not be relied on, and what to do; "" where there is no reason to doubt it.
         others: Learning rates, by role, of trained parameters that the theory does not cover, from the same source.
+        is_guess: Whether nothing that was measured on this base gives it.
     """
 
     value: float
@@ -42,6 +43,7 @@ class LearningRate:
     evidence: Evidence | None = None
     warning: str = ""
     others: Mapping[str, float] = field(default_factory=dict)
+    is_guess: bool = False
 
     def __post_init__(self) -> None:
         check_learning_rate(self.value)
@@ -61,13 +63,16 @@ class LearningRate:
 
     def as_dict(self) -> dict[str, Any]:
         """What a run folder keeps of it, which `from_dict` reads."""
-        return {"learning_rate": self.value, "reason": self.reason, "warning": self.warning, **self.others}
+        facts = {"learning_rate": self.value, "reason": self.reason, "warning": self.warning, **self.others}
+        return {**facts, "is_guess": True} if self.is_guess else facts
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LearningRate":
         """The learning rate that `as_dict` wrote down."""
-        others = {role: rate for role, rate in values.items() if role not in ("learning_rate", "reason", "warning")}
-        return cls(values["learning_rate"], values["reason"], warning=values["warning"], others=others)
+        others = dict(values)
+        value, why, warning = (others.pop(name) for name in ("learning_rate", "reason", "warning"))
+        is_guess = others.pop("is_guess", why.startswith("a guess"))  # before 0.2, the reason alone said it
+        return cls(value, why, warning=warning, others=others, is_guess=is_guess)
 
 
 def check_exponent(exponent: float) -> float:
@@ -142,8 +147,9 @@ def transfer(
     if correction != 1:
         reason += f"; in short runs a larger rank wants less, (r/m)^-{exponent:g}: times {correction:.4g}"
     value = record.learning_rate * ratio * correction
-    why = f"{source_name} has {record.learning_rate:.4g} for {source}; {reason}"
-    rate = LearningRate(value, why, others=record.other_learning_rates)
+    is_guess = record.evidence == "guess"
+    why = f"{'a guess that was run: ' * is_guess}{source_name} has {record.learning_rate:.4g} for {source}; {reason}"
+    rate = LearningRate(value, why, others=record.other_learning_rates, is_guess=is_guess)
     return rate if target == source else _judged(rate, record, target, exponent)
 
 
@@ -178,6 +184,8 @@ def _judged(rate: LearningRate, record: LRRecord, target: Configuration, exponen
 def _why_unmeasured(record: LRRecord, target: Configuration, exponent: float, known: Evidence | None) -> str:
     """Why docs/results does not tell how far off a learning rate may be; "" where it does."""
     source, algorithm = record.configuration(), record.algorithm
+    if record.evidence != "sweep":
+        return f"the record is of a {record.evidence} and not of a sweep, and may be far from the best"
     if algorithm not in RANK_EXPONENTS:
         return f"no transfer was measured with {algorithm}"
     if known is None:

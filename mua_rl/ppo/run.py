@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mua_rl.errors import Unscored, UserError
-from mua_rl.lr.record import LRRecord, package_versions
+from mua_rl.lr.recipe import Recipe
 from mua_rl.ppo.arguments import PPOArguments
 from mua_rl.ppo.checkpoint import Checkpoints, load_checkpoint
 from mua_rl.ppo.envs import evaluation_envs
@@ -39,7 +39,8 @@ class PPOLearner:
 
     def __init__(self, setup: PPOSetup, arguments: PPOArguments, run: RunFolder) -> None:
         self.setup, self.arguments, self.run = setup, arguments, run
-        self.model, self.rate = setup.model, setup.rate
+        self.model, self.recipe, self.spec = setup.model, recipe_of(arguments, setup), setup.configuration.spec
+        self.rate, self.seed = setup.rate, arguments.seed
         training = self.model.get_env()
         assert training is not None
         self.held_out = evaluation_envs(bare_envs(arguments, min(8, arguments.eval_episodes), 0), training)
@@ -85,10 +86,6 @@ class PPOLearner:
         if (statistics := self.model.get_vec_normalize_env()) is not None:
             statistics.save(str(run.path / STATISTICS))
         self.model.save_adapter(run.path / ADAPTER_FOLDER)
-
-    def record(self, metric: dict[str, Any]) -> LRRecord:
-        """See `Learner.record`."""
-        return lr_record(self.arguments, self.setup, metric)
 
     def unscored(self, metrics: list[dict[str, Any]]) -> Unscored | None:
         """See `Learner.unscored`: no episode need end while a policy learns."""
@@ -140,23 +137,20 @@ def _announce(arguments: PPOArguments, setup: PPOSetup, run: RunFolder) -> None:
         say("[yellow]There is no pretrained policy here, and LoRA keeps random weights: --rank full learns more.[/]")
 
 
-def lr_record(arguments: PPOArguments, setup: PPOSetup, metric: dict) -> LRRecord:
-    """The record of a run that has ended."""
-    model, configuration = setup.model, setup.configuration
+def recipe_of(arguments: PPOArguments, setup: PPOSetup) -> Recipe:
+    """What the runs of these arguments have in common."""
+    model = setup.model
     group = model.learner.optimizer.param_groups[0]
-    return LRRecord(
-        learning_rate=setup.rate.value,
-        scheme=configuration.scheme.value,
-        rank=configuration.rank,
-        alpha=str(configuration.spec.alpha),
-        widths=model.widths,
-        target_modules=model.target_layers,
-        algorithm="ppo",
+    return Recipe(
+        algorithm=NAMES.algorithm,
         task=arguments.env_id,
         base_model=setup.base.name,
         base_fingerprint=setup.base.fingerprint,
+        widths=model.widths,
+        outputs=setup.configuration.outputs,
+        target_modules=model.target_layers,
         optimizer={
-            "name": configuration.optimizer,
+            "name": setup.configuration.optimizer,
             **{key: group[key] for key in ("betas", "eps", "weight_decay") if key in group},
             "max_grad_norm": model.max_grad_norm,
         },
@@ -168,12 +162,8 @@ def lr_record(arguments: PPOArguments, setup: PPOSetup, metric: dict) -> LRRecor
             "epochs": model.n_epochs,
             "target_kl": model.target_kl,
         },
-        metric=metric,
-        seeds=[arguments.seed],
-        versions=package_versions(),
-        other_learning_rates={"head": model.head_learning_rate or setup.rate.value},
-        outputs=configuration.outputs,
-        note=setup.rate.reason,
+        score=NAMES.score,
+        other_learning_rates={"head": model.head_learning_rate},
     )
 
 

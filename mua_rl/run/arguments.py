@@ -8,9 +8,10 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import yaml
@@ -122,7 +123,7 @@ def _names(item: str) -> list[str]:
 class _Parser(HfArgumentParser):
     """transformers' parser, which says what is wrong without printing some hundred flags before it."""
 
-    likes: Mapping[str, str] = {}
+    likes: Mapping[str, str] = MappingProxyType({})
     """What other programs call by these names, and what takes their place here."""
 
     def error(self, message: str) -> NoReturn:

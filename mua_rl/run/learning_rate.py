@@ -55,7 +55,7 @@ def resolve_learning_rate(
     why = f"a guess, since no record fits {base.name} (tune it, or give --lr or --lr_from): {rate.why}"
     # The other learning rates are guesses, too, and fall with the width as the rest's.
     others = {role: other * record.configuration().width / target.width for role, other in rate.others.items()}
-    return LearningRate(rate.value, why, others=others)  # how far off it may be was measured on one base
+    return LearningRate(rate.value, why, others=others, is_guess=True)  # how far off it may be was measured on one base
 
 
 def find_record(arguments: AdapterArguments, base: Base, algorithm: str) -> tuple[LRRecord, str]:

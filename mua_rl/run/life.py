@@ -12,7 +12,9 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from mua_rl.errors import CannotLearn, Diverged, PolicyWorse, Unscored
+from mua_rl.lr.recipe import Recipe
 from mua_rl.lr.record import LRRecord
+from mua_rl.lr.spec import AdapterSpec
 from mua_rl.lr.transfer import LearningRate, gives_full_finetuning
 from mua_rl.run import plots, processes
 from mua_rl.run.commands import from_policy, full_finetuning, other_ranks
@@ -46,6 +48,7 @@ class Names:
         score, score_key: The held-out measure, for the reader and in the metrics.
         reward, reward_key: The training reward, for the reader and in the metrics.
         step: What is counted as a step.
+        is_command: Whether `python -m mua_rl.ALGORITHM` runs it.
     """
 
     algorithm: str
@@ -54,13 +57,23 @@ class Names:
     reward: str
     reward_key: str
     step: str
+    is_command: bool = True
 
 
 class Learner(Protocol):
-    """A policy and its training, as the life of a run needs them."""
+    """A policy and its training, as the life of a run needs them.
+
+    Attributes:
+        names: What its algorithm calls its measures.
+        recipe: How it is trained, for its LR record.
+        spec, rate, seed: What is trained, at which learning rate, with which seed.
+    """
 
     names: Names
+    recipe: Recipe
+    spec: AdapterSpec
     rate: LearningRate
+    seed: int
 
     @property
     def title(self) -> str:
@@ -83,9 +96,6 @@ class Learner(Protocol):
 
     def save(self, run: RunFolder) -> None:
         """Write what was trained; all processes of a run call this together."""
-
-    def record(self, metric: dict[str, Any]) -> LRRecord:
-        """The LR record of the run, which has ended well."""
 
     def unscored(self, metrics: list[dict[str, Any]]) -> Unscored | None:
         """What to say where, by the lines of metrics, no step could teach anything; `None`: one could."""
@@ -188,11 +198,18 @@ def _close(run: RunFolder, learner: Learner, start: _Start, after: Measurement, 
         curves = {names.reward_key: names.reward, names.score_key: names.score}
         plots.learning_curve(run.metrics(), run.path / CURVE, learner.title, curves, names.step)
     if result.status is Status.OK:
-        learner.record({"name": names.score, "before": start.before, "after": after.score}).save(run.path)
+        _record(learner, start.before, after.score).save(run.path)
     _finish(run, learner, result, seconds_per_step=seconds / max(1, learner.steps - start.step))
     if result.status is not Status.UNSCORED:
         report(run, learner, result, (start.text, after.text), rewards)
     return result
+
+
+def _record(learner: Learner, before: float, after: float) -> LRRecord:
+    """The LR record of a run that has ended well: no more than that, and a guess stays a guess."""
+    rate, evidence = learner.rate, "guess" if learner.rate.is_guess else "run"
+    scores, seeds = (before, after), [learner.seed]
+    return learner.recipe.record(learner.spec, rate.value, scores, seeds, evidence, rate.reason, learner.steps)
 
 
 def _finish(run: RunFolder, learner: Learner, result: TrialResult, **facts: float) -> None:
@@ -224,8 +241,9 @@ def report(run: RunFolder, learner: Learner, result: TrialResult, texts: tuple[s
     rows = Table("", Column("", overflow="fold"), show_header=False, title="result", title_justify="left")
     rows.add_row(f"{names.score} before", texts[0])
     rows.add_row(f"{names.score} after", texts[1], style="bold")
-    first, last = (sum(part) / len(part) if part else math.nan for part in (rewards[:tenth], rewards[-tenth:]))
-    rows.add_row(f"{names.reward}, first tenth → last", f"{first:.3f} → {last:.3f}")
+    if rewards:
+        first, last = (sum(part) / len(part) for part in (rewards[:tenth], rewards[-tenth:]))
+        rows.add_row(f"{names.reward}, first tenth → last", f"{first:.3f} → {last:.3f}")
     rows.add_row("learning rate", f"{learner.rate.value:.4g}")
     each = result.seconds / max(1, result.steps)
     rows.add_row("training time", f"{result.seconds:.0f} s, {result.steps:,} {names.step}s, {each:.3g} s each")
@@ -242,7 +260,7 @@ def report(run: RunFolder, learner: Learner, result: TrialResult, texts: tuple[s
         say(escape(line))
     say(f"the learning rate at other ranks: {escape(other_ranks(run.path))}")
     record = LRRecord.load(run.path)
-    if gives_full_finetuning(record) and record.rank is not None:
+    if names.is_command and record.rank is not None and gives_full_finetuning(record):
         settings = run.settings()
         say(f"full finetuning at this rate: {escape(full_finetuning(names.algorithm, settings, run.path))}")
         say(f"… from this policy: {escape(from_policy(names.algorithm, settings, run.path))}")

@@ -7,10 +7,12 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mua_rl.errors import UserError, one_line
-from mua_rl.grpo.stacked.memory import TIMES_ONE_RUN
 from mua_rl.lr.rank import parse_rank
 from mua_rl.lr.spec import AdapterSpec, AlphaRule
+from mua_rl.run.algorithms import Algorithm, algorithm_names, find_algorithm
 from mua_rl.run.arguments import AdapterArguments, parse_arguments
 from mua_rl.run.folder import CONFIG, RunFolder, with_whole_paths
 from mua_rl.run.trial import PER_TRIAL, WITHOUT_EFFECT
@@ -20,7 +22,7 @@ from mua_rl.run.trial import PER_TRIAL, WITHOUT_EFFECT
 class SweepArguments:
     """The sweep's own flags."""
 
-    algo: str = field(default="grpo", metadata={"help": "Which trainer.", "choices": ["grpo", "ppo"]})
+    algo: str = field(default="grpo", metadata={"help": "Which trainer.", "choices": algorithm_names()})
     ranks: list[str] | None = field(
         default=None,
         metadata={"help": "LoRA ranks, and full for full finetuning; each gives a curve. Default: 32, for ppo 8."},
@@ -44,11 +46,11 @@ class SweepArguments:
         default="auto",
         metadata={"help": "Train trials in one process where they can be.", "choices": ["auto", "on", "off"]},
     )
-    arms_memory: float = field(
-        default=TIMES_ONE_RUN,
+    arms_memory: float | None = field(
+        default=None,
         metadata={
-            "help": "GPU memory that GRPO trials in one process may take, as a multiple of what one run takes; more "
-            "where their own weights, gradients and moments would leave less for work than one run has."
+            "help": "GPU memory that GRPO trials in one process may take, as a multiple of one run's (default: 1.4); "
+            "more where their own weights, gradients and moments would leave less for work than one run has."
         },
     )
     workers: int = field(default=1, metadata={"help": "Runs (or groups of trials side by side) at once."})
@@ -71,10 +73,11 @@ class SweepArguments:
         for name in ("seeds", "workers"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}.")
-        if not 0 < self.arms_memory < math.inf:
-            raise UserError(f"--arms_memory takes a multiple of one run's memory, above 0, not {self.arms_memory}.")
-        if self.algo == "ppo" and self.arms_memory != TIMES_ONE_RUN:
-            raise UserError("--arms_memory is of GRPO alone: drop it.")
+        if self.arms_memory is not None:
+            if not 0 < self.arms_memory < math.inf:
+                raise UserError(f"--arms_memory takes a multiple of one run's memory, above 0, not {self.arms_memory}.")
+            if not find_algorithm(self.algo).plans_memory:
+                raise UserError(f"--arms_memory means nothing with --algo {self.algo}: drop it.")
         if self.time_limit is not None and not self.time_limit > 0:
             raise UserError(f"--time_limit takes a number of seconds above 0, not {self.time_limit}.")
         if self.grid is not None and not (len(self.grid) == 2 and -24 <= self.grid[0] <= self.grid[1] <= -1):
@@ -91,44 +94,49 @@ class Request:
     Attributes:
         sweep: The sweep's own flags.
         trainer, adapter: The trainer's arguments.
-        given: The trainer's settings that were given, as a `--config` file of its says them; without `PER_TRIAL`.
-        everything: All that was given, which the output folder keeps.
+        trainer_settings: The settings of the trainer, as a `--config` file of it says them; without `PER_TRIAL`.
+        settings: All settings that the command has, which the output folder keeps.
         specs: What each curve is of.
     """
 
     sweep: SweepArguments
     trainer: Any
     adapter: AdapterArguments
-    given: dict[str, Any]
-    everything: dict[str, Any]
+    trainer_settings: dict[str, Any]
+    settings: dict[str, Any]
     specs: list[AdapterSpec]
 
     @property
+    def algorithm(self) -> Algorithm:
+        """The algorithm that is swept."""
+        return find_algorithm(self.sweep.algo)
+
+    @property
     def task(self) -> str:
-        """Of the trainer."""
-        return self.trainer.task if self.sweep.algo == "grpo" else self.trainer.env_id
+        """The task or the environment."""
+        return self.algorithm.task(self.trainer)
 
     @property
     def steps(self) -> int:
-        """Steps of one run as its metrics count them; -1 where that is not known before."""
-        return self.trainer.max_steps if self.sweep.algo == "grpo" else self.trainer.total_timesteps
+        """The steps of one run as its metrics count them; -1 where they are not known before the run."""
+        return self.algorithm.steps(self.trainer)
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """Seeds of the trials."""
         return tuple(range(self.trainer.seed, self.trainer.seed + self.sweep.seeds))
 
-    def comparable(self, everything: dict[str, Any] | None = None) -> dict[str, Any]:
-        """What all runs of a study, or of a folder, must have in common; a setting given as its default is none.
+    def comparable(self, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What all runs of a study, or of a folder, must have in common; a setting that is its default is none.
 
         Args:
-            everything: Of another command; `None`: of this one.
+            settings: Those of another command; `None`: of this one.
         """
-        everything = self.everything if everything is None else everything
+        settings = self.settings if settings is None else settings
         defaults = {f.name: f.default for arguments in (self.adapter, self.trainer) for f in fields(arguments)}
         own = {f.name for f in fields(SweepArguments)} - {"algo"} | {"rank", "init", "alpha", "lora_alpha"}
-        settings = {k: v for k, v in everything.items() if k not in own and k not in WITHOUT_EFFECT}
-        return {k: v for k, v in settings.items() if v != defaults.get(k, MISSING)}
+        ignored = {*own, *WITHOUT_EFFECT}
+        return {k: v for k, v in settings.items() if k not in ignored and v != defaults.get(k, MISSING)}
 
 
 def parse(argv: list[str] | None = None) -> Request:
@@ -139,53 +147,34 @@ def parse(argv: list[str] | None = None) -> Request:
             scheme.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    algorithm = _algorithm(argv)
-    types = (SweepArguments, *trainer_types(algorithm))
-    (sweep, adapter, trainer), given = parse_arguments(types, argv)
+    algorithm = find_algorithm(_algorithm(argv))
+    types = (SweepArguments, *algorithm.argument_types())
+    (sweep, adapter, trainer), settings = parse_arguments(types, argv)
     if adapter.resume:
         folder = RunFolder.open(adapter.resume)
-        if extra := sorted(given.keys() - {"resume", "algo"}):
+        if extra := sorted(settings.keys() - {"resume", "algo"}):
             raise UserError(f"--resume takes the sweep's own settings: drop {', '.join(extra)}.")
         if "algo" not in folder.settings():
             raise UserError(f"{adapter.resume} is no sweep: go on with it by python -m mua_rl.grpo or mua_rl.ppo.")
         return parse(["--config", str(folder.path / CONFIG), "--output_dir", adapter.resume])
     if adapter.lr is not None or trainer.learning_rate is not None:
         raise UserError("a sweep finds the learning rate: drop --lr; --grid says where to look, and --lr_from too.")
-    if algorithm == "grpo":
-        from mua_rl.grpo.arguments import complete
-    else:
-        from mua_rl.ppo.arguments import complete  # type: ignore[assignment]
-    complete(trainer, adapter, given)
-    given = with_whole_paths(given)
+    algorithm.complete(trainer, adapter, settings)
+    settings = with_whole_paths(settings)
     return Request(
         sweep=sweep,
         trainer=trainer,
         adapter=adapter,
-        given=_of_trainer(given),
-        everything={**given, "algo": algorithm},
-        specs=_specs(sweep, adapter, given),
+        trainer_settings=_of_trainer(settings),
+        settings={**settings, "algo": algorithm.name},
+        specs=_specs(sweep, adapter, settings),
     )
 
 
-def differences(known: dict[str, Any], given: dict[str, Any]) -> str:
+def differences(known: dict[str, Any], settings: dict[str, Any]) -> str:
     """How settings differ, for the reader; "" where they do not."""
-    differing = sorted(k for k in known.keys() | given.keys() if known.get(k) != given.get(k))
-    return ", ".join(f"{k}: {known.get(k, 'default')} → {given.get(k, 'default')}" for k in differing)
-
-
-def trainer_types(algorithm: str) -> tuple[type[AdapterArguments], type]:
-    """The arguments of a trainer; imported when asked for, since either needs packages that the other does not."""
-    if algorithm == "grpo":
-        from mua_rl.grpo.arguments import GRPOArguments
-
-        return AdapterArguments, GRPOArguments
-    from importlib.util import find_spec
-
-    if find_spec("stable_baselines3") is None:
-        raise UserError("PPO needs stable-baselines3 and gymnasium: pip install 'mua-rl[control]'.")
-    from mua_rl.ppo.arguments import PPOAdapterArguments, PPOArguments
-
-    return PPOAdapterArguments, PPOArguments
+    differing = sorted(k for k in known.keys() | settings.keys() if known.get(k) != settings.get(k))
+    return ", ".join(f"{k}: {known.get(k, 'default')} → {settings.get(k, 'default')}" for k in differing)
 
 
 def parse_scheme(text: str) -> tuple[str, str]:
@@ -203,41 +192,40 @@ def parse_scheme(text: str) -> tuple[str, str]:
         raise UserError(f"--schemes takes B, A, A/r and the like, not {text!r}: {error}") from None
 
 
-def _specs(sweep: SweepArguments, adapter: AdapterArguments, given: dict[str, Any]) -> list[AdapterSpec]:
+def _specs(sweep: SweepArguments, adapter: AdapterArguments, settings: dict[str, Any]) -> list[AdapterSpec]:
     """Each combination of ranks and schemes once; FFT has no scheme."""
-    if sweep.ranks is not None and "rank" in given:
+    if sweep.ranks is not None and "rank" in settings:
         raise UserError("--rank and --ranks exclude each other: give --ranks.")
-    if sweep.schemes is not None and given.keys() & {"init", "alpha", "lora_alpha"}:
+    if sweep.schemes is not None and settings.keys() & {"init", "alpha", "lora_alpha"}:
         raise UserError("--schemes stands for --init and --alpha: give one or the other.")
     ranks = [parse_rank(rank) for rank in sweep.ranks or [adapter.chosen_rank]]
     schemes = [parse_scheme(scheme) for scheme in sweep.schemes] if sweep.schemes else [(adapter.init, adapter.alpha)]
     return list(dict.fromkeys(AdapterSpec.parse(rank, *scheme) for rank in ranks for scheme in schemes))
 
 
-def _of_trainer(given: dict[str, Any]) -> dict[str, Any]:
+def _of_trainer(settings: dict[str, Any]) -> dict[str, Any]:
     own = {f.name for f in fields(SweepArguments)}
-    return {k: v for k, v in given.items() if k not in own and k not in PER_TRIAL and k != "resume"}
+    return {k: v for k, v in settings.items() if k not in own and k not in PER_TRIAL and k != "resume"}
 
 
 def _algorithm(argv: list[str]) -> str:
-    """`--algo`, from the flags or the `--config` file: it decides which other flags there are."""
+    """The name in `--algo`, from the flags or the `--config` file: it decides which other flags there are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--algo")
-    parser.add_argument("--config", type=Path)
-    parser.add_argument("--resume", type=Path)
+    for flag in ("--algo", "--config", "--resume"):
+        parser.add_argument(flag)
     try:
         flags, _ = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(f"{error} (--help lists the flags).") from None
-    config = flags.config or (flags.resume / CONFIG if flags.resume else None)
-    if flags.algo is None and config is not None and config.is_file():
-        import yaml
-
+    config = flags.config or (f"{flags.resume}/{CONFIG}" if flags.resume else None)
+    name = flags.algo
+    if name is None and config is not None and Path(config).is_file():
         try:
-            settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+            settings = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
         except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
             raise UserError(f"the --config file is no YAML: {one_line(error)}.") from None
-        flags.algo = settings.get("algo") if isinstance(settings, dict) else None
-    if (algorithm := flags.algo or "grpo") not in ("grpo", "ppo"):
-        raise UserError(f"--algo takes grpo or ppo, not {algorithm!r}.")
-    return algorithm
+        name = settings.get("algo") if isinstance(settings, dict) else None
+    names = algorithm_names()
+    if (name or "grpo") not in names:
+        raise UserError(f"--algo takes {' or '.join(names)}, not {name!r}.")
+    return name or "grpo"

@@ -6,31 +6,32 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from mua_rl.errors import UserError
-from mua_rl.lr import transfer as policy
+from mua_rl.lr.recipe import Recipe
 from mua_rl.lr.record import LRRecord
 from mua_rl.lr.rules import best_lr_order
 from mua_rl.lr.spec import AdapterSpec
+from mua_rl.lr.transfer import transfer
 from mua_rl.run.learning_rate import find_record
 from mua_rl.sweep.arguments import Request
 from mua_rl.sweep.search import Search, scan_around, scan_range
 
-PLACEHOLDER = math.nextafter(1e-3, 1.0)
-"""A template's learning rate, and that of a head that follows it: none that anyone gives, so that a given one stays."""
+ANY_RATE = 1e-3
+"""A learning rate for a run that is set up and never trained."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Of a base policy and the runs that start from it; kept in the study, so that they are found once.
+    """What is known of a base policy and of the runs that start from it; the study keeps it.
 
     Attributes:
-        template: The LR record of a run of the sweep, but for the learning rate, what it reached and its seeds.
+        recipe: How the runs of the sweep are made.
         source: The record that the search begins with.
-        source_name: For the reader.
+        source_name: Its name for the reader.
         known: Whether `source` is of this very base.
-        obstacle: Why LoRA trials of this base cannot be trained side by side (GRPO); "" where they can.
+        obstacle: Why LoRA trials of this base cannot be trained in one process; "" where they can.
     """
 
-    template: LRRecord
+    recipe: Recipe
     source: LRRecord
     source_name: str
     known: bool
@@ -38,13 +39,10 @@ class Facts:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Facts":
-        """What `asdict` of it was; a study that an earlier version began may hold more, and lack what has a default."""
+        """The facts of `asdict`; those of a version before 0.2 have a record with some learning rate for the recipe."""
+        recipe = Recipe(**data["recipe"]) if "recipe" in data else Recipe.of(LRRecord(**data["template"]))
         known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
-        return cls(**{**known, "template": LRRecord(**data["template"]), "source": LRRecord(**data["source"])})
-
-    def record_of(self, curve: AdapterSpec) -> LRRecord:
-        """The template, for a curve."""
-        return replace(self.template, scheme=curve.scheme.value, rank=curve.rank, alpha=str(curve.alpha))
+        return cls(**{**known, "recipe": recipe, "source": LRRecord(**data["source"])})
 
     def search(self, curve: AdapterSpec, request: Request) -> Search:
         """The search for a curve's optimum."""
@@ -58,9 +56,9 @@ class Facts:
 
     def _centre(self, curve: AdapterSpec, rank_exponent: float | None) -> tuple[float, bool]:
         """log2 of the learning rate to look around, and whether it is more than a guess."""
-        target = self.record_of(curve).configuration()
+        target = self.recipe.configuration(curve)
         try:
-            rate = policy.transfer(self.source, target, self.source_name, rank_exponent)
+            rate = transfer(self.source, target, self.source_name, rank_exponent)
             return math.log2(rate.value), self.known
         except UserError:  # the theory has only the exponents here, or the record does not say enough: a guess does
             ratio = best_lr_order(target) / best_lr_order(self.source.configuration())
@@ -74,33 +72,7 @@ def find_facts(request: Request) -> Facts:
         UserError: The trainer cannot use what was given.
     """
     ranks = [spec.rank for spec in request.specs if spec.rank is not None]
-    arguments = copy.copy(request.trainer)
-    adapter = replace(request.adapter, rank=str(max(ranks, default="full")), lr=PLACEHOLDER, lr_from=None)
-    metric = {"name": f"held-out {'accuracy' if request.sweep.algo == 'grpo' else 'return'}"}
-    if request.sweep.algo == "grpo":
-        from mua_rl.grpo import run as grpo
-
-        grpo_setup = grpo.prepare_grpo(arguments, adapter)
-        base, template = grpo_setup.base, grpo.lr_record(arguments, grpo_setup, metric, arguments.max_steps)
-        obstacle = _obstacle(grpo_setup.policy, arguments) if ranks else ""
-    else:
-        from mua_rl.ppo.run import lr_record
-        from mua_rl.ppo.setup import set_up
-
-        setup = set_up(arguments, adapter)
-        base, template, obstacle = setup.base, lr_record(arguments, setup, metric), ""
-        if (envs := setup.model.get_env()) is not None:
-            envs.close()
+    adapter = replace(request.adapter, rank=str(max(ranks, default="full")), lr=ANY_RATE, lr_from=None)
+    recipe, base, obstacle = request.algorithm.examine(copy.copy(request.trainer), adapter)
     source, source_name = find_record(request.adapter, base, request.sweep.algo)
-    return Facts(template, source, source_name, base.is_base_of(source), obstacle)
-
-
-def _obstacle(policy: Any, arguments: Any) -> str:
-    """See `Facts`."""
-    from mua_rl.grpo.stacked.settings import check_policy
-
-    try:
-        check_policy(policy, arguments)
-    except UserError as error:
-        return str(error)
-    return ""
+    return Facts(recipe, source, source_name, base.is_base_of(source), obstacle)

@@ -1,17 +1,19 @@
-"""The study of a sweep: which arms wait, run and are done, kept by Optuna where many processes can share it.
+"""The study of a sweep: which trials wait, run and are done, kept by Optuna where many processes can share it.
 
-Optuna stores and hands out; what is tried is decided in `mua_rl.sweep.search`. Each arm is one Optuna trial, enqueued
-with fixed parameters. A trial is popped by one worker alone, which signs it and gives signs of life while it runs
-(Optuna's own heartbeat covers `Study.optimize` on relational storages only); a trial whose worker is dead is given up,
-and its arm planned anew. Two workers that plan at once may enqueue an arm twice: the earlier trial counts.
+Optuna stores and hands out; what is tried is decided in `mua_rl.sweep.search`. Each trial is one of Optuna's, enqueued
+with fixed parameters. It is popped by one worker alone, which signs it and gives signs of life while it runs; a trial
+whose worker is dead is given up, and planned anew. Optuna's own heartbeat and retry do not serve: they beat in
+`Study.optimize` alone, and in no journal (`tests/test_sweep_study.py` shows it). Two workers that plan at once may
+enqueue a trial twice: the earlier one counts.
 """
 
 import fcntl
+import itertools
 import json
 import threading
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,11 +23,11 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from mua_rl.errors import UserError, without_password
+from mua_rl.errors import UserError, one_line, without_password
 from mua_rl.run.trial import Trial, TrialResult
 from mua_rl.sweep.arguments import differences
-from mua_rl.sweep.search import Search
-from mua_rl.sweep.worker import Heartbeat, Watch, Worker
+from mua_rl.sweep.search import Plan
+from mua_rl.sweep.worker import Watch, Worker, heartbeat
 
 ARM, OUTCOME, WORKER, SETTINGS, FACTS, SIGN = "arm", "outcome", "worker", "settings", "facts", "sign of life: "
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -40,30 +42,18 @@ PARAMETERS: dict[str, BaseDistribution] = {
 """What Optuna's own tools show of a trial; rank 0 is FFT."""
 
 
-@dataclass(frozen=True)
-class Claim:
-    """An arm that this worker has to run.
-
-    Attributes:
-        trial: What is to be run.
-        optuna_trial: Optuna's, which this worker has popped.
-    """
-
-    trial: Trial
-    optuna_trial: optuna.Trial
-
-
 class Study:
     """A sweep's study, as one process sees it.
 
     Args:
         study: Optuna's.
-        lock: Held while arms are planned and claimed. A database server needs none: Optuna locks its rows. On SQLite,
-            which has no such locks, two processes would at times pop one trial.
+        lock: Held while trials are planned and claimed. A database server needs none: Optuna locks its rows. On
+            SQLite, which has no such locks, two processes would at times pop one trial.
     """
 
     def __init__(self, study: optuna.Study, lock: AbstractContextManager) -> None:
         self.study, self.lock = study, lock
+        self.claims: dict[Trial, optuna.Trial] = {}
         self.worker = Worker.this_process()
         self.watch = Watch(self._signs)
 
@@ -86,7 +76,7 @@ class Study:
         except Exception as error:  # of the file system, of Optuna, of SQLAlchemy or of a driver
             again = " (its password is not kept: give --study again, with --output_dir instead of --resume)"
             cure = again if ":***@" in location else ""
-            shown = without_password(f"the study {location} cannot be opened: {_first_line(error)}")
+            shown = without_password(f"the study {location} cannot be opened: {one_line(error)}")
             raise UserError(f"{shown}{cure}.") from None
         settings = json.loads(json.dumps(settings))
         known = study.user_attrs.get(SETTINGS)
@@ -111,17 +101,17 @@ class Study:
         return _outcomes(self._trials())
 
     def machines(self) -> dict[Trial, str]:
-        """What the arms that are done ran on."""
+        """What the trials that are done ran on."""
         done = self._trials(*ENDED)
-        return {_arm(trial): trial.user_attrs[WORKER]["machine"] for trial in done if WORKER in trial.user_attrs}
+        return {_trial(trial): trial.user_attrs[WORKER]["machine"] for trial in done if WORKER in trial.user_attrs}
 
     def counts(self) -> tuple[int, int]:
-        """How many arms are done, and how many there are as far as planned."""
+        """How many trials are done, and how many there are as far as planned."""
         trials = self._trials()
-        return len(_outcomes(trials)), len({_arm(trial) for trial in trials if trial.state is not TrialState.FAIL})
+        return len(_outcomes(trials)), len({_trial(trial) for trial in trials if trial.state is not TrialState.FAIL})
 
-    def plan(self, searches: Iterable[Search]) -> bool:
-        """Enqueue what the searches want next; a curve's next arms are decided when none of it is under way.
+    def plan(self, plans: Sequence[Plan]) -> bool:
+        """Enqueue what the plans want next; a curve's next trials are decided when none of it is under way.
 
         Returns:
             Whether there is anything left to run or to wait for.
@@ -129,74 +119,75 @@ class Study:
         with self.lock:
             trials = self._trials()
             outcomes = _outcomes(trials)
-            open_curves = {_arm(trial).spec for trial in trials if not trial.state.is_finished()}
-            closed = [search for search in searches if search.spec not in open_curves]
-            planned = [arm for search in closed for arm in search.next_trials(outcomes)]
-            for arm in planned:
-                self.study.enqueue_trial(_parameters(arm), user_attrs={ARM: arm.as_dict()})
+            open_curves = {_trial(trial).spec for trial in trials if not trial.state.is_finished()}
+            idle = [plan for plan in plans if plan.spec not in open_curves]
+            planned = [trial for plan in idle for trial in plan.next_trials(outcomes)]
+            for trial in planned:
+                self.study.enqueue_trial(_parameters(trial), user_attrs={ARM: trial.as_dict()})
         return bool(open_curves or planned)
 
-    def claim(self, at_most: int, group: Callable[[Trial], Hashable]) -> list[Claim]:
-        """Take waiting arms, up to `at_most` of one group, for this worker alone."""
-        claims: list[Claim] = []
+    def claim(self, at_most: int, group: Callable[[Trial], Hashable]) -> list[Trial]:
+        """Take waiting trials, up to `at_most` of one group, for this worker alone."""
+        trials: list[Trial] = []
         with self.lock:
-            while len(claims) < at_most:
+            while len(trials) < at_most:
                 waiting = self._trials(TrialState.WAITING)
-                if not waiting or (claims and group(_arm(waiting[0])) != group(claims[0].trial)):
+                if not waiting or (trials and group(_trial(waiting[0])) != group(trials[0])):
                     break
-                trial = self.study.ask(PARAMETERS)
-                if ARM not in trial.user_attrs:  # others took what was waiting, and Optuna made one up
-                    self.study.tell(trial, state=TrialState.FAIL)
+                asked = self.study.ask(PARAMETERS)
+                if ARM not in asked.user_attrs:  # others took what was waiting, and Optuna made one up
+                    self.study.tell(asked, state=TrialState.FAIL)
                     break
-                trial.set_user_attr(WORKER, self.worker.as_dict())
-                claim = Claim(Trial.from_dict(trial.user_attrs[ARM]), trial)
-                if self._came_earlier(claim):
-                    self.release(claim)
+                asked.set_user_attr(WORKER, asdict(self.worker))
+                trial = Trial.from_dict(asked.user_attrs[ARM])
+                if self._has_earlier(trial, asked.number):
+                    self._end(asked.number, None)
                 else:
-                    claims.append(claim)
-        return claims
+                    self.claims[trial] = asked
+                    trials.append(trial)
+        return trials
 
-    def finish(self, claim: Claim, outcome: TrialResult) -> bool:
-        """Keep what an arm has reached.
+    def finish(self, trial: Trial, outcome: TrialResult) -> bool:
+        """Keep what a claimed trial has reached.
 
         Returns:
-            Whether it counts: not where this worker was taken for dead, and the arm given to another.
+            Whether it counts: not where this worker was taken for dead, and the trial given to another.
         """
+        claim = self.claims.pop(trial)
         try:
-            claim.optuna_trial.set_user_attr(OUTCOME, outcome.as_dict())
+            claim.set_user_attr(OUTCOME, outcome.as_dict())
         except UpdateFinishedTrialError:
             return False
-        return self._end(claim.optuna_trial.number, outcome)
+        return self._end(claim.number, outcome)
 
-    def release(self, claim: Claim) -> None:
-        """Give an arm back that did not end, to be planned again."""
-        self._end(claim.optuna_trial.number, None)
+    def release(self, trial: Trial) -> None:
+        """Give a claimed trial back that did not end, to be planned again."""
+        self._end(self.claims.pop(trial).number, None)
 
     def reap(self) -> None:
         """Give up the trials of dead workers; one that had its outcome written down already is ended with it."""
         for trial in self._trials(TrialState.RUNNING):
-            signed = trial.user_attrs.get(WORKER)
+            signature, outcome = trial.user_attrs.get(WORKER), trial.user_attrs.get(OUTCOME)
             # One that died before it could sign is known by its trial: it never gives a sign.
-            worker = Worker(**signed) if signed else Worker(f"of trial {trial.number}", "", 0, "")
-            if worker.name == self.worker.name or self.watch.is_alive(worker):
-                continue
-            self._end(trial.number, TrialResult.from_dict(found) if (found := trial.user_attrs.get(OUTCOME)) else None)
+            worker = Worker(**signature) if signature else Worker(f"of trial {trial.number}", "", 0, "")
+            if worker.name != self.worker.name and not self.watch.is_alive(worker):
+                self._end(trial.number, TrialResult.from_dict(outcome) if outcome else None)
 
-    def heartbeat(self) -> Heartbeat:
+    def heartbeat(self) -> AbstractContextManager:
         """Signs of life of this worker, for as long as the context lasts."""
-        count = iter(range(2**62))
-        return Heartbeat(lambda: self.study.set_user_attr(SIGN + self.worker.name, next(count)))
+        count = itertools.count()
+        return heartbeat(lambda: self.study.set_user_attr(SIGN + self.worker.name, next(count)))
 
-    def _came_earlier(self, claim: Claim) -> bool:
-        """Whether another trial has the arm of a claim, enqueued before it and not given up."""
-        others = [t for t in self._trials() if t.number < claim.optuna_trial.number and t.state is not TrialState.FAIL]
-        return any(_arm(other) == claim.trial for other in others)
+    def _has_earlier(self, trial: Trial, number: int) -> bool:
+        """Whether the same trial was enqueued before the one of a number, and not given up."""
+        others = [other for other in self._trials() if other.number < number and other.state is not TrialState.FAIL]
+        return any(_trial(other) == trial for other in others)
 
     def _signs(self) -> dict[str, Any]:
         return {k.removeprefix(SIGN): v for k, v in self.study.user_attrs.items() if k.startswith(SIGN)}
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
-        """Trials of arms, in the order in which they were enqueued."""
+        """The trials that were planned, in the order in which they were enqueued."""
         trials = self.study.get_trials(deepcopy=False, states=states or None)
         return [trial for trial in trials if ARM in trial.user_attrs]
 
@@ -260,26 +251,22 @@ def _file_of(location: str) -> Path | None:
     return Path(path.partition("?")[0]) if kind.startswith("sqlite") and path else None
 
 
-def _arm(trial: FrozenTrial) -> Trial:
+def _trial(trial: FrozenTrial) -> Trial:
     return Trial.from_dict(trial.user_attrs[ARM])
 
 
 def _outcomes(trials: Sequence[FrozenTrial]) -> dict[Trial, TrialResult]:
-    return {_arm(trial): TrialResult.from_dict(trial.user_attrs[OUTCOME]) for trial in trials if trial.state in ENDED}
+    return {_trial(trial): TrialResult.from_dict(trial.user_attrs[OUTCOME]) for trial in trials if trial.state in ENDED}
 
 
-def _parameters(arm: Trial) -> dict[str, Any]:
+def _parameters(trial: Trial) -> dict[str, Any]:
     """The values of `PARAMETERS`."""
-    spec = arm.spec
+    spec = trial.spec
     return {
         "rank": spec.rank or 0,
         "init": spec.init or "B",
         "alpha_constant": spec.alpha.constant,
         "alpha_exponent": -spec.alpha.gamma,
-        "log2_lr": arm.log2_lr,
-        "seed": arm.seed,
+        "log2_lr": trial.log2_lr,
+        "seed": trial.seed,
     }
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from mua_rl.run.trial import Trial, TrialResult
-from mua_rl.sweep.runner import Runner, Stopped
-from mua_rl.sweep.search import Search
+from mua_rl.sweep.backend import Backend, Stopped
+from mua_rl.sweep.csv_study import CSVStudy
+from mua_rl.sweep.search import Plan
 from mua_rl.sweep.study import Study
 
 POLL_SECONDS = 1.0
@@ -16,14 +17,14 @@ OnOutcome = Callable[[Trial, TrialResult], None]
 
 
 def work(
-    study: Study,
-    searches: Sequence[Search],
-    runner: Runner,
+    study: Study | CSVStudy,
+    plans: Sequence[Plan],
+    backend: Backend,
     on_outcome: OnOutcome,
     deadline: float,
     stop: threading.Event,
 ) -> bool:
-    """Run trials until the searches want no more, by whichever workers.
+    """Run trials until the plans want no more, by whichever workers.
 
     Args:
         on_outcome: Called with each trial that this worker has run.
@@ -35,49 +36,49 @@ def work(
     """
     while time.monotonic() < deadline and not stop.is_set():
         study.reap()
-        if not study.plan(searches):
+        if not study.plan(plans):
             return True
-        claims = study.claim(runner.at_once, runner.group)
-        if not claims:  # other workers run what there is
+        trials = study.claim(backend.at_once, backend.group)
+        if not trials:  # other workers run what there is
             stop.wait(POLL_SECONDS)
             continue
         try:
-            outcomes = runner.run([claim.trial for claim in claims])
+            outcomes = backend.run(trials)
         except BaseException:  # an interruption too: the trials can go to others at once
-            for claim in claims:
-                study.release(claim)
+            for trial in trials:
+                study.release(trial)
             raise
-        for claim, outcome in zip(claims, outcomes, strict=True):
-            if study.finish(claim, outcome):
-                on_outcome(claim.trial, outcome)
+        for trial, outcome in zip(trials, outcomes, strict=True):
+            if study.finish(trial, outcome):
+                on_outcome(trial, outcome)
     return False
 
 
 def work_together(
-    study: Study,
-    searches: Sequence[Search],
-    runners: Sequence[Runner],
+    study: Study | CSVStudy,
+    plans: Sequence[Plan],
+    backends: Sequence[Backend],
     on_outcome: OnOutcome,
     deadline: float,
     stop: threading.Event,
 ) -> bool:
-    """One worker for each runner, in this process; the first that fails ends them all.
+    """One worker for each backend, in this process; the first that fails ends them all.
 
     Args:
-        stop: The one that the runners listen to.
+        stop: The one that the backends listen to.
         Others: As `work`.
 
     Returns:
         As `work`.
 
     Raises:
-        UserError: As `Runner.run`.
+        UserError: As `Backend.run`.
     """
     with study.heartbeat():
-        if len(runners) == 1:  # in the main thread, where signals and their timeouts work
-            return work(study, searches, runners[0], on_outcome, deadline, stop)
-        with ThreadPoolExecutor(len(runners)) as pool:
-            futures = [pool.submit(work, study, searches, runner, on_outcome, deadline, stop) for runner in runners]
+        if len(backends) == 1:  # in the main thread, where signals and their timeouts work
+            return work(study, plans, backends[0], on_outcome, deadline, stop)
+        with ThreadPoolExecutor(len(backends)) as pool:
+            futures = [pool.submit(work, study, plans, backend, on_outcome, deadline, stop) for backend in backends]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
             finally:

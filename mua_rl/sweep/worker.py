@@ -6,8 +6,8 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ class Worker:
     """A process that runs trials.
 
     Attributes:
-        name: Its own, among all workers ever.
+        name: Its name, which no other worker ever has.
         place: The kernel and the process namespace in which `pid` means something; "" where there is no telling.
         pid, started: The process, and when its kernel says that it began, since process ids come back.
-        machine: For the reader: seconds compare on one machine only.
+        machine: What it runs on, for the reader: seconds compare on one machine only.
     """
 
     name: str
@@ -40,10 +40,6 @@ class Worker:
         pid = os.getpid()
         machine = f"{platform.node()}, {platform.machine()}, {os.cpu_count()} cores"
         return cls(uuid.uuid4().hex, _place(), pid, _start_of(pid), machine)
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
-        return asdict(self)
 
 
 class Watch:
@@ -70,27 +66,24 @@ class Watch:
         return time.monotonic() - self.seen[worker.name][1] < SILENCE_SECONDS
 
 
-class Heartbeat:
-    """Calls `beat` every `BEAT_SECONDS` until it is stopped, from a thread of its own; a context manager."""
+@contextlib.contextmanager
+def heartbeat(beat: Callable[[], None]) -> Iterator[None]:
+    """Call `beat` now and every `BEAT_SECONDS`, from a thread of its own, for as long as the context lasts."""
+    over = threading.Event()
 
-    def __init__(self, beat: Callable[[], None]) -> None:
-        self.beat = beat
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> "Heartbeat":
-        self.beat()
-        self.thread.start()
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        self.over.set()
-        self.thread.join()
-
-    def _run(self) -> None:
-        while not self.over.wait(BEAT_SECONDS):
+    def run() -> None:
+        while not over.wait(BEAT_SECONDS):
             with contextlib.suppress(Exception):  # a database that is busy for a moment; the next beat tries again
-                self.beat()
+                beat()
+
+    beat()
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _place() -> str:

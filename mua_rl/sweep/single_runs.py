@@ -1,4 +1,4 @@
-"""How trials are run: each as a run of its own in a process of its own, or several side by side in one process."""
+"""Each trial as a run of its own, in a process of its own: TRL's trainer for GRPO, SB3's for PPO."""
 
 import math
 import os
@@ -7,10 +7,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import yaml
 
@@ -18,56 +17,29 @@ from mua_rl.errors import UserError
 from mua_rl.exits import ExitCode
 from mua_rl.files import write_whole
 from mua_rl.lr.spec import FFT
+from mua_rl.run.algorithms import RewardCurve
 from mua_rl.run.folder import ADAPTER_FOLDER, MODEL_FOLDER, RunFolder
 from mua_rl.run.trial import Trial, TrialResult
 from mua_rl.sweep.arguments import Request
-from mua_rl.sweep.search import why_hopeless
+from mua_rl.sweep.backend import Stopped, die_with_parent
+from mua_rl.sweep.early_stop import why_hopeless
 
 POLL_SECONDS = 0.5
 ENDED = (ExitCode.OK, ExitCode.DIVERGED, ExitCode.WORSE, ExitCode.STOPPED)
 """Exit codes of a trainer whose run came to its end."""
-REWARD = {"grpo": "reward", "ppo": "rollout/ep_rew_mean"}
-"""What a line of a run's metrics calls its training reward."""
-JUDGED = {"grpo": "reward", "ppo": "rollout/return"}
-"""What it calls the mean reward of that step alone, which no other step has a part in."""
 WEIGHTS = ("checkpoint-*", MODEL_FOLDER, ADAPTER_FOLDER, "policy.zip")
 """What a run folder holds of trained weights."""
 
 
-class Stopped(Exception):
-    """The sweep ends, and what runs with it."""
-
-
-class Runner(Protocol):
-    """Runs trials.
-
-    Attributes:
-        at_once: The most trials that `run` takes.
-    """
-
-    at_once: int
-
-    def group(self, trial: Trial) -> Hashable:
-        """Trials of one group can be run by one call."""
-
-    def run(self, trials: Sequence[Trial]) -> list[TrialResult]:
-        """What the trials reach, in order.
-
-        Raises:
-            UserError: A run failed, other than by diverging; the message says how.
-            Stopped: The sweep ends.
-        """
-
-
-class Single:
-    """Runs a trial as `python -m mua_rl.grpo` or `mua_rl.ppo`, in a run folder under `runs/`, with a log beside it.
+class SingleRuns:
+    """Runs a trial by its algorithm's command, as `python -m mua_rl.grpo`, in a run folder with a log beside it.
 
     A run that had ended before is read, not repeated; one that was cut off goes on from its checkpoint.
 
     Args:
         request: What was asked.
-        folder: The sweep's.
-        environment: Variables of the processes, beside this one's.
+        folder: The sweep's folder; the runs lie under its `runs/`.
+        environment: The variables of the processes, beside this one's.
         stop: Set from outside, it ends what runs.
     """
 
@@ -75,18 +47,19 @@ class Single:
 
     def __init__(self, request: Request, folder: Path, environment: dict[str, str], stop: threading.Event) -> None:
         self.request, self.environment, self.stop = request, environment, stop
+        self.reward, self.judged = request.algorithm.names.reward_key, request.algorithm.judged_key
         self.die_with_parent = die_with_parent()
         self.runs = folder / "runs"
         self.runs.mkdir(parents=True, exist_ok=True)
         self.config = folder / "trainer.yaml"
-        write_whole(self.config, yaml.safe_dump(request.given, sort_keys=True, allow_unicode=True))
+        write_whole(self.config, yaml.safe_dump(request.trainer_settings, sort_keys=True, allow_unicode=True))
 
     def group(self, trial: Trial) -> Hashable:
-        """See `Runner.group`: every trial is by itself."""
+        """See `Backend.group`: every trial is by itself."""
         return trial
 
     def run(self, trials: Sequence[Trial]) -> list[TrialResult]:
-        """See `Runner.run`."""
+        """See `Backend.run`."""
         return [self._run(trial) for trial in trials]
 
     def _run(self, trial: Trial) -> TrialResult:
@@ -96,7 +69,7 @@ class Single:
             stopped = self._execute(trial, folder)
         seconds, result = time.monotonic() - started, folder.result()
         if result is None:
-            result = stopped_result(folder, self.request.sweep.algo, stopped, seconds)
+            result = stopped_result(folder, self.reward, stopped, seconds)
         outcome = replace(result, seconds=max(seconds, result.seconds))
         if not self.request.sweep.keep_weights:
             remove_weights(folder)
@@ -140,12 +113,12 @@ class Single:
     def _why_hopeless(self, trial: Trial, folder: RunFolder) -> str:
         if not self.request.sweep.early_stop or self.request.steps < 1:
             return ""
-        curve = reward_curve(folder, self.request.sweep.algo)
+        curve = reward_curve(folder, self.judged)
         if not curve or curve[-1][0] >= self.request.steps:
             return ""
         same_curve = trial.name.partition("-lr")[0]
         others = [RunFolder(path) for path in self.runs.glob(f"{same_curve}-lr*") if path.is_dir()]
-        peers = [reward_curve(other, self.request.sweep.algo) for other in others if other.path != folder.path]
+        peers = [reward_curve(other, self.judged) for other in others if other.path != folder.path]
         return why_hopeless(curve, [peer for peer in peers if peer], self.request.steps, independent=True)
 
 
@@ -156,26 +129,24 @@ def trial_flags(trial: Trial) -> list[str]:
     return flags if spec == FFT else [*flags, "--init", spec.init, "--alpha", str(spec.alpha)]
 
 
-def reward_curve(folder: RunFolder, algorithm: str) -> list[tuple[int, float]]:
-    """(step, mean training reward of that step) from a run's metrics."""
-    key = JUDGED[algorithm]
+def reward_curve(folder: RunFolder, key: str) -> RewardCurve:
+    """(step, mean training reward of that step) from a run's metrics, which call the reward by a key."""
     return [(line["step"], line[key]) for line in folder.metrics() if isinstance(line.get(key), (int, float))]
 
 
-def stopped_result(folder: RunFolder, algorithm: str, reason: str, seconds: float) -> TrialResult:
+def stopped_result(folder: RunFolder, key: str, reason: str, seconds: float) -> TrialResult:
     """The result of a run that was stopped before its end, from its metrics.
 
     Args:
-        folder: The run's.
-        algorithm: Which trainer's.
+        folder: The run's folder.
+        key: What its metrics call the training reward.
         reason: Why it was stopped.
         seconds: Wall time.
     """
     before = folder.score_before()
     steps = max((line["step"] for line in folder.metrics()), default=0)
-    rewards = folder.rewards(REWARD[algorithm])
     known = math.nan if before is None else before[0]
-    return TrialResult.of_training(math.nan, math.nan, known, rewards, steps, seconds, reason)
+    return TrialResult.of_training(math.nan, math.nan, known, folder.rewards(key), steps, seconds, reason)
 
 
 def remove_weights(folder: RunFolder) -> None:
@@ -183,28 +154,6 @@ def remove_weights(folder: RunFolder) -> None:
     for pattern in WEIGHTS:
         for path in folder.path.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def environments(workers: int) -> list[dict[str, str]]:
-    """Variables for the processes of each worker, that share out the cores and the GPUs of this machine."""
-    import torch
-
-    cores = str(max(1, (os.cpu_count() or 1) // workers))
-    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": cores}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(k) for k in range(torch.cuda.device_count())]
-    if workers == 1 or len(gpus) < 2:  # one run may take all GPUs; several share the one there is
-        return [threads] * workers
-    return [{**threads, "CUDA_VISIBLE_DEVICES": gpus[k % len(gpus)]} for k in range(workers)]
-
-
-def die_with_parent() -> Callable[[], None] | None:
-    """What a new process calls to be killed when the thread that made it ends, however that comes (Linux alone)."""
-    if sys.platform != "linux":
-        return None
-    from mua_rl.rewards.sandbox import isolation
-
-    return isolation.die_with_parent
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -9,9 +9,11 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPT2LMH
 
 from mua_rl.grpo.stacked import trainer as grpo
 from mua_rl.lm import models
+from mua_rl.run.trial import Trial
 from mua_rl.sweep.arguments import parse
+from mua_rl.sweep.backend import why_single
 from mua_rl.sweep.facts import Facts, find_facts
-from mua_rl.sweep.side_by_side import SideBySide, why_not
+from mua_rl.sweep.stacked_runs import StackedRuns
 
 
 @pytest.fixture
@@ -27,13 +29,13 @@ def conv1d_model(tmp_path):
 def test_arms_on_layers_that_cannot_be_stacked_go_singly_without_being_asked(conv1d_model):
     request = parse(["--model", conv1d_model, "--ranks", "2", "--target_modules", "c_fc"])
     facts = find_facts(request)
-    assert "take linear layers" in why_not(request, request.specs[0], facts.obstacle)
+    assert "take linear layers" in why_single(request, Trial(request.specs[0], -10.0, 0), facts.obstacle)
 
 
 def test_arms_on_linear_layers_go_side_by_side():
     request = parse(["--ranks", "2"])
     facts = find_facts(request)
-    assert why_not(request, request.specs[0], facts.obstacle) == ""
+    assert why_single(request, Trial(request.specs[0], -10.0, 0), facts.obstacle) == ""
     begun_earlier = {**asdict(facts), "linear": True}
     del begun_earlier["obstacle"]
     assert Facts.from_dict(begun_earlier) == facts
@@ -49,7 +51,7 @@ def test_arms_of_a_model_with_sliding_attention_or_dropout_go_singly_without_bei
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         request = parse(["--model", str(folder), "--ranks", "2"])
-        assert reason in why_not(request, request.specs[0], find_facts(request).obstacle)
+        assert reason in why_single(request, Trial(request.specs[0], -10.0, 0), find_facts(request).obstacle)
 
 
 def test_a_hopeless_arm_is_seen_through_steps_without_a_score(tmp_path, monkeypatch):
@@ -64,6 +66,6 @@ def test_a_hopeless_arm_is_seen_through_steps_without_a_score(tmp_path, monkeypa
         return []
 
     monkeypatch.setattr(grpo, "train_side_by_side", train)
-    SideBySide(parse(["--ranks", "2", "--max_steps", "20"]), tmp_path).run(trials)
+    StackedRuns(parse(["--ranks", "2", "--max_steps", "20"]), tmp_path).run(trials)
     assert asked[trials[0]] is None
     assert asked[trials[1]].startswith("the reward fell")
