@@ -14,6 +14,7 @@ from mua_rl.ppo.arguments import PPOArguments
 from mua_rl.ppo.checkpoint import Checkpoints, load_checkpoint
 from mua_rl.ppo.envs import evaluation_envs
 from mua_rl.ppo.evaluation import evaluate
+from mua_rl.ppo.layers import CRITIC, HEAD
 from mua_rl.ppo.logs import RETURN, OwnReturns, make_logger
 from mua_rl.ppo.setup import POLICY, PPOSetup, bare_envs, set_up
 from mua_rl.run.arguments import AdapterArguments
@@ -77,7 +78,8 @@ class PPOLearner:
     def measure(self) -> Measurement:
         """See `Learner.measure`."""
         returns = evaluate(self.model, self.held_out, self.arguments.eval_episodes)
-        return Measurement(returns.mean, returns.standard_error, str(returns), {"held_out/iqm": returns.iqm})
+        metrics = {"held_out/iqm": returns.iqm}
+        return Measurement(returns.mean, returns.standard_error, str(returns), metrics, returns.values)
 
     def save(self, run: RunFolder) -> None:
         """Write the merged policy for plain SB3, the statistics that belong to it, and the adapter for plain PEFT."""
@@ -119,7 +121,8 @@ def train(arguments: PPOArguments, adapter_arguments: AdapterArguments, given: d
     setup = set_up(arguments, adapter_arguments)
     model = setup.model
     name = f"ppo-{arguments.env_id.rpartition(':')[2]}-r{adapter_arguments.rank or 'full'}"
-    rate = {**setup.rate.as_dict(), "head": model.head_learning_rate}
+    others = {HEAD: model.head_learning_rate, CRITIC: model.critic_learning_rate}
+    rate = {**setup.rate.as_dict(), **{role: value for role, value in others.items() if value is not None}}
     run, checkpoint = open_run(adapter_arguments.resume, arguments.output_dir, name, given, rate)
     _announce(arguments, setup, run)
     live(run, PPOLearner(setup, arguments, run), checkpoint)
@@ -134,6 +137,8 @@ def _announce(arguments: PPOArguments, setup: PPOSetup, run: RunFolder) -> None:
     layers = f": LoRA on {', '.join(model.target_layers)}, and the heads" if is_lora else ""
     what = f"[bold]{escape(arguments.env_id)}[/] from {escape(setup.base.name)} ({total:,} weights)"
     announce(run, f"{what}, {escape(str(setup.configuration))}, {trained:,} trained{layers}", setup.rate)
+    for layer, rank in getattr(model.attached, "layer_ranks", {}).items():
+        say(f"{escape(layer)} carries rank {rank}, the most that it can")
     if setup.pretrained is not None and setup.pretrained.vec_normalize is not None:
         say(f"observation statistics {escape(str(setup.pretrained.vec_normalize))}")
     if setup.pretrained is None and is_lora:
@@ -171,7 +176,10 @@ def lr_record(arguments: PPOArguments, setup: PPOSetup, metric: dict) -> LRRecor
         metric=metric,
         seeds=[arguments.seed],
         versions=package_versions(),
-        other_learning_rates={"head": model.head_learning_rate or setup.rate.value},
+        other_learning_rates={
+            HEAD: model.head_learning_rate or setup.rate.value,
+            **({CRITIC: model.critic_learning_rate} if model.critic_learning_rate else {}),
+        },
         outputs=configuration.outputs,
         note=setup.rate.reason,
     )
