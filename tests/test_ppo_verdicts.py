@@ -109,3 +109,48 @@ def test_the_scores_before_are_kept_for_a_resumed_run(tmp_path, monkeypatch):
     folder = run(tmp_path, "run", "--lr", "0.001")
     first = json.loads((folder.path / "metrics.jsonl").read_text().splitlines()[0])
     assert first["scores_before"] == [1.0, 2.0, 3.0] and LRRecord.load(folder.path).metric["before"] == 2.0
+
+
+# Where the learning rate comes from
+
+
+def rate(*flags):
+    return set_up(*parse(list(flags))[:2]).rate
+
+
+def test_a_run_like_the_records_has_its_rate_without_a_doubt():
+    own = rate("--total_timesteps", "25600")
+    assert "the record's own configuration" in own.reason and not own.warning
+
+
+@pytest.mark.parametrize(
+    ("flags", "difference"),
+    [
+        (["--batch_size", "1024"], "minibatch 128 → 1024"),
+        (["--n_epochs", "10"], "epochs 5 → 10"),
+        (["--target_kl", "0"], "target_kl 0.03 → None"),
+        (["--lr_schedule", "constant"], "schedule linear → constant"),
+        (
+            ["--env_id", "mua_rl/CartPole-LongerPole-v0"],
+            "task mua_rl/CartPole-LongPole-v0 → mua_rl/CartPole-LongerPole",
+        ),
+        (["--n_envs", "4", "--n_steps", "64"], "environments 8 → 4, steps_per_rollout 128 → 64"),
+        (["--target_modules", "actor"], "layers ['mlp_extractor.policy_net.2', 'mlp_extractor.value_net.2'] →"),
+    ],
+)
+def test_a_rate_from_a_record_names_what_differs_in_this_run(flags, difference):
+    other = rate(*flags)
+    assert difference in other.warning and "own configuration" not in other.reason
+    assert "nine times in ten" not in other.reason and other.value == rate().value
+
+
+def test_a_new_record_knows_its_discount(tmp_path, monkeypatch):
+    monkeypatch.setattr("mua_rl.run.life.has_gained", lambda *_: True)
+    folder = run(tmp_path, "run", "--lr", "0.001", "--gamma", "0.9")
+    assert "gamma 0.9 → 0.99" in rate("--lr_from", str(folder.path), "--n_steps", "64", "--gamma", "0.99").warning
+
+
+def test_a_guess_comes_from_the_record_of_the_same_family(tmp_path):
+    stable_baselines3.PPO("MlpPolicy", "Pendulum-v1", device="cpu").save(tmp_path / "mine.zip")
+    guess = rate("--base", str(tmp_path / "mine.zip"), "--env_id", "mua_rl/Pendulum-HeavyBob-v0")
+    assert "a guess" in guess.reason and "the shipped record ppo-pendulum" in guess.reason

@@ -16,7 +16,7 @@ from mua_rl.ppo.envs import evaluation_envs
 from mua_rl.ppo.evaluation import evaluate
 from mua_rl.ppo.layers import CRITIC, HEAD
 from mua_rl.ppo.logs import RETURN, OwnReturns, make_logger
-from mua_rl.ppo.setup import POLICY, PPOSetup, bare_envs, set_up
+from mua_rl.ppo.setup import POLICY, PPOSetup, bare_envs, batch, set_up
 from mua_rl.run.arguments import AdapterArguments
 from mua_rl.run.folder import ADAPTER_FOLDER, RunFolder, open_run, start_wandb
 from mua_rl.run.life import Measurement, Names, announce, live, say
@@ -166,13 +166,7 @@ def lr_record(arguments: PPOArguments, setup: PPOSetup, metric: dict) -> LRRecor
             "max_grad_norm": model.max_grad_norm,
         },
         schedule={"name": arguments.lr_schedule, "final_fraction": 0.1, "env_steps": arguments.total_timesteps},
-        batch={
-            "environments": model.n_envs,
-            "steps_per_rollout": model.n_steps,
-            "minibatch": model.batch_size,
-            "epochs": model.n_epochs,
-            "target_kl": model.target_kl,
-        },
+        batch=batch(model),
         metric=metric,
         seeds=[arguments.seed],
         versions=package_versions(),

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv
@@ -85,7 +86,10 @@ def set_up(arguments: PPOArguments, adapter_arguments: AdapterArguments) -> PPOS
             f"mua_rl: the clip_range of {pretrained.path} changes on the way or is of an older SB3, and is not read: "
             f"{clip:g}, SB3's default, is taken; --clip_range gives another."
         )
-    base = Base(name, fingerprint(model.policy), record)
+    conditions = {**batch(model), "schedule": arguments.lr_schedule, "task": arguments.env_id}
+    if adapter.rank is not None:
+        conditions["layers"] = model.target_layers
+    base = Base(name, fingerprint(model.policy), record, arguments.env_id, conditions)
     configuration = model.configuration()
     rate = resolve_learning_rate(adapter_arguments, configuration, base, "ppo")
     head_rate = rate.others.get("head") if arguments.head_lr is None else arguments.head_lr
@@ -97,6 +101,18 @@ def set_up(arguments: PPOArguments, adapter_arguments: AdapterArguments) -> PPOS
         learning_rate=arguments.schedule(rate.value), head_learning_rate=head_rate, critic_learning_rate=critic_rate
     )
     return PPOSetup(model, pretrained, base, configuration, rate)
+
+
+def batch(model: PPO) -> dict[str, Any]:
+    """What a record says of the data of an update, and of what is made of it."""
+    return {
+        "environments": model.n_envs,
+        "steps_per_rollout": model.n_steps,
+        "minibatch": model.batch_size,
+        "epochs": model.n_epochs,
+        "target_kl": model.target_kl,
+        "gamma": model.gamma,
+    }
 
 
 def training_envs(arguments: PPOArguments, pretrained: BasePolicy | None) -> VecEnv:
