@@ -19,7 +19,6 @@ from typing import Any, Self
 import stable_baselines3
 import torch
 from gymnasium import spaces
-from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -294,6 +293,8 @@ class PPO(stable_baselines3.PPO):
         """
         if not isinstance(self.attached, LoRA):
             return
+        from peft import get_peft_model  # here, since it imports transformers, which takes seconds
+
         folder = Path(folder)
         trained = {name: value.detach() for name, value in self.learner.named_parameters() if value.requires_grad}
         with torch.random.fork_rng():
