@@ -13,6 +13,7 @@ from mua_rl.errors import UserError  # noqa: E402
 from mua_rl.lr.record import LRRecord  # noqa: E402
 from mua_rl.ppo import run as ppo_run  # noqa: E402
 from mua_rl.ppo.arguments import parse  # noqa: E402
+from mua_rl.ppo.base import read_base_policy  # noqa: E402
 from mua_rl.ppo.envs import build_envs  # noqa: E402
 from mua_rl.ppo.evaluation import Returns, evaluate  # noqa: E402
 from mua_rl.ppo.setup import set_up  # noqa: E402
@@ -154,3 +155,25 @@ def test_a_guess_comes_from_the_record_of_the_same_family(tmp_path):
     stable_baselines3.PPO("MlpPolicy", "Pendulum-v1", device="cpu").save(tmp_path / "mine.zip")
     guess = rate("--base", str(tmp_path / "mine.zip"), "--env_id", "mua_rl/Pendulum-HeavyBob-v0")
     assert "a guess" in guess.reason and "the shipped record ppo-pendulum" in guess.reason
+
+
+def test_the_best_policy_on_the_way_is_kept_and_measured_where_it_was(tmp_path, monkeypatch, capsys):
+    means = iter([1.0, 4.0, 9.0, 5.0, 6.0])  # before, three on the way, after
+    monkeypatch.setattr(ppo_run, "evaluate", lambda *_: Returns([next(means)] * 3))
+    folder = run(tmp_path, "run", "--lr", "0.01", "--total_timesteps", "2048", "--eval_steps", "512")
+    measured = [(line["step"], line["held_out/return"]) for line in folder.metrics() if "held_out/return" in line]
+    assert measured == [(0, 1.0), (512, 4.0), (1024, 9.0), (1536, 5.0), (2048, 6.0)]
+    best = stable_baselines3.PPO.load(folder.path / "best_policy.zip", device="cpu")
+    assert best.num_timesteps == 1024
+    assert "the best on the way, 9 after 1,024 steps" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_measuring_on_the_way_changes_nothing_in_training(tmp_path):
+    flags = ["--env_id", "Pendulum-v1", "--base", "none", "--rank", "full", "--lr", "0.001", "--vec_normalize", "new"]
+    plain = run(tmp_path, "plain", *flags).path
+    measured = run(tmp_path, "measured", *flags, "--eval_steps", "512").path
+    one, two = (
+        stable_baselines3.PPO.load(f / "policy.zip", device="cpu").policy.state_dict() for f in (plain, measured)
+    )
+    assert all((one[name] == two[name]).all() for name in one)
+    assert (measured / "best_vecnormalize.pkl").exists()

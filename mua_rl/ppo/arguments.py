@@ -121,6 +121,13 @@ class PPOArguments:
         default="auto", metadata={"help": "auto: the CPU for an MlpPolicy, else a GPU if there is one."}
     )
     eval_episodes: int = field(default=40, metadata={"help": "Held-out episodes before and after training."})
+    eval_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Environment steps between held-out measurements on the way, the best policy of which is kept as "
+            "best_policy.zip. Default: none."
+        },
+    )
     checkpoint_steps: int | None = field(
         default=None, metadata={"help": "Environment steps between checkpoints. Default: a fifth of the run."}
     )
@@ -136,7 +143,15 @@ class PPOArguments:
                 raise UserError('--wrapper is no JSON: write \'["pkg:One", {"pkg:Two": {"size": 3}}]\'.')
         if not 0 <= self.seed < TRAINING_SEEDS:
             raise UserError(f"--seed must lie between 0 and {TRAINING_SEEDS - 1}, not at {self.seed}.")
-        for name in ("total_timesteps", "eval_episodes", "frame_stack", "n_envs", "checkpoint_steps", "n_epochs"):
+        for name in (
+            "total_timesteps",
+            "eval_episodes",
+            "frame_stack",
+            "n_envs",
+            "checkpoint_steps",
+            "n_epochs",
+            "eval_steps",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name} must be at least 1, not {value}.")

@@ -7,15 +7,17 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from stable_baselines3.common.callbacks import BaseCallback
 
 from mua_rl.errors import Unscored, UserError
 from mua_rl.lr.record import LRRecord, package_versions
 from mua_rl.ppo.arguments import PPOArguments
 from mua_rl.ppo.checkpoint import Checkpoints, load_checkpoint
 from mua_rl.ppo.envs import evaluation_envs
-from mua_rl.ppo.evaluation import evaluate
+from mua_rl.ppo.evaluation import Returns, evaluate
 from mua_rl.ppo.layers import CRITIC, HEAD
 from mua_rl.ppo.logs import RETURN, OwnReturns, make_logger
+from mua_rl.ppo.on_the_way import BEST, Evaluations, best_so_far
 from mua_rl.ppo.setup import POLICY, PPOSetup, bare_envs, batch, set_up
 from mua_rl.run.arguments import AdapterArguments
 from mua_rl.run.folder import ADAPTER_FOLDER, RunFolder, open_run, start_wandb
@@ -68,16 +70,23 @@ class PPOLearner:
             load_checkpoint(self.model, checkpoint)
         own_returns = OwnReturns()
         every = arguments.checkpoint_steps or max(1, total // 5)
+        callbacks: list[BaseCallback] = [own_returns, Checkpoints(self.run.path, every, on_restart=own_returns.restart)]
+        if arguments.eval_steps is not None:
+            callbacks.append(Evaluations(self.run, arguments.eval_steps, self.returns, NAMES.score_key))
         self.model.learn(
             total - self.model.num_timesteps,
-            callback=[own_returns, Checkpoints(self.run.path, every, on_restart=own_returns.restart)],
+            callback=callbacks,
             reset_num_timesteps=checkpoint is None,
             progress_bar=arguments.progress_bar and Console().is_terminal,
         )
 
+    def returns(self) -> Returns:
+        """Held-out returns of the policy as it is now."""
+        return evaluate(self.model, self.held_out, self.arguments.eval_episodes)
+
     def measure(self) -> Measurement:
         """See `Learner.measure`."""
-        returns = evaluate(self.model, self.held_out, self.arguments.eval_episodes)
+        returns = self.returns()
         metrics = {"held_out/iqm": returns.iqm}
         return Measurement(returns.mean, returns.standard_error, str(returns), metrics, returns.values)
 
@@ -98,7 +107,10 @@ class PPOLearner:
 
     def remarks(self) -> list[str]:
         """See `Learner.remarks`."""
-        return [f"the policy for stable_baselines3.PPO.load: {self.run.path / POLICY}"]
+        lines = [f"the policy for stable_baselines3.PPO.load: {self.run.path / POLICY}"]
+        if (self.run.path / BEST).exists() and (best := best_so_far(self.run, NAMES.score_key)):
+            lines.append(f"the best on the way, {best[0]:.4g} after {best[1]:,} steps: {self.run.path / BEST}")
+        return lines
 
     def doubt(self) -> str:
         """See `Learner.doubt`."""

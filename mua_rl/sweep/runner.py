@@ -30,7 +30,7 @@ REWARD = {"grpo": "reward", "ppo": "rollout/ep_rew_mean"}
 """What a line of a run's metrics calls its training reward."""
 JUDGED = {"grpo": "reward", "ppo": "rollout/return"}
 """What it calls the mean reward of that step alone, which no other step has a part in."""
-WEIGHTS = ("checkpoint-*", MODEL_FOLDER, ADAPTER_FOLDER, "policy.zip")
+WEIGHTS = ("checkpoint-*", MODEL_FOLDER, ADAPTER_FOLDER, "policy.zip", "best_policy.zip")
 """What a run folder holds of trained weights."""
 
 
