@@ -172,8 +172,8 @@ def test_measuring_on_the_way_changes_nothing_in_training(tmp_path):
     flags = ["--env_id", "Pendulum-v1", "--base", "none", "--rank", "full", "--lr", "0.001", "--vec_normalize", "new"]
     plain = run(tmp_path, "plain", *flags).path
     measured = run(tmp_path, "measured", *flags, "--eval_steps", "512").path
-    one, two = (
-        stable_baselines3.PPO.load(f / "policy.zip", device="cpu").policy.state_dict() for f in (plain, measured)
-    )
+    loaded = (stable_baselines3.PPO.load(folder / "policy.zip", device="cpu") for folder in (plain, measured))
+    one, two = (model.policy.state_dict() for model in loaded)
     assert all((one[name] == two[name]).all() for name in one)
-    assert (measured / "best_vecnormalize.pkl").exists()
+    best = read_base_policy(measured / "best_policy.zip")
+    assert best.vec_normalize == measured / "best_vecnormalize.pkl"
