@@ -158,11 +158,11 @@ def test_a_guess_comes_from_the_record_of_the_same_family(tmp_path):
 
 
 def test_the_best_policy_on_the_way_is_kept_and_measured_where_it_was(tmp_path, monkeypatch, capsys):
-    means = iter([1.0, 4.0, 9.0, 5.0, 6.0])  # before, three on the way, after
+    means = iter([1.0, 4.0, 9.0, 5.0, 60.0])  # before, three on the way, after
     monkeypatch.setattr(ppo_run, "evaluate", lambda *_: Returns([next(means)] * 3))
     folder = run(tmp_path, "run", "--lr", "0.01", "--total_timesteps", "2048", "--eval_steps", "512")
     measured = [(line["step"], line["held_out/return"]) for line in folder.metrics() if "held_out/return" in line]
-    assert measured == [(0, 1.0), (512, 4.0), (1024, 9.0), (1536, 5.0), (2048, 6.0)]
+    assert measured == [(0, 1.0), (512, 4.0), (1024, 9.0), (1536, 5.0), (2048, 60.0)]
     best = stable_baselines3.PPO.load(folder.path / "best_policy.zip", device="cpu")
     assert best.num_timesteps == 1024
     assert "the best on the way, 9 after 1,024 steps" in capsys.readouterr().out.replace("\n", " ")

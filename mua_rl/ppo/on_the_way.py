@@ -33,7 +33,7 @@ class Evaluations(BaseCallback):
         if steps // self.every == self._last // self.every:
             return
         self._last = steps
-        returns, best = self.measure(), best_so_far(self.run, self.key)
+        returns, best = self.measure(), best_before(self.run, self.key, steps)
         self.run.log(steps, {self.key: returns.mean, "held_out/iqm": returns.iqm})
         if best is None or returns.mean > best[0]:
             self.model.save(self.run.path / BEST)
@@ -44,9 +44,9 @@ class Evaluations(BaseCallback):
         return True
 
 
-def best_so_far(run: RunFolder, key: str) -> tuple[float, int] | None:
-    """The highest mean return on the way, and the step that it was measured after; None before the first."""
-    measured = [(line[key], -line["step"]) for line in run.metrics() if key in line and line["step"] > 0]
+def best_before(run: RunFolder, key: str, end: int) -> tuple[float, int] | None:
+    """The highest mean return before step `end`, and the step that it was measured after; None: there is none."""
+    measured = [(line[key], -line["step"]) for line in run.metrics() if key in line and 0 < line["step"] < end]
     if not measured:
         return None
     score, step = max(measured)

@@ -1,5 +1,6 @@
 """One PPO run from arguments to record."""
 
+import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ from mua_rl.ppo.envs import evaluation_envs
 from mua_rl.ppo.evaluation import Returns, evaluate
 from mua_rl.ppo.layers import CRITIC, HEAD
 from mua_rl.ppo.logs import RETURN, OwnReturns, make_logger
-from mua_rl.ppo.on_the_way import BEST, Evaluations, best_so_far
+from mua_rl.ppo.on_the_way import BEST, Evaluations, best_before
 from mua_rl.ppo.setup import POLICY, PPOSetup, bare_envs, batch, set_up
 from mua_rl.run.arguments import AdapterArguments
 from mua_rl.run.folder import ADAPTER_FOLDER, RunFolder, open_run, start_wandb
@@ -108,7 +109,7 @@ class PPOLearner:
     def remarks(self) -> list[str]:
         """See `Learner.remarks`."""
         lines = [f"the policy for stable_baselines3.PPO.load: {self.run.path / POLICY}"]
-        if (self.run.path / BEST).exists() and (best := best_so_far(self.run, NAMES.score_key)):
+        if (self.run.path / BEST).exists() and (best := best_before(self.run, NAMES.score_key, self.steps)):
             lines.append(f"the best on the way, {best[0]:.4g} after {best[1]:,} steps: {self.run.path / BEST}")
         return lines
 
@@ -146,7 +147,10 @@ def _announce(arguments: PPOArguments, setup: PPOSetup, run: RunFolder) -> None:
     model, is_lora = setup.model, bool(setup.model.attached.rank)
     trained = sum(p.numel() for p in model.learner.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.policy.parameters())
-    layers = f": LoRA on {', '.join(model.target_layers)}, and the heads" if is_lora else ""
+    whole = [n for n, p in model.learner.named_parameters() if p.requires_grad and "lora_" not in n]
+    whole = list(dict.fromkeys(re.sub(r"(\.\d+)?\.(weight|bias)$", "", name) for name in whole))
+    fully = f", all of {', '.join(whole)}" if whole else ""
+    layers = f": LoRA on {', '.join(model.target_layers)}{fully}" if is_lora else ""
     what = f"[bold]{escape(arguments.env_id)}[/] from {escape(setup.base.name)} ({total:,} weights)"
     announce(run, f"{what}, {escape(str(setup.configuration))}, {trained:,} trained{layers}", setup.rate)
     for layer, rank in getattr(model.attached, "layer_ranks", {}).items():
