@@ -8,10 +8,10 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser
@@ -122,7 +122,7 @@ def _names(item: str) -> list[str]:
 class _Parser(HfArgumentParser):
     """transformers' parser, which says what is wrong without printing some hundred flags before it."""
 
-    likes: Mapping[str, str] = {}
+    likes: ClassVar[Mapping[str, str]] = {}
     """What other programs call by these names, and what takes their place here."""
 
     def error(self, message: str) -> NoReturn:
