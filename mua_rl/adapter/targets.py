@@ -1,17 +1,22 @@
 """Which layers of a model carry LoRA, and how large they are, for any `nn.Module` that PEFT can target."""
 
+from __future__ import annotations
+
 import copy
 import math
 import re
+import sys
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from mua_rl.errors import UserError, one_line
+
+if TYPE_CHECKING:  # it imports transformers, which takes seconds that full finetuning of a small policy has no use for
+    from peft import LoraConfig, PeftModel
+    from peft.tuners.lora import LoraLayer
 
 MLP_PROJECTIONS = (
     ("gate_proj", "up_proj", "gate_up_proj", "down_proj"),  # Llama and its like, the first two fused in Phi-3's
@@ -48,8 +53,10 @@ def resolve_targets(model: nn.Module, targets: TargetModules) -> TargetModules:
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     """Every layer that carries LoRA, with its name."""
+    if (peft := sys.modules.get("peft.tuners.lora")) is None:
+        return  # nothing can carry LoRA yet
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, peft.LoraLayer):
             yield name, module
 
 
@@ -96,6 +103,8 @@ def targeted_layers(
         skeleton = copy.deepcopy(model, memo)
     convolutions = [module for module in model.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
     rank = math.lcm(*(module.groups for module in convolutions))  # PEFT wants a rank that every grouping divides
+    from peft import LoraConfig
+
     config: Any = LoraConfig(r=rank, target_modules=resolve_targets(model, targets))
     for name, layer in lora_layers(inject(skeleton, config)):
         yield name.removeprefix("base_model.model."), lora_matrices(layer)
@@ -135,6 +144,8 @@ def inject(model: nn.Module, config: LoraConfig) -> PeftModel:
     """
     leave_fast_path(model)
     try:
+        from peft import get_peft_model
+
         return get_peft_model(model, config)
     except (ValueError, re.error) as error:
         raise UserError(f"LoRA cannot be attached: {one_line(error)}") from None
