@@ -13,6 +13,10 @@ class Diverged(RuntimeError):
     """Training has left the finite numbers; the message says where."""
 
 
+class CannotLearn(RuntimeError):
+    """Training was stopped, since its steps taught nothing any more; the message says why, and the cure."""
+
+
 class PolicyWorse(RuntimeError):
     """Training has ended, and the policy is worse than it was; the message says what may be done."""
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import NoReturn
 
-from mua_rl.errors import Diverged, EngineFailed, PolicyWorse, Unscored, UserError, one_line
+from mua_rl.errors import CannotLearn, Diverged, EngineFailed, PolicyWorse, Unscored, UserError, one_line
 
 
 class ExitCode(IntEnum):
@@ -27,6 +27,8 @@ class ExitCode(IntEnum):
     """The policy ended worse than it began."""
     UNSCORED = 6
     """No step could teach anything: no reward gave a score, for example."""
+    STOPPED = 7
+    """The run was stopped, since it could not learn any more."""
     INTERRUPTED = 130
     """The command was interrupted from the keyboard, as shells have it."""
 
@@ -53,6 +55,8 @@ def run_command(main: Callable[[], None], after_interrupt: str = "") -> None:
         leave(f"mua_rl: error: {error}", code)
     except Diverged as error:
         leave(f"mua_rl: the run diverged: {error}; try a quarter of the learning rate with --lr.", ExitCode.DIVERGED)
+    except CannotLearn as error:
+        leave(f"mua_rl: the run was stopped: {error}.", ExitCode.STOPPED)
     except PolicyWorse as error:
         leave(f"mua_rl: {error}", ExitCode.WORSE)
     except EngineFailed as error:

@@ -209,6 +209,7 @@ def test_every_grpo_config_field_is_a_flag():
         "isolation",
         "held_out_steps",
         "held_out_problems",
+        "patience",
         "vllm_sync",
         "completions_per_step",
     }

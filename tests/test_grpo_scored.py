@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 
 from mua_rl.envs.tasks import get_task
-from mua_rl.errors import Unscored, UserError
+from mua_rl.errors import CannotLearn, Unscored, UserError
 from mua_rl.grpo import run as grpo
 from mua_rl.grpo.arguments import GRPOArguments, parse
 from mua_rl.grpo.scored import unscored
-from mua_rl.grpo.stacked.trainer import SideBySide
+from mua_rl.grpo.stacked.trainer import StackedTrainer
 from mua_rl.run.folder import RunFolder
 from mua_rl.run.trial import AdapterSpec, Status, Trial
 
@@ -52,11 +52,22 @@ def test_a_run_whose_rewards_never_differed_leaves_no_record(tmp_path, monkeypat
     ends_unscored(tmp_path / "r", r"differed in reward in any of 2 steps.* was 0.25; see what the rewards of the task")
 
 
+def test_a_run_that_teaches_nothing_any_more_is_stopped_with_cause_and_cure_and_goes_on_where_that_is_asked(tmp_path):
+    flags = ["--max_completion_length", "1", "--max_steps", "40", "--logging_steps", "1", "--learning_rate", "0.001"]
+    with pytest.raises(CannotLearn, match=r"all completions were cut off .*--max_completion_length.*step 6 of 40"):
+        run(tmp_path / "r", *flags, "--patience", "6")
+    result = RunFolder(tmp_path / "r").result()
+    assert (result.status, result.steps) == (Status.STOPPED, 6)
+    assert "in 6 steps in a row" in result.reason
+    assert not (tmp_path / "r" / "lr_record.json").exists()
+    ends_unscored(tmp_path / "on", "of all 7 steps", *flags, "--max_steps", "7", "--patience", "0")
+
+
 def test_trials_side_by_side_whose_completions_were_all_masked_end_so_too():
     arguments, _, _ = parse([*SMALL[:-6], "--max_steps", "1", "--max_completion_length", "1", "--lr", "1e-3"])
     trial = Trial(AdapterSpec.parse(4), -8, 0)
     with pytest.raises(Unscored, match="all completions of all 1 steps were cut off at 1 tokens"):
-        SideBySide(arguments, [trial]).train()
+        StackedTrainer(arguments, [trial]).train()
 
 
 DULL = {"reward": 0.5, "grad_norm": 0.0, "completions/clipped_ratio": 0.5, "frac_reward_zero_std": 1.0}

@@ -11,7 +11,7 @@ from trl.trainer.utils import RepeatSampler
 
 from mua_rl.adapter.adapters import LoRA, adapter_for, load_adapter
 from mua_rl.adapter.targets import lora_layers, lora_matrices
-from mua_rl.errors import UserError
+from mua_rl.errors import Unscored, UserError
 from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.stacked.cache import share
 from mua_rl.grpo.stacked.generation import Decoder, Sampling, choose
@@ -118,6 +118,24 @@ def test_an_arm_that_goes_wrong_changes_nothing_in_the_others(fault):
         assert "not finite in 3 steps" in outcomes[1].reason
         assert math.isnan(outcomes[1].score)
         assert trainer.stack.active == [0, 2]
+
+
+def test_a_trial_that_cannot_learn_any_more_is_stopped_with_cause_and_cure_and_the_others_go_on():
+    ruined = make_trial(rank=4, init="B", alpha="1", log2_lr=math.log2(10), seed=5)
+    trainer = side_by_side([MIXED[0], ruined], max_steps=9, patience=4)
+    ours, theirs = trainer.train()
+    assert (ours.status, ours.steps) == (Status.OK, 9)
+    assert (theirs.status, math.isnan(theirs.score)) == (Status.STOPPED, True)
+    assert 4 < theirs.steps < 9
+    assert "try a quarter" in theirs.reason
+    assert side_by_side([ruined], max_steps=9, patience=0).train()[0].status is Status.WORSE
+
+
+def test_a_group_of_which_no_trial_could_ever_learn_ends_at_once_and_says_why():
+    trainer, steps = side_by_side(MIXED, max_steps=30, patience=3, max_completion_length=1), []
+    with pytest.raises(Unscored, match="cut off at 1 tokens"):
+        trainer.train(lambda step, metrics: steps.append(step))
+    assert steps == [1, 2, 3]
 
 
 def test_every_arm_has_its_own_learning_rate_and_the_schedule_of_a_single_run():

@@ -14,12 +14,13 @@ from mua_rl.lm import models
 from mua_rl.run import processes
 from mua_rl.run.arguments import AdapterArguments, parse_run
 from mua_rl.run.folder import RunFolder
+from mua_rl.run.judge import PATIENCE
 
 _LEAST = {
     "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "completions_per_step": 1,
     "steps_per_generation": 1, "num_iterations": 1, "num_generations": 2, "max_completion_length": 1,
-    "held_out_problems": 1, "held_out_steps": 0, "beta": 0, "epsilon": 0, "weight_decay": 0, "max_grad_norm": 0,
-    "top_k": 0, "neftune_noise_alpha": 0,
+    "held_out_problems": 1, "held_out_steps": 0, "patience": 0, "beta": 0, "epsilon": 0, "weight_decay": 0,
+    "max_grad_norm": 0, "top_k": 0, "neftune_noise_alpha": 0,
 }  # fmt: skip
 _SHARES = ("top_p", "min_p", "top_entropy_quantile")
 _CHOICES = {
@@ -86,6 +87,9 @@ class GRPOArguments(GRPOConfig):
     )
     held_out_steps: int = field(
         default=25, metadata={"help": "Measure held-out accuracy every so many steps; 0: only before and after."}
+    )
+    patience: int = field(
+        default=PATIENCE, metadata={"help": "Stop when so many steps in a row have taught nothing; 0: never."}
     )
     output_dir: str | None = field(default=None, metadata={"help": "Run folder. Default: a new one under runs/."})
     learning_rate: float | None = field(default=None, metadata={"help": "The same as --lr."})  # type: ignore[assignment]

@@ -16,12 +16,13 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer as trl_grpo_trainer
 
 from mua_rl.adapter.groups import learning_rates, param_groups
-from mua_rl.errors import Diverged
+from mua_rl.errors import CannotLearn, Diverged
 from mua_rl.lm.text import begins_answer, completion_texts, prompt_ids
 from mua_rl.rollouts.correction import CorrectedGRPOTrainer
 from mua_rl.rollouts.sync import replaced
 from mua_rl.run import processes
 from mua_rl.run.folder import RunFolder
+from mua_rl.run.judge import why_no_learning
 
 
 class GRPOTrainer(CorrectedGRPOTrainer):
@@ -112,11 +113,15 @@ class GRPOTrainer(CorrectedGRPOTrainer):
         super()._save(output_dir, state_dict)
 
 
+_FEWEST_ENTRIES = 5  # in the metrics, by which a run is judged: an entry has the gradient of its last step alone
+
+
 class RunCallback(TrainerCallback):
     """Writes the metrics, measures held-out accuracy on the way, and stops a run that diverges.
 
     A step whose gradient is not finite changes nothing (`gradient_not_finite` in the metrics marks it): one bad batch
-    need not cost the run. After `PATIENCE` of them in a row the run has diverged.
+    need not cost the run. After `PATIENCE` of them in a row the run has diverged. A run whose steps teach nothing any
+    more is stopped (`mua_rl.run.judge`).
 
     Args:
         run: Where metrics go.
@@ -132,6 +137,7 @@ class RunCallback(TrainerCallback):
         self.held_out_steps = held_out_steps
         self.used: dict[str, float] = {}
         self.bad_steps = 0
+        self.history: list[dict[str, Any]] = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Note the learning rates that this very step uses; drop its gradient where that is not finite.
@@ -158,6 +164,10 @@ class RunCallback(TrainerCallback):
                 f"the gradient was not finite in {self.PATIENCE} steps in a row, up to step {state.global_step + 1}"
             )
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Recall the metrics of a run that is resumed."""
+        self.history = processes.on_main(lambda: [line for line in self.run.metrics() if "loss" in line])
+
     def on_step_end(self, args, state, control, **kwargs):
         """Measure on the way."""
         if self.held_out_steps and state.global_step % self.held_out_steps == 0 and state.global_step < state.max_steps:
@@ -166,9 +176,20 @@ class RunCallback(TrainerCallback):
                 self.run.log(state.global_step, metrics)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """One line of metrics a step."""
-        if state.is_world_process_zero and logs and "loss" in logs:
+        """Write one line of metrics a step.
+
+        Raises:
+            CannotLearn: The steps have taught nothing for as long as `--patience` allows.
+        """
+        if not logs or "loss" not in logs:
+            return
+        if state.is_world_process_zero:
             self.run.log(state.global_step, {**logs, **self.used})
+        self.history.append(logs)
+        patience = max(_FEWEST_ENTRIES, math.ceil(args.patience / state.logging_steps))
+        going_on = state.global_step < state.max_steps
+        if args.patience and going_on and (reason := why_no_learning(self.history, patience)):
+            raise CannotLearn(f"{reason} (step {state.global_step} of {state.max_steps})")
 
 
 class BeginCallback(TrainerCallback):

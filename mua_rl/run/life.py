@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from mua_rl.errors import Diverged, PolicyWorse, Unscored
+from mua_rl.errors import CannotLearn, Diverged, PolicyWorse, Unscored
 from mua_rl.lr.record import LRRecord
 from mua_rl.lr.transfer import LearningRate, gives_full_finetuning
 from mua_rl.run import plots, processes
@@ -75,6 +75,7 @@ class Learner(Protocol):
 
         Raises:
             Diverged: Training left the finite numbers.
+            CannotLearn: Training taught nothing any more.
         """
 
     def measure(self) -> Measurement:
@@ -109,15 +110,15 @@ def live(run: RunFolder, learner: Learner, checkpoint: Path | None = None) -> Tr
 
     Raises:
         Diverged: Training left the finite numbers; the folder says so.
+        CannotLearn: Training was stopped; the folder says so.
         Unscored: No step could teach anything; the folder says so.
     """
     start = _Start(run, learner)
     try:
         learner.train(checkpoint, start)
-    except Diverged as error:
+    except (Diverged, CannotLearn) as error:
         if processes.is_main():
-            seconds = time.perf_counter() - start.time
-            _finish(run, learner, TrialResult.of_divergence(start.before, learner.steps, seconds, str(error)))
+            _finish(run, learner, _result_of_failure(run, learner, start, error))
         raise
     seconds = time.perf_counter() - start.time
     after = learner.measure()
@@ -164,6 +165,15 @@ class _Start:
                 self.run.log(0, values)
         self.before, self.text = known
         self.time, self.step = time.perf_counter(), self.learner.steps
+
+
+def _result_of_failure(run: RunFolder, learner: Learner, start: _Start, error: Exception) -> TrialResult:
+    """The result of a run that left the finite numbers, or was stopped."""
+    seconds = time.perf_counter() - start.time
+    if isinstance(error, Diverged):
+        return TrialResult.of_divergence(start.before, learner.steps, seconds, str(error))
+    rewards, nothing = run.rewards(learner.names.reward_key), math.nan
+    return TrialResult.of_training(nothing, nothing, start.before, rewards, learner.steps, seconds, str(error))
 
 
 def _close(run: RunFolder, learner: Learner, start: _Start, after: Measurement, seconds: float) -> TrialResult:

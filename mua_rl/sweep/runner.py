@@ -24,7 +24,7 @@ from mua_rl.sweep.arguments import Request
 from mua_rl.sweep.search import why_hopeless
 
 POLL_SECONDS = 0.5
-ENDED = (ExitCode.OK, ExitCode.DIVERGED, ExitCode.WORSE)
+ENDED = (ExitCode.OK, ExitCode.DIVERGED, ExitCode.WORSE, ExitCode.STOPPED)
 """Exit codes of a trainer whose run came to its end."""
 REWARD = {"grpo": "reward", "ppo": "rollout/ep_rew_mean"}
 """What a line of a run's metrics calls its training reward."""

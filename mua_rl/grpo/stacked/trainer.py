@@ -47,6 +47,7 @@ from mua_rl.grpo.trainer import RunCallback
 from mua_rl.lm.heldout import HeldOutResult, end_ids, score
 from mua_rl.lm.text import is_conversational, prompt_ids
 from mua_rl.rollouts.memory import PolicySize
+from mua_rl.run.judge import why_no_learning
 from mua_rl.run.trial import Trial, TrialResult
 
 OnStep = Callable[[int, dict[int, Metrics]], None]
@@ -167,7 +168,8 @@ class StackedTrainer:
 
         Returns:
             The trials' results, in order. A trial whose gradient, or policy, is not finite in three steps in a row has
-            diverged; it leaves the batch, as does one that `keep_going` ends.
+            diverged; it leaves the batch, as does one that `keep_going` ends or that cannot learn any more
+            (`mua_rl.run.judge`).
 
         Raises:
             Unscored: No step of any trial could teach anything.
@@ -184,9 +186,7 @@ class StackedTrainer:
             self._end_early(before, keep_going)
             if checkpoints:
                 checkpoints.save(step, before, self.states, self.ended, self.stack)
-        history = [metrics for state in self.states for metrics in state.history]
-        if fault := unscored(self.task, self.arguments, self.arguments.max_steps, history):
-            raise fault
+        self._check_learnt()
         with self._shared_time():
             after = self.measure()
         self.ended |= {
@@ -303,15 +303,31 @@ class StackedTrainer:
         return loaded[0].step, loaded[0].before
 
     def _end_early(self, before: float, keep_going: KeepGoing | None) -> None:
-        """End trials that have diverged or shall not go on."""
+        """End trials that have diverged, cannot learn any more, or shall not go on."""
+        patience = self.arguments.patience
         for state in self.states:
             steps = len(state.history)
             if state.bad_steps == RunCallback.PATIENCE:
                 reason = f"the gradient was not finite in {RunCallback.PATIENCE} steps in a row, up to step {steps}"
                 self.ended[state.number] = TrialResult.of_divergence(before, steps, state.seconds, reason)
-            elif keep_going and steps < self.arguments.max_steps and (why := keep_going(state.trial, state.history)):
-                self.ended[state.number] = state.result(before, None, why)
+            elif steps < self.arguments.max_steps:
+                reason = why_no_learning(state.history, patience) if patience else ""
+                if reason := reason or (keep_going and keep_going(state.trial, state.history)) or "":
+                    self.ended[state.number] = state.result(before, None, reason)
+        if len(self.ended) == len(self.states) == len(self.trials):  # all at once
+            self._check_learnt()
         self._let_go()
+
+    def _check_learnt(self) -> None:
+        """Refuse a group in which no step of any trial could teach anything, which is not the learning rates' fault.
+
+        Raises:
+            Unscored: There was no such step.
+        """
+        history = [metrics for state in self.states for metrics in state.history]
+        steps = max((len(state.history) for state in self.states), default=0)
+        if fault := unscored(self.task, self.arguments, steps, history):
+            raise fault
 
     def _let_go(self) -> None:
         """Let the batch have rows for the trials alone that have not ended."""
