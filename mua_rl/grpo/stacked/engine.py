@@ -8,7 +8,6 @@ import gc
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 from unittest import mock
@@ -30,34 +29,11 @@ _BATCH_TOKENS = 4096  # as TRL sets it: vLLM takes more memory for more
 _CPU_SHARE = 0.3  # vLLM asks for a share of the GPU on a CPU too
 
 
-@dataclass(frozen=True)
-class EngineSettings:
-    """What an engine is made for.
-
-    Attributes:
-        base: The fingerprint of the base policy.
-        loras: The number of LoRAs at once.
-        rank: The largest rank of these, one of vLLM's ranks.
-        layers: The last names of the layers with LoRA.
-        length: Tokens of the longest prompt and completion together.
-        sequences: The number of completions that are generated at once.
-        dtype: What the trainer computes in.
-    """
-
-    base: str
-    loras: int
-    rank: int
-    layers: tuple[str, ...]
-    length: int
-    sequences: int
-    dtype: str
-
-
 class StackedEngine:
     """An engine with the LoRAs of K trials.
 
     Args:
-        settings: What it is made for.
+        options: What it is made for: vLLM's options that depend on the trials.
         folder: The folder, or hub id, of the base.
         share: The engine's share of the GPU's memory.
 
@@ -65,23 +41,17 @@ class StackedEngine:
         UserError: It cannot start.
     """
 
-    def __init__(self, settings: EngineSettings, folder: str, share: float) -> None:
+    def __init__(self, options: dict[str, Any], folder: str, share: float) -> None:
         launch = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         launch |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
         print("mua_rl: starting the vLLM engine, which takes up to a minute", flush=True)
-        options = {"gpu_memory_utilization": share}
+        options = {**options, "gpu_memory_utilization": share}
         with engine_start(options), mock.patch.dict(os.environ, launch):  # not for the runs that are started from here
             self.llm = adapter_llm(
                 **options,
                 model=folder,
-                dtype=settings.dtype,
                 enable_lora=True,
-                max_loras=settings.loras,
-                max_lora_rank=settings.rank,
-                lora_target_modules=list(settings.layers),
-                max_model_len=settings.length,
-                max_num_seqs=settings.sequences,
-                max_num_batched_tokens=max(_BATCH_TOKENS, settings.length),
+                max_num_batched_tokens=max(_BATCH_TOKENS, options["max_model_len"]),
                 distributed_executor_backend="external_launcher",
                 logprobs_mode="processed_logprobs",
                 enforce_eager=not torch.cuda.is_available(),  # compiling costs a CPU run minutes
@@ -171,8 +141,8 @@ class StackedEngine:
         del self.llm
 
 
-_running: dict[EngineSettings, StackedEngine] = {}
-"""The engine of this process, which is one at most."""
+_running: dict[tuple[str, str], StackedEngine] = {}
+"""The engine of this process, one at most, by its base and its options."""
 
 
 def base_on_disk(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | tempfile.TemporaryDirectory:
@@ -209,17 +179,23 @@ def engine_for(
         UserError: It cannot start, or vLLM takes no LoRA of such a rank.
     """
     loras = -(-shape.trials // _LORAS) * _LORAS
-    layers = tuple(sorted({name.rpartition(".")[2] for name in stack.layers}))
     sequences = min(_SEQUENCES, loras * shape.prompts * shape.group)
-    precision = str(dtype).removeprefix("torch.")
-    settings = EngineSettings(base, loras, engine_rank(stack.rank), layers, shape.length, sequences, precision)
-    if settings not in _running:
+    options = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_loras": loras,
+        "max_lora_rank": engine_rank(stack.rank),
+        "lora_target_modules": sorted({name.rpartition(".")[2] for name in stack.layers}),
+        "max_model_len": shape.length,
+        "max_num_seqs": sequences,
+    }
+    key = base, str(options)
+    if key not in _running:
         while _running:
             _running.popitem()[1].close()
         folder = on_disk if isinstance(on_disk, str) else on_disk.name
-        _running[settings] = StackedEngine(settings, folder, share or _planned_share(model, shape, sequences))
+        _running[key] = StackedEngine(options, folder, share or _planned_share(model, shape, sequences))
     leave_uncompiled(model)
-    return _running[settings]
+    return _running[key]
 
 
 def _planned_share(model: PreTrainedModel, shape: StepShape, sequences: int) -> float:

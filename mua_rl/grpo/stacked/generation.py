@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
@@ -103,50 +102,41 @@ class Decoder:
         """
         count, uniforms = len(prompts[0]), None
         if generators is not None:
-            shape = count * copies, self.sampling.new_tokens
+            shape = count, copies, self.sampling.new_tokens
             uniforms = torch.stack([torch.rand(shape, generator=generator) for generator in generators])
         size = count if self.at_once is None else max(1, self.at_once // copies)
         batches = []
         for start in range(0, count, size):
-            asked = [trial[start : start + size] for trial in prompts]
-            missing = size - len(asked[0]) if self.fixed else 0  # batches are filled up, so that one cache does for all
-            filled = [trial + trial[-1:] * missing for trial in asked]
-            ids, mask = pad_left(filled, self.sampling.pad_id, self.longest_prompt if self.fixed else 0)
-            draws = None if uniforms is None else uniforms[:, start * copies : (start + size) * copies]
-            batches.append(self.answer(ids.to(self.device), mask.to(self.device), copies, draws, missing * copies))
-        return Completions(
-            torch.cat([batch.tokens for batch in batches], 1).cpu(),
-            torch.cat([batch.lengths for batch in batches], 1).cpu(),
-            torch.stack([batch.finite for batch in batches]).all(0).cpu(),
-        )
+            end = min(start + size, count)
+            # A batch is filled up with its last prompt, so that one fixed cache does for all.
+            numbers = [min(i, count - 1) for i in range(start, start + size if self.fixed else end)]
+            asked = [[trial[i] for i in numbers] for trial in prompts]
+            padded = pad_left(asked, self.sampling.pad_id, self.longest_prompt if self.fixed else 0)
+            ids, mask = (tensor.to(self.device) for tensor in padded)
+            draws = None if uniforms is None else uniforms[:, numbers].flatten(1, 2)
+            batch, rows = self.answer(ids, mask, copies, draws), (end - start) * copies
+            batches.append((batch.tokens[:, :rows], batch.lengths[:, :rows], batch.finite))
+        tokens, lengths, finite = zip(*batches, strict=True)
+        return Completions(torch.cat(tokens, 1).cpu(), torch.cat(lengths, 1).cpu(), torch.stack(finite).all(0).cpu())
 
     @torch.no_grad()
     def answer(
-        self,
-        prompts: torch.Tensor,
-        mask: torch.Tensor,
-        copies: int = 1,
-        uniforms: torch.Tensor | None = None,
-        unasked: int = 0,
+        self, prompts: torch.Tensor, mask: torch.Tensor, copies: int = 1, uniforms: torch.Tensor | None = None
     ) -> Completions:
         """Complete one batch of padded prompts.
 
         Args:
             prompts: `(K, p, P)` token ids, padded on the left.
             mask: `(K, p, P)`, 1 for tokens that are no padding.
-            copies: Completions of each prompt; b = p · copies − unasked.
+            copies: Completions of each prompt; b = p · copies.
             uniforms: `(K, b, new_tokens)` draws from [0, 1), one for each token; `None` is greedy.
-            unasked: How many of each trial's last completions are not wanted, and end at once.
         """
         logits, batch = self._read(prompts, mask, copies)
-        trials, rows = len(prompts), prompts.shape[1] * copies
-        if uniforms is not None:
-            uniforms = nn.functional.pad(uniforms, (0, 0, 0, unasked)).flatten(0, 1).to(self.device)
+        trials = len(prompts)
+        draws = None if uniforms is None else uniforms.flatten(0, 1).to(self.device)
+        tokens, lengths = self._write(logits.repeat_interleave(copies, 0), batch, trials, draws)
         finite = logits.isfinite().view(trials, -1).all(-1)
-        ended = (torch.arange(rows, device=self.device) >= rows - unasked).repeat(trials)
-        tokens, lengths = self._write(logits.repeat_interleave(copies, 0), batch, trials, uniforms, ended)
-        asked = rows - unasked
-        return Completions(tokens.view(trials, rows, -1)[:, :asked], lengths.view(trials, rows)[:, :asked], finite)
+        return Completions(tokens.unflatten(0, (trials, -1)), lengths.unflatten(0, (trials, -1)), finite)
 
     def _read(
         self, prompts: torch.Tensor, mask: torch.Tensor, copies: int
@@ -178,18 +168,14 @@ class Decoder:
         return self.model(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1], cache
 
     def _write(
-        self,
-        logits: torch.Tensor,
-        batch: GrowingBatch | FixedBatch,
-        trials: int,
-        uniforms: torch.Tensor | None,
-        ended: torch.Tensor,
+        self, logits: torch.Tensor, batch: GrowingBatch | FixedBatch, trials: int, uniforms: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens `(R, t)` and lengths `(R,)` of completions; those that have `ended` get no token."""
+        """Tokens `(R, t)` and lengths `(R,)` of completions, from the logits after their prompts on."""
         pad_id, new_tokens = self.sampling.pad_id, self.sampling.new_tokens
         rows = torch.arange(len(logits), device=self.device)
         tokens = torch.full((len(logits), new_tokens), pad_id, device=self.device)
-        lengths = torch.zeros(len(logits), dtype=torch.long, device=self.device)
+        lengths = torch.zeros_like(rows)
+        ended = torch.zeros_like(rows, dtype=torch.bool)
         for step in range(new_tokens):
             draws = None if uniforms is None else uniforms[rows, step]
             token = choose(logits, draws, self.sampling.temperature, trials).masked_fill(ended, pad_id)

@@ -56,15 +56,13 @@ class Gradient:
         completions, prompts = scored.completions, scored.prompts[k]
         lengths, weights = completions.lengths[k].tolist(), scored.weighted_advantages[k].tolist()
         logps = None if completions.logps is None else completions.logps[k].tolist()
-        group = len(lengths) // len(prompts)
-        distinct: dict[int, dict[tuple[int, ...], WeightedCompletion]] = {}
+        distinct: list[dict[tuple[int, ...], WeightedCompletion]] = [{} for _ in prompts]
         for i, tokens in enumerate(completions.tokens[k].tolist()):
             if weights[i] != 0:
-                of_prompt = distinct.setdefault(i // group, {})
-                ids = tuple(tokens[: lengths[i]])
+                ids, of_prompt = tuple(tokens[: lengths[i]]), distinct[i * len(prompts) // len(lengths)]
                 equal = of_prompt.get(ids, WeightedCompletion(ids, 0.0, logps and logps[i][: lengths[i]]))
                 of_prompt[ids] = equal._replace(weight=equal.weight + weights[i])
-        return [row for number, of_prompt in distinct.items() for row in pack(prompts[number], of_prompt.values())]
+        return [row for ids, of_prompt in zip(prompts, distinct, strict=True) for row in pack(ids, of_prompt.values())]
 
     def backward(self, batch: PackedBatch) -> torch.Tensor:
         """Add a pass's gradient to the trials' gradients, and return the losses `(K,)`."""
