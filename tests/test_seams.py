@@ -1,6 +1,6 @@
 """The private seams of TRL, transformers and vLLM, by value: a failure here means that an upgrade has moved one.
 
-docs/seams.md has the table. What needs a real engine of vLLM stands in test_vllm_engine.py.
+CONTRIBUTING.md has the table. What needs a real engine of vLLM stands in test_vllm_engine.py.
 """
 
 import sys

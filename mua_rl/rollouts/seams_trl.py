@@ -1,4 +1,4 @@
-"""What we use of TRL, and of transformers' Trainer below it, beyond their public API; docs/seams.md has the table.
+"""What we use of TRL, and of transformers' Trainer below it, beyond their public API; CONTRIBUTING.md has the table.
 
 `SeamedTrainer` turns it into calls of ours: an engine is attached, log-probs are asked for, metrics are noted, and the
 loss is corrected, without any other module touching a name that begins with an underscore.
