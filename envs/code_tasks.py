@@ -261,9 +261,9 @@ def _faults(rows: Sequence[Row], settings: Settings) -> list[str | None]:
         except BadRow as error:
             faults[i] = str(error)
             continue
-        solutions = row.columns.get("solution") or []
-        programs = [solutions] if isinstance(solutions, str) else list(solutions)
-        jobs += [(i, program, tests) for program in ["pass", *programs]]
+        solution = row.columns.get("solution")
+        programs = ["pass", *(solution if isinstance(solution, list) else [solution])]
+        jobs += [(i, program, tests) for program in programs if isinstance(program, str) and program.strip()]
     verdicts = shared_pool(settings).grade([(program, tests) for _, program, tests in jobs]) if jobs else []
     of_row: dict[int, list[Verdict | BadRow]] = {}
     for (i, _, _), verdict in zip(jobs, verdicts, strict=True):

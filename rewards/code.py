@@ -15,7 +15,8 @@ Isolation levels (Linux 5.8 or later, x86_64 or aarch64):
   seccomp filter (so no network, writing, child processes or signals), but no namespaces and no root of its own: what
   may be read is left to Landlock, and where the kernel lacks that (before 5.13, or switched off; a warning says so)
   programs can read whatever the account can: as root, which gives them an id of their own here too, what is open to
-  everybody; as an ordinary user, all of the user's files and the trainer's memory, with the tests in it.
+  everybody; as an ordinary user, all of the user's files and the trainer's memory, with the tests in it. Where root's
+  interpreter is closed to that id (under /root), and Landlock is there, programs keep root's right to read.
 
 Neither holds against a fault of the kernel or the CPU. Memory is bounded by workers times
 (`memory_mb` + 1 GiB for the tests' process).

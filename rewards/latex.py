@@ -60,7 +60,7 @@ _UNIT_FRACTION = re.compile(
 _OVER = re.compile(r"\\over(?![A-Za-z])")
 # A group that stands by itself around one number or fraction: `{1}/{2}`, `-{\frac{1}{2}}`.
 _LONE_GROUP = re.compile(
-    r"(?<![\w}\]^\\])\{\s*([0-9.,]+)\s*\}|(?<![A-Za-z}\]_^\\])(?<!frac[0-9])\{\s*(\\[dtc]?frac\{[^{}]*\}\{[^{}]*\})\s*\}"
+    r"(?<![\w}\]^\\])\{\s*(-?[0-9.,]+)\s*\}|(?<![A-Za-z}\]_^\\])(?<!frac[0-9])\{\s*(\\[dtc]?frac\{[^{}]*\}\{[^{}]*\})\s*\}"
 )
 _WORDS = re.compile(r"[^\W\d_][^\d$\\=<>+*^:;,]*")
 _DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))

@@ -6,7 +6,6 @@
 import re
 from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any, TypeAlias
 
 from mua_rl.rewards.latex import plain_latex
@@ -66,9 +65,11 @@ def quick_verdict(gold: str, answer: str) -> bool | None:
             return False
     if "=" not in plain and _is_equation(plain_gold):  # to Math-Verify `0` is `x + y = 0`
         return False
-    if changing_words(plain_gold) != changing_words(plain) or {_kind(plain_gold), _kind(plain)} == {"set", "tuple"}:
+    if changing_words(plain_gold) != changing_words(plain):
         return False
-    return None
+    ours, theirs = _brackets(plain_gold), _brackets(plain)
+    only_kinds_differ = ours != theirs and ours.translate(_SETS_AS_TUPLES) == theirs.translate(_SETS_AS_TUPLES)
+    return False if only_kinds_differ else None
 
 
 def comparable(gold: str, answer: str) -> str:
@@ -82,14 +83,13 @@ def needs_algebra(gold: str) -> bool:
     return reading is None or (isinstance(reading, TimeOfDay) and not reading.certain)
 
 
-def _kind(text: str) -> str | None:
-    """Whether an answer is one set, in braces, or one tuple or interval, in parentheses."""
-    last = re.split(r"=|\\in(?![A-Za-z])", text.replace("\\left", "").replace("\\right", ""))[-1].strip()
-    if last.startswith("\\{") and last.endswith("\\}"):
-        return "set"
-    depths = list(accumulate({"(": 1, ")": -1}.get(char, 0) for char in last))
-    alone = last.startswith("(") and last.endswith(")") and 0 not in depths[:-1]
-    return "tuple" if alone and "," in last else None
+def _brackets(text: str) -> str:
+    r"""The brackets and commas of an answer, sets' as `[]`: all that tells `\{1,2\}` from `(1,2)`, at any depth."""
+    last = re.split(r"=|\\in(?![A-Za-z])", text)[-1]
+    shown = "".join({"\\{": "[", "\\}": "]"}.get(mark, mark) for mark in re.findall(r"\\[{}]|[(),]", last))
+    while (without := shown.replace("()", "").replace("[]", "")) != shown:
+        shown = without
+    return shown
 
 
 def _is_equation(text: str) -> bool:
@@ -114,6 +114,7 @@ def _bare(text: str) -> str:
 
 
 _PRODUCT = re.compile(r"[A-Za-z(),]+")  # which may be words to us: `xyz`
+_SETS_AS_TUPLES = str.maketrans("[]", "()")
 _GROUP = re.compile(r"\{[^{}]*\}|\([^()]*\)")
 _BOUND = re.compile(  # or a choice: `x >= 5`, `x != 5` (where `5! = 120` states a number)
     r"[,;<>≠≤≥]|\\\\|[A-Za-z]\s*!="

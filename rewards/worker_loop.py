@@ -26,11 +26,11 @@ def serve(load: Callable[[], Callable[[Any], Any]]) -> None:
     """
     seconds, memory_bytes = float(sys.argv[1]), int(sys.argv[2])
     replies = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.nice(5)  # the trainer goes first
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     parent = os.getppid()
     answer = load()
+    os.nice(5)  # from here on the trainer goes first; until here it waits
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)  # whatever a library prints is no reply
     os.dup2(null, 2)

@@ -27,7 +27,8 @@ REQUEST_SECONDS: Final = 2.0
 WORKER_MEMORY_BYTES: Final = 1 << 30
 """Address-space limit of a worker; Math-Verify itself maps about 150 MB."""
 
-_START_SECONDS: Final = 120.0
+_START_SECONDS: Final = 600.0
+"""Loading takes a second, on a machine that is very busy a minute or two; a worker that fails ends at once."""
 
 
 class Failure(StrEnum):

@@ -30,15 +30,16 @@ from unittest import mock
 import torch
 from torch import nn
 
-from mua_rl.adapter.adapters import MLP_PROJECTIONS, Adapter, LoRA, TargetModules
+from mua_rl.adapter.adapters import Adapter, LoRA
+from mua_rl.adapter.targets import MLP_PROJECTIONS, TargetModules
 from mua_rl.analysis.rows import SweepRow, append, read
 from mua_rl.errors import UserError
 from mua_rl.exits import run_command
 from mua_rl.grpo.arguments import parse
 from mua_rl.grpo.stacked import trainer as stacked
 from mua_rl.grpo.stacked.memory import Parts
-from mua_rl.lr.record import machine
 from mua_rl.lr.rules import AlphaRule
+from mua_rl.run.machine import machine
 from mua_rl.run.trial import Arm, Outcome
 
 FULL = {"full": "", "full-mlp": "-mlp", "full-bf16": "-bf16"}

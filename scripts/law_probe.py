@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from trl.trainer.utils import selective_log_softmax
 
-from mua_rl.adapter.adapters import targeted_layers
+from mua_rl.adapter.targets import targeted_layers
 from mua_rl.envs.tasks import Task, get_task
 from mua_rl.exits import run_command
 from mua_rl.lm import models
-from mua_rl.lr.record import machine
 from mua_rl.probes.gradient import Probe, coherence
 from mua_rl.probes.movement import ProbeBatch, probe_batch
+from mua_rl.run.machine import machine
 
 DRAWN = (4, 16, 64)
 """Ranks of the drawn A and B."""

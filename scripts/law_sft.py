@@ -29,7 +29,7 @@ from mua_rl.grpo.stacked.stack import LoRAStack
 from mua_rl.grpo.stacked.trainer import prompt_order
 from mua_rl.lm import models
 from mua_rl.lm.text import is_conversational, prompt_ids
-from mua_rl.lr.record import machine
+from mua_rl.run.machine import machine
 from mua_rl.run.trial import Arm, Outcome
 
 EXAMPLES = 32

@@ -83,6 +83,7 @@ def test_a_rank_exponent_that_is_none_is_refused_also_where_no_rate_depends_on_i
         ("rank: 0", ("full", "mlp")),
         ("rank: 16\ntarget_modules: all-linear", ("16", "all-linear")),
         ("target_modules: [up_proj]", ("32", ["up_proj"])),
+        ("target-modules: [up_proj, down_proj]", ("32", ["up_proj", "down_proj"])),
     ],
 )
 def test_a_yaml_value_means_what_it_means_as_a_flag(text, expected, tmp_path):
@@ -98,7 +99,9 @@ def test_a_yaml_value_means_what_it_means_as_a_flag(text, expected, tmp_path):
     [
         ("rnak: 3", "unknown keys: rnak"),
         ("init: C", "--init: invalid choice: 'C'"),
-        ("lr: fast", "--lr: invalid float value: 'fast'"),
+        ("lr: fast", "in the --config file: argument --lr.*: invalid float value: 'fast'"),
+        ("start_from: [one, two]", "in the --config file: unrecognized arguments: two"),
+        ("config: another.yaml", "unknown keys: config"),
         ("- rank", "YAML mapping"),
         ("", "YAML mapping"),
     ],

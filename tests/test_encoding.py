@@ -22,7 +22,7 @@ def calls_in_the_locales_encoding(source):
     for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
         name = getattr(call.func, "id", getattr(call.func, "attr", ""))
         keywords = {keyword.arg: keyword.value for keyword in call.keywords}
-        if "encoding" in keywords:
+        if "encoding" in keywords or (name == "TextIOWrapper" and len(call.args) > 1):
             continue
         if any(
             isinstance(keywords.get(key), ast.Constant) and keywords[key].value

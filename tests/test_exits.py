@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import runpy
 import sqlite3
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mua_rl.errors import Diverged, EngineFailed, PolicyWorse, Unscored, UserError
+from mua_rl.errors import CannotLearn, Diverged, EngineFailed, PolicyWorse, Unscored, UserError
 from mua_rl.exits import ExitCode, run_command
 from mua_rl.run.folder import RunFolder
 from mua_rl.run.trial import Status
@@ -23,6 +24,7 @@ from mua_rl.run.trial import Status
         (EngineFailed("the engine is gone"), 4),
         (PolicyWorse("the policy got worse"), 5),
         (Unscored("no completion had a score"), 6),
+        (CannotLearn("every reward is the same"), 7),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2),
         (RuntimeError("serializing: No space left on device (os error 28)"), 2),
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), 2),
@@ -145,3 +147,9 @@ def test_a_run_that_no_reward_scored_exits_with_its_own_code_and_leaves_no_recor
     run = RunFolder(tmp_path / "run")
     assert run.result().status is Status.UNSCORED
     assert not (run.path / "lr_record.json").exists()
+
+
+def test_the_documentation_has_every_code_with_its_name():
+    table = (Path(__file__).parents[1] / "docs" / "exit_codes.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\d+) \| `(\w+)` \|", table, re.MULTILINE))
+    assert {int(code): name for code, name in rows.items()} == {code.value: code.name for code in ExitCode}

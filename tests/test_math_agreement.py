@@ -23,7 +23,8 @@ import pytest
 from math_verify import parse
 
 from mua_rl.rewards.extract_math import extract_answer
-from mua_rl.rewards.math import MathVerdict, judge_answers
+from mua_rl.rewards.math import WORKER_MODULE, MathVerdict, judge_answers
+from mua_rl.rewards.worker_pool import WorkerPool
 
 ARGUMENTS = {
     "commas": (
@@ -150,7 +151,24 @@ IN_ITS_SUITE = {
 CASES_FILE = Path(__file__).parent / "data" / "math_cases.jsonl"
 CASES = [json.loads(line) for line in CASES_FILE.read_text(encoding="utf-8").splitlines()]
 PAGE = Path(__file__).parent.parent / "docs" / "math_verdicts.md"
-HEAD = """# Where the math reward differs from Math-Verify
+HEAD = """# What a verdict of the math reward means, and where it differs from Math-Verify's
+
+A reward is 1 for `right`, 0 for every other verdict, and `None`, which TRL leaves out, for `bad_gold`.
+
+| verdict | meaning | metric |
+| --- | --- | --- |
+| `right`, `wrong` | The answer equals the gold, or it does not. | |
+| `no_answer` | There is no marked answer and no last number; strictly, no single marked answer at the end. | \
+`math/no_answer` |
+| `unreadable` | An answer is there, but it has over 500 characters or is no mathematics. | `math/unreadable` |
+| `timeout` | The comparison took more than 2 seconds, twice. | `math/timeout` |
+| `killed`, `memory` | The comparison ended its process, twice, or took more than 1 GiB. | `math/error` |
+| `bad_gold` | The gold is empty, too long, cannot be read or does not equal itself; the log has it. | |
+
+A `timeout`, `killed` or `memory` is not remembered: the same answer is compared anew the next time. Above one answer in
+a hundred, the log says so.
+
+## Differences
 
 `math_reward` compares plain numbers, times, dates, amounts and words itself, exactly, and leaves everything else to
 Math-Verify 0.9. The table has every difference on the cases of Math-Verify's own test suite, by their places there, and
@@ -239,7 +257,9 @@ def test_every_difference_from_math_verify_is_listed(suite):
         pairs.append((gold, answer))
         places.append(place)
         expected.append(equal)
-    verdicts = judge_answers(pairs)
+    pool = WorkerPool(WORKER_MODULE, seconds=20.0)  # a busy machine is no difference
+    verdicts = judge_answers(pairs, pool=pool)
+    pool.close()
     differences = {
         place
         for place, verdict, equal in zip(places, verdicts, expected, strict=True)

@@ -9,7 +9,8 @@ from peft import PeftModel
 stable_baselines3 = pytest.importorskip("stable_baselines3")
 from stable_baselines3.common.env_util import make_vec_env  # noqa: E402
 
-from mua_rl.adapter.adapters import Full, LoRA, lora_layers  # noqa: E402
+from mua_rl.adapter.adapters import Full, LoRA  # noqa: E402
+from mua_rl.adapter.targets import lora_layers  # noqa: E402
 from mua_rl.lr.spec import AlphaRule  # noqa: E402
 from mua_rl.ppo.base import read_base_policy  # noqa: E402
 from mua_rl.ppo.layers import is_critics  # noqa: E402

@@ -162,9 +162,14 @@ def test_apps_rows_say_what_is_wrong_with_them(tmp_path, caplog):
         EVENS | {"input_output": json.dumps({"fn_name": "evens", "inputs": [7], "outputs": [[1]]})},
         SUM | {"solutions": json.dumps(["print(1)", *json.loads(SUM["solutions"])])},
         SUM | {"solutions": ""},
+        SUM | {"solutions": json.dumps([None, 5, *json.loads(SUM["solutions"])])},
+        SUM | {"solutions": "no JSON"},
+        EVENS | {"input_output": json.dumps({"fn_name": 5, "inputs": [[1]], "outputs": [[1]]})},
+        SUM | {"input_output": json.dumps({"inputs": "1", "outputs": "1"})},
+        SUM | {"input_output": "[1]"},
     ]
     path = write_jsonl(tmp_path / "test.jsonl", rows)
-    assert len(get_task(f"apps:{path}").held_out(True)) == 3
+    assert len(get_task(f"apps:{path}").held_out(True)) == 4
     for line, reason in [
         (2, "is empty"),
         (3, "not JSON"),
@@ -172,6 +177,10 @@ def test_apps_rows_say_what_is_wrong_with_them(tmp_path, caplog):
         (5, "1 inputs but 0 outputs"),
         (6, "its own solution does not pass (wrong"),
         (7, "not a list"),
+        (11, "'solutions' is not JSON"),
+        (12, "entry_point is a int"),
+        (13, "no inputs and outputs"),
+        (14, "holds a list, not a dict"),
     ]:
         assert any(f"{path}:{line}:" in shown and reason in shown for shown in caplog.text.splitlines()), (line, reason)
 

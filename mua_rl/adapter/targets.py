@@ -77,11 +77,13 @@ def targeted_layers(
     Raises:
         UserError: No layer matches, or PEFT cannot adapt one.
     """
-    weights = [*model.parameters(), *model.buffers()]
-    shapes = {id(weight): torch.empty_like(weight, device="meta") for weight in weights}
-    shapes |= {id(p): nn.Parameter(shapes[id(p)], requires_grad=False) for p in model.parameters()}
+    # `copy.deepcopy` takes what its memo has for copied already: with every weight in there, without storage, it copies
+    # the structure of the model alone.
+    memo = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
+    for weight in model.parameters():
+        memo[id(weight)] = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
     with torch.device("meta"):
-        skeleton = copy.deepcopy(model, shapes)  # deepcopy takes the shapes for copies of the weights
+        skeleton = copy.deepcopy(model, memo)
     convolutions = [module for module in model.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
     rank = math.lcm(*(module.groups for module in convolutions))  # PEFT wants a rank that every grouping divides
     config: Any = LoraConfig(r=rank, target_modules=resolve_targets(model, targets))

@@ -10,8 +10,9 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor
 from torch import nn
 
-from mua_rl.adapter.adapters import Adapter, TargetModules, fan_in
+from mua_rl.adapter.adapters import Adapter
 from mua_rl.adapter.groups import FULL, role_of
+from mua_rl.adapter.targets import TargetModules, fan_in
 from mua_rl.errors import UserError
 
 HEAD, CRITIC = "head", "critic"

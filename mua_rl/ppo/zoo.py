@@ -152,7 +152,7 @@ def _read(policy: Path, name: str) -> dict[str, Any]:
     if not paths:
         return {}
     try:
-        content = yaml.load(paths[0].read_text(), _Loader)
+        content = yaml.load(paths[0].read_text(encoding="utf-8"), _Loader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{paths[0]} cannot be read: {one_line(error)}") from None
     return content if isinstance(content, dict) else {}

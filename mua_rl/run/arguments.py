@@ -8,7 +8,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -126,54 +126,6 @@ class _Parser(HfArgumentParser):
         """What argparse calls for a flag that it cannot use."""
         raise UserError(f"{message} (--help lists the flags).")
 
-    def read_flags(self, argv: Sequence[str]) -> dict[str, Any]:
-        """The flags that were given, by their fields."""
-        unsaid = object()
-        fields = {action.dest for action in self._actions}
-        flags = vars(self.parse_args(list(argv), argparse.Namespace(**dict.fromkeys(fields, unsaid))))
-        return {name: value for name, value in flags.items() if value is not unsaid}
-
-    def read_config(self, path: str | None) -> dict[str, Any]:
-        """The settings of a `--config` file, checked and read as if they were given as flags.
-
-        A mapping `env` among them sets environment variables, as in TRL's own files.
-
-        Raises:
-            UserError: The file is missing, is not a YAML mapping, or has an unknown key or a value that no flag takes.
-        """
-        if path is None:
-            raise UserError("--config takes a YAML file.")
-        try:
-            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"the --config file cannot be read: {error}.") from None
-        except yaml.YAMLError as error:
-            raise UserError(f"the --config file is no YAML: {one_line(error)}.") from None
-        if not isinstance(settings, dict) or not isinstance(settings.get("env", {}), dict):
-            raise UserError(f"the --config file {path} must contain a YAML mapping.")
-        os.environ.update({name: str(value) for name, value in settings.pop("env", {}).items()})
-        actions = {action.dest: action for action in reversed(self._actions)}  # `--no_KEY` comes after `--KEY`
-        if unknown := sorted(map(str, settings.keys() - actions.keys() | settings.keys() & {"config", "help"})):
-            raise UserError(f"the --config file has unknown keys: {', '.join(unknown)} (--help lists the flags).")
-        try:
-            return {name: self._read(actions[name], value) for name, value in settings.items()}
-        except argparse.ArgumentError as error:
-            raise UserError(f"in the --config file: {error} (--help lists the flags).") from None
-
-    def _read(self, action: argparse.Action, value: Any) -> Any:
-        if value is None or isinstance(value, (bool, dict)):
-            return value
-        if action.nargs == "+":
-            return [self._read_one(action, item) for item in (value if isinstance(value, list) else [value])]
-        if isinstance(value, list):
-            raise argparse.ArgumentError(action, f"expected one value, not the list {value}")
-        return self._read_one(action, value)
-
-    def _read_one(self, action: argparse.Action, value: Any) -> Any:
-        read = self._get_value(action, str(value))
-        self._check_value(action, read)
-        return read
-
 
 def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple[tuple, dict[str, Any]]:
     """Parse flags and `--config file.yaml` into the dataclasses; a flag wins over the file.
@@ -189,19 +141,59 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     name = f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
     parser = _Parser(list(dataclass_types), prog=name)  # type: ignore[arg-type]  # its annotation wants instances
     parser.add_argument("--config", metavar="FILE", nargs="?", help="YAML file of settings; flags win over it.")
-    flags = parser.read_flags(sys.argv[1:] if argv is None else argv)
-    said = {**parser.read_config(flags.pop("config")), **flags} if "config" in flags else flags
+    defaults = {f.name: f.default for type_ in dataclass_types for f in dataclasses.fields(type_) if f.init}
+    said = _read_flags(parser, defaults.keys(), sys.argv[1:] if argv is None else argv)
+    if "config" in said:
+        said = {**_read_config(parser, defaults.keys(), said.pop("config")), **said}
     try:
-        instances = tuple(_make(type_, said) for type_ in dataclass_types)
+        instances = tuple(
+            type_(**{f.name: said[f.name] for f in dataclasses.fields(type_) if f.name in said})
+            for type_ in dataclass_types
+        )
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(one_line(error)) from None
-    defaults = {f.name: f.default for type_ in dataclass_types for f in dataclasses.fields(type_)}
     return instances, {k: v for k, v in said.items() if (v, defaults[k]) != (None, None)}
 
 
-def _make(type_: type, settings: Mapping[str, Any]) -> Any:
-    """A dataclass with those settings that are its own."""
-    return type_(**{f.name: settings[f.name] for f in dataclasses.fields(type_) if f.name in settings})
+def _read_flags(parser: _Parser, names: Set[str], argv: Sequence[str]) -> dict[str, Any]:
+    """The flags that were given, by their fields: what argparse has set of a namespace in which nothing was."""
+    unsaid = object()
+    flags = vars(parser.parse_args(list(argv), argparse.Namespace(**dict.fromkeys([*names, "config"], unsaid))))
+    return {name: value for name, value in flags.items() if value is not unsaid}
+
+
+def _read_config(parser: _Parser, names: Set[str], path: str | None) -> dict[str, Any]:
+    """The settings of a `--config` file, read as if they were given as flags.
+
+    A mapping `env` among them sets environment variables, as in TRL's own files.
+
+    Raises:
+        UserError: The file is missing, is not a YAML mapping, or has an unknown key or a value that no flag takes.
+    """
+    if path is None:
+        raise UserError("--config takes a YAML file.")
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the --config file cannot be read: {error}.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"the --config file is no YAML: {one_line(error)}.") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("env", {}), dict):
+        raise UserError(f"the --config file {path} must contain a YAML mapping.")
+    os.environ.update({name: str(value) for name, value in settings.pop("env", {}).items()})
+    settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
+    if unknown := sorted(settings.keys() - names):
+        raise UserError(f"the --config file has unknown keys: {', '.join(unknown)} (--help lists the flags).")
+    words, others = [], {}
+    for name, value in settings.items():
+        if value is None or value == [] or isinstance(value, (bool, dict)):  # which no word says
+            others[name] = value
+        else:
+            words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+    try:
+        return {**_read_flags(parser, names, words), **others}
+    except UserError as error:
+        raise UserError(f"in the --config file: {error}") from None
 
 
 def parse_run(adapter_type: type, arguments_type: type, argv: Sequence[str] | None = None) -> tuple[Any, Any, dict]:

@@ -10,6 +10,7 @@ from typing import Any
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
+_WITHOUT_CONTENT = {"ctx", "op", "ops", "kind", "type_comment"}
 _ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign)
 _FIXTURES = {"setUp", "tearDown", "setUpClass", "tearDownClass", "asyncSetUp", "asyncTearDown"}
 _METHOD_FIXTURES = {"setup_method", "teardown_method", "setup_class", "teardown_class"}
@@ -27,8 +28,18 @@ _SEEN_PATCHES = ("builtins.input", "builtins.print", "sys.stdin", "sys.stdout")
 
 @functools.lru_cache(256)
 def nodes(tree: ast.AST) -> list[ast.AST]:
-    """All nodes of a row's text; several questions are asked of them."""
-    return list(ast.walk(tree))
+    """All statements and expressions of a row's text; several questions are asked of them."""
+    found: list[ast.AST] = [tree]
+    for node in found:
+        for name in node._fields:
+            if name in _WITHOUT_CONTENT:
+                continue
+            content = getattr(node, name, None)
+            if isinstance(content, ast.AST):
+                found.append(content)
+            elif type(content) is list:
+                found += [inner for inner in content if isinstance(inner, ast.AST)]
+    return found
 
 
 @functools.lru_cache(256)
@@ -182,7 +193,8 @@ def _unused(tree: ast.Module) -> Iterator[str]:
         id(inner) for node in of_kind(tree, ast.With, ast.Try) for inner in node.body if isinstance(inner, ast.Expr)
     }
     waiting = {node.name for node in of_kind(tree, ast.AsyncFunctionDef)}
-    waiting |= {node.name for node in of_kind(tree, ast.FunctionDef) if _yields(node)}
+    if of_kind(tree, ast.Yield, ast.YieldFrom):
+        waiting |= {node.name for node in of_kind(tree, ast.FunctionDef) if _yields(node)}
     for node in of_kind(tree, ast.Expr):
         value: ast.AST = node.value
         if isinstance(value, ast.Call) and _name(value.func) == "print" and len(value.args) == 1:

@@ -68,6 +68,8 @@ class Exchange:
             return {"lent": [self._lent(value), borrowed.abilities(value)]}
         if callable(value):
             return {"k": [self._callback(value), *_description(value)]}
+        if inspect.iscoroutine(value):
+            return {"async": self._callback(_stepping(value))}
         if hasattr(type(value), "__next__"):
             return {"g": self._callback(functools.partial(_pull, value))}
         for base in (bool, *_BASES.values(), *_CHANGING.values()):
@@ -106,7 +108,9 @@ class Exchange:
 
     def _decode(self, tag: str, content: Any) -> Any:
         if tag == "C":
-            return self._mirror(content)
+            if type(content) is not int or content not in self._mirrors:
+                raise WireError("no such class")
+            return self._mirrors[content]
         if tag == "k" and type(content) is int and 0 <= content < len(self.callbacks):
             return self.callbacks[content]
         if tag == "lent" and type(content) is int and content in self._borrowed:
@@ -127,16 +131,17 @@ class Exchange:
             return self._error(*content)
         raise WireError("not a value")
 
-    def _mirror(self, content: Any) -> type:
-        number = content[0] if type(content) is list and content else content
-        if type(number) is not int:
-            raise WireError("not a class")
-        if number in self._mirrors:
-            return self._mirrors[number]
+    def learn(self, content: Any) -> None:
+        """Make the mirror of a class that the program's side tells of."""
         if type(content) is not list or len(content) != 8:
-            raise WireError("no such class")
-        _, name, doc, bases, abilities, class_abilities, base, fields = content
-        if type(name) is not str or type(doc) not in (str, type(None)) or type(bases) is not list:
+            raise WireError("not a class")
+        number, name, doc, bases, abilities, class_abilities, base, fields = content
+        if (
+            type(number) is not int
+            or type(name) is not str
+            or type(doc) not in (str, type(None))
+            or type(bases) is not list
+        ):
             raise WireError("not a class")
         kinds = [self._class(each) for each in bases]
         if base in _BASES and not any(issubclass(kind, _BASES[base]) for kind in kinds):
@@ -151,8 +156,7 @@ class Exchange:
             raise WireError(f"a class cannot be mirrored: {error}") from error
         if base in _CHANGING:
             self.bases[kind] = base
-        self._mirrors[number] = kind
-        return kind
+        self._mirrors.setdefault(number, kind)
 
     def _class(self, content: Any) -> type:
         if type(content) is dict and content.keys() == {"n"}:
@@ -227,6 +231,22 @@ def _pull(iterator: Iterator[Any]) -> tuple[bool, Any]:
     for value in iterator:
         return True, value
     return False, None
+
+
+def _stepping(coroutine: Any) -> Callable[[], tuple[bool, Any]]:
+    """What runs a coroutine of the tests a step further; the event loop of the tests turns between two steps."""
+    awaited: list[Any] = []
+
+    def step() -> tuple[bool, Any]:
+        if awaited and awaited[-1] is not None and not awaited[-1].done():
+            return False, None
+        try:
+            awaited[:] = [coroutine.send(None)]
+        except StopIteration as end:
+            return True, end.value
+        return False, None
+
+    return step
 
 
 async def _awaited(proxy: Any) -> Any:

@@ -235,9 +235,11 @@ class Remote:
     def _receive(self) -> list[Any]:
         try:
             message = self._channel.receive()
-            if type(message) is not list or len(message) not in (4, 5) or type(message[0]) is not str:
+            if type(message) is not list or len(message) != 6 or type(message[0]) is not str:
                 raise WireError("not a message")
             self._decoding = True
+            for description in message[4]:
+                self._exchange.learn(description)
             message[1] = self._twins.unpack(*message[1:4])
         except wire.Closed:
             self._abort(HungUp("killed", "the program's process ended"))
@@ -247,8 +249,8 @@ class Remote:
             self._abort(HungUp("error", f"protocol: {fault}"))
         finally:
             self._decoding = False
-        if len(message) == 5 and type(message[4]) is str and self.write is not None:
-            self.write(message[4])
+        if type(message[5]) is str and message[5] and self.write is not None:
+            self.write(message[5])
         return message
 
     def _reply(self, stop: type[BaseException] | None = None) -> Any:

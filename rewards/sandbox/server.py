@@ -42,7 +42,8 @@ class Server:
         self._twins = wire.Twins(1, self._encode, self._decode, self._classes)
         self._objects: list[Any] = [None]
         self._numbers: dict[int, int] = {}  # id() of an object -> its place in _objects, which keeps it alive
-        self._described: set[int] = set()
+        self._described: set[int] = set()  # classes that the tests know of, or that the next message tells of
+        self._news: list[list[Any]] = []
         self._given: set[int] = set()  # builtin functions that came from the tests
         self._stubs: dict[int, tuple[str, int, Any]] = {}
         self._from_tests: dict[int, tuple[int, BaseException]] = {}
@@ -131,16 +132,15 @@ class Server:
     def _send(self, kind: str, value: Any) -> None:
         text = f'["{kind}",{self._twins.pack(value)}'
         try:
-            self._channel.send(text + self._printed() + "]")
+            self._channel.send(f"{text},{wire.to_json(self._news)},{self._printed()}]")
         except TooLarge:
             self._twins.take_back()
-            self._described.clear()
             raise
         self._twins.commit()
+        self._news.clear()
 
     def _refuse(self, reason: str) -> None:
-        self._described.clear()
-        self._channel.send(f'["n",{wire.to_json(reason)},[],[]]')
+        self._channel.send(f'["n",{wire.to_json(reason)},[],[],[],""]')
 
     # Standard output and input, if the tests look at them.
 
@@ -156,11 +156,11 @@ class Server:
 
     def _printed(self) -> str:
         if self._output is None or not self._output.tell():
-            return ""
+            return '""'
         text = self._output.getvalue().decode("utf-8", "surrogatepass")
         self._output.seek(0)
         self._output.truncate()
-        return "," + wire.to_json(text)
+        return wire.to_json(text)
 
     # Coroutines.
 
@@ -227,6 +227,7 @@ class Server:
         return self._mirror(kind)
 
     def _mirror(self, kind: type) -> Any:
+        """The number of a class, of which the tests are told before they need it."""
         number = self._number(kind)
         if number in self._described:
             return {"C": number}
@@ -238,20 +239,14 @@ class Server:
         if hasattr(kind, "__class_getitem__"):
             class_abilities = (*class_abilities, "class_getitem")
         fields = list(kind.__dataclass_fields__) if hasattr(kind, "__dataclass_fields__") else None
-        return {"C": [number, kind.__name__, doc, bases, abilities, class_abilities, base, fields]}
+        self._news.append([number, kind.__name__, doc, bases, abilities, class_abilities, base, fields])
+        return {"C": number}
 
     def _encode_error(self, error: BaseException) -> Any:
         if id(error) in self._from_tests:
             return {"T": self._from_tests[id(error)][0]}
         kind = self._encode_class(type(error))
-        try:
-            arguments = self._twins.encode(_arguments(error))
-        except Exception:
-            arguments = {"t": []}
-        try:
-            attributes = self._twins.encode(tuple(vars(error).items()))
-        except Exception:
-            attributes = {"t": []}
+        arguments, attributes = self._part(_arguments(error)), self._part(tuple(vars(error).items()))
         try:
             text = str(error)[: 1 << 16]
         except Exception:
@@ -259,6 +254,13 @@ class Server:
         number = self._number(error) if "C" in kind else None
         cause = error.__cause__ and self._encode_error(error.__cause__)
         return {"X": [kind, arguments, attributes, text, number, cause]}
+
+    def _part(self, values: tuple[Any, ...]) -> Any:
+        """`values` of an exception, or none of them if they cannot cross."""
+        try:
+            return self._twins.encode(values)
+        except Exception:
+            return {"t": []}
 
     def _decode(self, tag: str, content: Any) -> Any:
         if tag == "H":
@@ -280,6 +282,8 @@ class Server:
             if known is not None:
                 return known
             return self._keep("lent", content[0], borrowed.stand_in(self._stub(content[0]), content[1]))
+        if tag == "async":
+            return _stepped(self._stub(content))
         if tag == "k":
             stub = self._stub(content[0])
             _describe(stub, *content[1:])
@@ -331,6 +335,16 @@ class _Input:
 
     def readlines(self) -> list[str]:
         return list(self)
+
+
+async def _stepped(step: Callable[[], tuple[bool, Any]]) -> Any:
+    import asyncio
+
+    while True:
+        done, value = step()
+        if done:
+            return value
+        await asyncio.sleep(0)
 
 
 def _pulled(pull: Callable[[], tuple[bool, Any]]) -> Iterator[Any]:

@@ -9,7 +9,7 @@ class Reason(Enum):
 
     PASSED = "passed"
     WRONG = "wrong"  # a test's assertion failed, or the output differs
-    ERROR = "error"  # the program raised, lacks its entry point, or answered with what is no answer
+    ERROR = "error"  # the program raised, lacks its entry point, answered with what is no answer, or a script failed
     TIMEOUT = "timeout"
     MEMORY = "memory"
     KILLED = "killed"  # its process ended before its tests did: exit, signal, forbidden system call

@@ -228,6 +228,7 @@ def _run_child(role: bytes, fds: list[int], confine: Callable[[], None]) -> None
         os.dup2(fd, _FIRST_FD + i)
     os.closerange(_SPARE_FD, 256)
     gc.enable()  # what was there at the fork stays frozen
+    gc.set_threshold(10_000, 20, 20)  # most programs end before there is anything to collect
     confine()
     if role == b"T":
         tester.serve(_FIRST_FD)
