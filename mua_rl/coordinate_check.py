@@ -32,7 +32,7 @@ from mua_rl.errors import UserError
 from mua_rl.exits import run_command
 from mua_rl.flags import FlagParser
 from mua_rl.lm import models
-from mua_rl.lm.heldout import complete
+from mua_rl.lm.generation import complete
 from mua_rl.lm.text import is_conversational, prompt_ids
 from mua_rl.lr.record import check_learning_rate
 from mua_rl.lr.rules import Configuration, best_lr_order, lr_ratio

@@ -1,5 +1,7 @@
 """The exceptions that commands turn into one clear line (`mua_rl.exits`)."""
 
+import re
+
 
 class UserError(ValueError):
     """Input that cannot be used. The message names the fault and the cure, in one sentence or two."""
@@ -21,12 +23,21 @@ class PolicyWorse(RuntimeError):
     """Training has ended, and the policy is worse than it was; the message says what may be done."""
 
 
+class Terminated(RuntimeError):
+    """The run was asked to end (SIGTERM); the message says what was saved and how to go on."""
+
+
 class NoRate(RuntimeError):
     """A sweep has ended and found no learning rate; the message says why."""
 
 
 class EngineFailed(RuntimeError):
     """The inference engine failed; the message says how."""
+
+
+def without_password(text: str) -> str:
+    """A text in which the passwords of URLs are hidden."""
+    return re.sub(r"(://[^\s:/@]*:)[^\s@]+@", r"\1***@", text)
 
 
 def one_line(error: object, most: int = 400) -> str:

@@ -9,7 +9,18 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import NoReturn
 
-from mua_rl.errors import CannotLearn, Diverged, EngineFailed, NoRate, PolicyWorse, Unscored, UserError, one_line
+from mua_rl.errors import (
+    CannotLearn,
+    Diverged,
+    EngineFailed,
+    NoRate,
+    PolicyWorse,
+    Terminated,
+    Unscored,
+    UserError,
+    one_line,
+    without_password,
+)
 
 
 class ExitCode(IntEnum):
@@ -33,6 +44,8 @@ class ExitCode(IntEnum):
     """The sweep has ended and found no learning rate."""
     INTERRUPTED = 130
     """The command was interrupted from the keyboard, as shells have it."""
+    TERMINATED = 143
+    """The run was ended by SIGTERM, as shells have it, and has saved a checkpoint where it had taken a step."""
 
 
 _MAIN_FIRST_SECONDS = 10.0
@@ -79,6 +92,8 @@ def run_command(main: Callable[[], None], after_interrupt: str = "") -> None:
         leave(f"mua_rl: {error}", ExitCode.NO_RATE)
     except EngineFailed as error:
         leave(f"mua_rl: {error}; go on with --resume and the run folder.", ExitCode.ENGINE_FAILED)
+    except Terminated as error:
+        leave(f"mua_rl: {error}.", ExitCode.TERMINATED)
     except KeyboardInterrupt:
         leave("; ".join(filter(None, ["mua_rl: interrupted", after_interrupt])) + ".", ExitCode.INTERRUPTED)
     except Exception as error:
@@ -111,5 +126,5 @@ def leave(message: str, code: ExitCode) -> NoReturn:
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(_MAIN_FIRST_SECONDS)
-    print(message, file=sys.stderr)
+    print(without_password(message), file=sys.stderr)
     sys.exit(code)

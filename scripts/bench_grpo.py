@@ -150,7 +150,7 @@ def step_arm(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
     from mua_rl.grpo import run as grpo
     from mua_rl.grpo.arguments import parse
-    from mua_rl.grpo.setup import prepare
+    from mua_rl.grpo.setup import prepare_grpo
     from mua_rl.rollouts.correction import Mismatch
     from mua_rl.run.folder import RunFolder
 
@@ -167,7 +167,7 @@ def step_arm(name: str, options: argparse.Namespace) -> dict[str, Any]:
         common += ["--vllm_gpu_memory_utilization", 0.3]
     given = [str(flag) for flag in [*common, *flags] if flag != "ONE_PASS"]
     arguments, adapter_arguments, settings = parse(given)
-    setup = prepare(arguments, adapter_arguments)
+    setup = prepare_grpo(arguments, adapter_arguments)
     run = RunFolder.create(f"{folder}/run", "run")
     run.start(settings)
     arguments.output_dir = str(run.path)

@@ -230,7 +230,7 @@ def layout_run(layout: str, model: str, rank: str, options: argparse.Namespace) 
 
     from mua_rl.grpo import run as grpo
     from mua_rl.grpo.arguments import parse
-    from mua_rl.grpo.setup import prepare
+    from mua_rl.grpo.setup import prepare_grpo
     from mua_rl.lr.record import package_versions
     from mua_rl.run import processes
     from mua_rl.run.folder import RunFolder
@@ -253,7 +253,7 @@ def layout_run(layout: str, model: str, rank: str, options: argparse.Namespace) 
     if url := os.environ.get("BENCH_SERVER"):
         flags += ["--vllm_mode", "server", "--vllm_server_base_url", url, "--vllm_server_timeout", SERVER_START_S]
     arguments, adapter_arguments, _ = parse([str(flag) for flag in flags])
-    setup = prepare(arguments, adapter_arguments)
+    setup = prepare_grpo(arguments, adapter_arguments)
     if folder:
         setup = replace(setup, task=replace(setup.task, rewards=(letters,)))
     start = time.perf_counter()

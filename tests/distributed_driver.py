@@ -22,8 +22,9 @@ from trl.generation.vllm_generation import DistributedBackend
 
 from mua_rl.exits import run_command
 from mua_rl.grpo import run as grpo
+from mua_rl.grpo import trainer as trainers
 from mua_rl.grpo.arguments import parse
-from mua_rl.grpo.setup import prepare
+from mua_rl.grpo.setup import prepare_grpo
 from mua_rl.grpo.trainer import GRPOTrainer
 from mua_rl.lm import models
 from mua_rl.rollouts.fsdp2 import reshard
@@ -58,7 +59,7 @@ def fixed(prompts, trainer):
 
 def jobs(folder, *names):
     """Do the jobs."""
-    prepare, make_trainer, held_out = grpo.prepare, grpo.make_trainer, grpo.held_out
+    prepare, make_trainer, held_out = grpo.prepare_grpo, grpo.make_trainer, trainers.held_out
 
     def prepared(*args):
         setup = prepare(*args)
@@ -79,12 +80,13 @@ def jobs(folder, *names):
     def uneven(model, tokenizer, task, rows, length, **options):
         return held_out(model, tokenizer, task, rows, 2 + 2 * processes.rank(), **options)
 
-    grpo.prepare, grpo.make_trainer = prepared, made
+    grpo.prepare_grpo, grpo.make_trainer = prepared, made
     step = GRPOTrainer.training_step
     try:
         for name in names:
             GRPOTrainer.training_step = disturbed(step, name)
-            grpo.held_out = uneven if name == "killed" else held_out  # processes that end their answers at other times
+            # Processes end their answers at other times.
+            trainers.held_out = uneven if name == "killed" else held_out
             if name.startswith("resume:"):
                 flags = ["--resume", str(Path(folder) / name.removeprefix("resume:"))]
             else:
@@ -94,7 +96,7 @@ def jobs(folder, *names):
             else:
                 grpo.train(*parse(flags))
     finally:
-        grpo.prepare, grpo.make_trainer, grpo.held_out = prepare, make_trainer, held_out
+        grpo.prepare_grpo, grpo.make_trainer, trainers.held_out = prepare, make_trainer, held_out
         GRPOTrainer.training_step = step
 
 
@@ -118,7 +120,7 @@ def train_unmeasured(flags):
     engine's check looks at log-probs before the first step.
     """
     arguments, adapter_arguments, _ = parse(flags)
-    setup = prepare(arguments, adapter_arguments)
+    setup = prepare_grpo(arguments, adapter_arguments)
     run = RunFolder(arguments.requested_output_dir)
     trainer, _ = grpo.make_trainer(setup, arguments, run)
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
@@ -128,7 +130,7 @@ def train_unmeasured(flags):
     class Check(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
             with torch.no_grad():
-                trainer._logps([[1, 5, 6]], [[7, 8]])
+                trainer.log_probs([[1, 5, 6]], [[7, 8]])
             if setup.adapter.rank is None:
                 push(trainer, run.path / "pushed.safetensors")
             reshard(trainer.model)  # as the next sync does

@@ -10,7 +10,7 @@ from mua_rl.adapter.fingerprint import fingerprint
 from mua_rl.errors import UserError
 from mua_rl.grpo import run as grpo
 from mua_rl.grpo.arguments import parse as parse_grpo
-from mua_rl.grpo.setup import prepare
+from mua_rl.grpo.setup import prepare_grpo
 from mua_rl.lr.record import LRRecord
 from mua_rl.run import commands
 from mua_rl.run.folder import RunFolder
@@ -127,9 +127,9 @@ def test_after_a_grpo_run_from_another_run_both_commands_start_where_they_say(tm
     for parsed in (again, later):
         assert parsed[1].target_modules == targets[1:] and parsed[0].max_steps == 1
     record = LRRecord.load(tmp_path / "b c")
-    setup = prepare(*again[:2])
+    setup = prepare_grpo(*again[:2])
     assert setup.adapter.rank is None and setup.base.fingerprint == record.base_fingerprint
     assert setup.widths == record.widths
-    setup = prepare(*later[:2])
+    setup = prepare_grpo(*later[:2])
     assert setup.adapter.rank is None and setup.base.record == record
     assert setup.base.fingerprint == fingerprint(setup.policy) and setup.widths == record.widths

@@ -19,7 +19,7 @@ from mua_rl.analysis.rows import SweepRow, append
 from mua_rl.errors import Unscored, UserError
 from mua_rl.grpo import run as grpo
 from mua_rl.grpo.arguments import parse
-from mua_rl.grpo.setup import prepare
+from mua_rl.grpo.setup import prepare_grpo
 from mua_rl.lm.models import load_model, load_tokenizer
 from mua_rl.lr.record import LRRecord
 from mua_rl.run.folder import RunFolder
@@ -87,7 +87,7 @@ def test_grpo_goes_on_with_the_tokenizer_of_the_finetuned_policy(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     run(monkeypatch, "--tokenizer_name", "./chat", "--rank", 4, "--lr", 2**-7, "--output_dir", tmp_path / "sft")
     monkeypatch.chdir("/")
-    setup = prepare(*parse(["--start_from", str(tmp_path / "sft"), "--rank", "4"])[:2])
+    setup = prepare_grpo(*parse(["--start_from", str(tmp_path / "sft"), "--rank", "4"])[:2])
     assert setup.tokenizer.chat_template == tokenizer.chat_template
     assert setup.held_out_rows["prompt"][0][0]["role"] == "user"
 

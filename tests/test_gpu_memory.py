@@ -12,7 +12,7 @@ from mua_rl.grpo.arguments import parse
 from mua_rl.lm import models
 from mua_rl.lm.text import prompt_ids
 from mua_rl.rollouts.memory import GIB, PolicySize, plan
-from mua_rl.rollouts.sync import plan_engine
+from mua_rl.rollouts.planning import plan_engine
 
 # Llama-3.1-8B with LoRA of rank 32 on the MLP projections, base in bf16.
 LLAMA = PolicySize(16 * 10**9, 8 * 10**9, 57 * 10**6, 32, 4096, 14336, 1024, 128256)

@@ -29,7 +29,7 @@ def test_fewer_training_rows_than_the_prompts_of_a_step_are_refused_with_the_cur
     with pytest.raises(UserError, match=r"has 1\d training rows, fewer than the 32 prompts .*--completions_per_step"):
         grpo.train(*parse([*task, "--max_steps", "20", "--lr", "1e-3", "--output_dir", str(tmp_path / "r")]))
     assert not (tmp_path / "r").exists()
-    setup = grpo.prepare(*parse([*SMALL, *task])[:2])  # two prompts a step
+    setup = grpo.prepare_grpo(*parse([*SMALL, *task])[:2])  # two prompts a step
     assert len(setup.train_rows) < 16
 
 

@@ -1,6 +1,7 @@
 """What a GRPO run has to do with the hub and with Weights & Biases, both made up: neither costs it what it has."""
 
 import shutil
+import subprocess
 import sys
 from concurrent.futures import Future
 from importlib.machinery import ModuleSpec
@@ -159,3 +160,15 @@ def test_weights_and_biases_that_says_no_is_one_line_before_the_first_step(made_
     with pytest.raises(UserError, match=r"Weights & Biases cannot be used \(No API key configured\.\)"):
         run("--report_to", "wandb", "--output_dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("service", ["mlflow", "neptune"])
+def test_a_service_whose_package_is_missing_is_one_line_and_nothing_of_its_own(service, tmp_path):
+    command = [sys.executable, "-m", "mua_rl.grpo", "--report_to", service, "--output_dir", str(tmp_path / "r")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"mua_rl: error: --report_to {service} needs a package that is not installed: install it, or drop the word.\n"
+    )
+    assert not (tmp_path / "r").exists()

@@ -14,10 +14,11 @@ from mua_rl.envs.tasks import Task, get_task
 from mua_rl.evaluation.evaluation import Settings, evaluate
 from mua_rl.grpo import run as grpo
 from mua_rl.grpo.arguments import parse
-from mua_rl.grpo.setup import prepare
+from mua_rl.grpo.setup import prepare_grpo
 from mua_rl.grpo.stacked.trainer import StackedTrainer
 from mua_rl.lm import models
-from mua_rl.lm.heldout import HeldOutResult, complete, end_ids, generate, held_out, score
+from mua_rl.lm.generation import complete, end_ids, generate
+from mua_rl.lm.heldout import HeldOutResult, held_out, score
 from mua_rl.lm.text import prompt_ids
 from mua_rl.probes.movement import probe_batch
 from mua_rl.run.folder import RunFolder
@@ -82,7 +83,7 @@ def test_options_of_the_chat_template_are_part_of_a_held_out_prompt(model, token
     task = get_task("arithmetic")
     rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "1+2"}]], "answer": [12]})
     asked = []
-    monkeypatch.setattr("mua_rl.lm.heldout.complete", lambda m, t, ids, *_: asked.append(t.decode(ids[0])) or ids)
+    monkeypatch.setattr("mua_rl.lm.generation.complete", lambda m, t, ids, *_: asked.append(t.decode(ids[0])) or ids)
     held_out(model, tokenizer, task, rows, 4)
     held_out(model, tokenizer, task, rows, 4, template={"hint": "*3"})
     assert [text.replace(" ", "") for text in asked] == ["1+2=", "1+2*3="]
@@ -129,9 +130,9 @@ def test_a_single_run_asks_its_held_out_problems_as_a_sweep_does(tmp_path, monke
     flags = ["--model", str(tmp_path / "m"), "--chat_template_kwargs", '{"hint": "*3"}', "--held_out_problems", "4"]
     flags += ["--lr", "1e-3", "--output_dir", str(tmp_path / "r"), "--report_to", "none", "--max_steps", "1"]
     arguments, adapter_arguments, _ = parse([*flags, "--per_device_train_batch_size", "16"])
-    setup = prepare(arguments, adapter_arguments)
+    setup = prepare_grpo(arguments, adapter_arguments)
     asked = []
-    monkeypatch.setattr("mua_rl.lm.heldout.complete", lambda m, t, ids, *_: asked.extend(ids) or torch.tensor(ids))
+    monkeypatch.setattr("mua_rl.lm.generation.complete", lambda m, t, ids, *_: asked.extend(ids) or torch.tensor(ids))
     grpo.make_trainer(setup, arguments, RunFolder(tmp_path))[1]()
     assert asked == list(StackedTrainer(arguments, [make_trial(4, "B", "1", -8, 0)]).problems.values())
     assert tokenizer.decode(asked[0]).replace(" ", "") == "1+2*3="

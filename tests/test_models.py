@@ -4,7 +4,9 @@ import multiprocessing
 import os
 
 import pytest
+from peft import AutoPeftModelForCausalLM
 
+from mua_rl.adapter.adapters import LoRA
 from mua_rl.errors import UserError
 from mua_rl.lm import models
 
@@ -52,3 +54,15 @@ def test_an_empty_folder_takes_the_model(tmp_path):
     (tmp_path / "model").mkdir()
     models.made_once(tmp_path / "model", lambda own: (own.mkdir(), (own / "config.json").write_text("{}")))
     assert os.listdir(tmp_path / "model") == ["config.json"]
+
+
+def test_an_adapter_names_a_base_that_was_given_by_a_relative_path_so_that_peft_finds_it_from_anywhere(
+    tmp_path, monkeypatch
+):
+    models.load_model("embedded").save_pretrained(tmp_path / "base")
+    models.load_tokenizer("embedded").save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    LoRA(4).attach(models.load_model("base")).save_pretrained(tmp_path / "adapter")
+    monkeypatch.chdir("/")
+    assert AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "adapter")).peft_config["default"].r == 4
+    assert models.model_path("nobody/nothing") == "nobody/nothing"

@@ -1,5 +1,8 @@
 """Finetuning's own options: what is trained beside the hidden layers, critics apart, distance to the base, adapters."""
 
+import subprocess
+import sys
+
 import gymnasium
 import numpy as np
 import pytest
@@ -273,3 +276,14 @@ def test_a_zip_that_was_saved_with_lora_goes_on_with_lora_and_says_so(tmp_path, 
     full = PPO.load(tmp_path / "policy.zip", env=make_vec_env("Pendulum-v1"), adapter=Full("hidden"), device="cpu")
     assert not list(lora_layers(full.learner)) and not capsys.readouterr().out
     assert type(stable_baselines3.PPO.load(tmp_path / "policy.zip", device="cpu")) is stable_baselines3.PPO
+
+
+@pytest.mark.slow
+def test_the_trainer_is_there_without_transformers_and_trl():
+    """They take seconds to import, and full finetuning of a small policy has no use for them."""
+    code = (
+        "import sys; from mua_rl.ppo.trainer import PPO;"
+        "PPO('MlpPolicy', 'CartPole-v1', n_steps=16, batch_size=16, device='cpu').learn(16);"
+        "assert not {'transformers', 'trl', 'peft'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,7 +7,7 @@ from helpers import make_trial
 from mua_rl.adapter.targets import lora_layers, lora_matrices
 from mua_rl.grpo import run as grpo
 from mua_rl.grpo.arguments import parse
-from mua_rl.grpo.setup import prepare
+from mua_rl.grpo.setup import prepare_grpo
 from mua_rl.grpo.stacked.generation import Completions
 from mua_rl.grpo.stacked.scoring import completion_weights, group_advantages
 from mua_rl.grpo.stacked.trainer import StackedTrainer
@@ -21,7 +21,7 @@ FLAGS += ["--report_to", "none", "--max_completion_length", "6", "--max_steps", 
 def trl_batch(folder, *flags):
     """A trainer of a single run, a batch that TRL has generated and scored, and its texts' rewards."""
     arguments, adapter_arguments, _ = parse([*FLAGS, *flags])
-    setup = prepare(arguments, adapter_arguments)
+    setup = prepare_grpo(arguments, adapter_arguments)
     arguments.output_dir = str(folder)
     trainer, _ = grpo.make_trainer(setup, arguments, RunFolder(folder))
     generator = torch.Generator().manual_seed(3)

@@ -116,7 +116,7 @@ def test_a_run_asks_begun_answers_and_rewards_tags_as_an_evaluation_does(with_ta
     flags = ["--model", str(tmp_path / "m"), "--task", "begun", "--lr", "1e-3", "--report_to", "none"]
     flags += ["--output_dir", str(tmp_path / "r"), "--per_device_train_batch_size", "16", "--max_steps", "1"]
     arguments, adapter_arguments, _ = parse(flags)
-    setup = grpo.prepare(arguments, adapter_arguments)
+    setup = grpo.prepare_grpo(arguments, adapter_arguments)
     trainer, _ = grpo.make_trainer(setup, arguments, RunFolder(tmp_path))
     prompts = [setup.train_rows[0]["prompt"]] * 16
     answer = with_tags("<think>5</think>6")["input_ids"][1:]

@@ -1,6 +1,6 @@
-"""What a vLLM engine is given of a LoRA, and the seams of TRL that carry it; no engine is needed here."""
+"""What a vLLM engine is given of a LoRA, and how its mismatch is measured; no engine is needed here."""
 
-import inspect
+import importlib
 import json
 import os
 from collections import defaultdict
@@ -10,13 +10,11 @@ import pytest
 import torch
 import trl
 from safetensors.torch import load_file
-from trl.generation.vllm_generation import VLLMGeneration
-from trl.trainer import grpo_trainer as trl_grpo_trainer
 
 from mua_rl.adapter.adapters import LoRA
 from mua_rl.adapter.targets import lora_layers, lora_matrices
 from mua_rl.errors import UserError
-from mua_rl.grpo import run as grpo
+from mua_rl.exits import run_command
 from mua_rl.grpo.arguments import parse
 from mua_rl.lm import models
 from mua_rl.lr.spec import AlphaRule
@@ -24,6 +22,7 @@ from mua_rl.rollouts import lora_engine as vllm_lora
 from mua_rl.rollouts import sync as rollouts
 from mua_rl.rollouts.correction import CorrectedGRPOTrainer, Mismatch, importance_ratio
 from mua_rl.rollouts.lora_engine import AdapterFolders, engine_rank, export_tensors
+from mua_rl.rollouts.planning import plan_engine
 
 
 @pytest.fixture
@@ -55,7 +54,7 @@ def test_what_a_cpu_engine_cannot_take_is_refused_at_once(flags, monkeypatch):
     policy = adapter_arguments.adapter("mlp").attach(models.load_model("embedded"))
     rank = adapter_arguments.adapter("mlp").rank
     with pytest.raises(UserError, match="vLLM on a CPU"):
-        rollouts.plan_engine(arguments, policy, rank, prompt_tokens=20)
+        plan_engine(arguments, policy, rank, prompt_tokens=20)
 
 
 def test_what_is_exported_times_one_is_the_policys_own_weight_change(policy):
@@ -174,7 +173,7 @@ def test_the_dropped_share_is_of_the_tokens_that_count(mode, share, monkeypatch)
     logps = torch.zeros(2, 4)
     logps[0, 0] = 1.0
     mask = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0]])
-    trainer._correcting = {"sampling_per_token_logps": torch.zeros(2, 4), "completion_mask": mask}
+    trainer._corrected = {"sampling_per_token_logps": torch.zeros(2, 4), "completion_mask": mask}
     monkeypatch.setattr(trl.GRPOTrainer, "_get_per_token_logps_and_entropies", lambda *_: (logps, None))
     trainer._get_per_token_logps_and_entropies(trainer.model)
     assert trainer._metrics["train"]["rollout/dropped"] == [pytest.approx(share)]
@@ -184,59 +183,11 @@ def test_the_command_says_how_to_go_on_when_the_engine_has_failed(monkeypatch, c
     def train(*_):
         raise rollouts.EngineFailed("the vLLM engine failed while it generated (it is gone)")
 
-    monkeypatch.setattr(grpo, "train", train)
+    command = importlib.import_module("mua_rl.grpo.__main__")
+    monkeypatch.setattr(command, "train", train)
     monkeypatch.setattr("sys.argv", ["mua_rl.grpo", "--report_to", "none"])
     with pytest.raises(SystemExit) as stop:
-        grpo.main()
+        run_command(command.main)
     assert stop.value.code == 4
     assert "it is gone" in (error := capsys.readouterr().err)
     assert "--resume" in error
-
-
-# --- Seams of TRL. A failure names the seam that an upgrade has moved. ---
-
-
-@pytest.mark.parametrize(
-    "seam",
-    ["_init_vllm", "sync_weights", "generate", "_iter_named_params"],
-)
-def test_seam_of_vllm_generation(seam):
-    assert callable(getattr(VLLMGeneration, seam, None)), f"TRL's VLLMGeneration has no {seam} any more"
-
-
-def test_seam_trl_makes_its_generation_by_name_when_it_is_made():
-    source = inspect.getsource(trl.GRPOTrainer.__init__)
-    assert "self.vllm_generation = VLLMGeneration(" in source, "GRPOTrainer makes its engine in another way"
-    assert trl_grpo_trainer.VLLMGeneration is VLLMGeneration
-
-
-def test_seam_trl_makes_the_engine_by_name_and_gives_it_keywords_that_we_replace():
-    source = inspect.getsource(VLLMGeneration._init_vllm)
-    assert "self.llm = LLM(" in source, "VLLMGeneration makes its engine in another way"
-    assert "model=model.name_or_path" in source, "VLLMGeneration takes the engine's weights from elsewhere"
-
-
-@pytest.mark.parametrize(
-    ("method", "needs"),
-    [
-        ("_generate_and_score_completions", ['output["sampling_per_token_logps"]', 'output["old_per_token_logps"]']),
-        ("_compute_loss", ['inputs["importance_sampling_ratio"]', "self._get_per_token_logps_and_entropies("]),
-        ("_generate_single_turn", ["self.vllm_generation.sync_weights()", "self.vllm_generation.generate("]),
-    ],
-)
-def test_seam_of_the_correction(method, needs):
-    source = inspect.getsource(getattr(trl.GRPOTrainer, method))
-    for need in needs:
-        assert need in source, f"GRPOTrainer.{method} no longer has {need}: see mua_rl.rollouts.correction"
-
-
-def test_seam_the_loss_reads_the_ratio_after_its_forward_pass():
-    source = inspect.getsource(trl.GRPOTrainer._compute_loss)
-    assert source.index("self._get_per_token_logps_and_entropies(") < source.index('"importance_sampling_ratio"')
-
-
-def test_the_overrides_are_of_methods_that_exist():
-    own = [name for name, value in vars(CorrectedGRPOTrainer).items() if inspect.isfunction(value)]
-    overridden = {"_generate_and_score_completions", "_compute_loss", "_get_per_token_logps_and_entropies"}
-    assert overridden <= set(own)
-    assert all(hasattr(trl.GRPOTrainer, name) for name in overridden)

@@ -16,7 +16,7 @@ from mua_rl.adapter.targets import lora_layers, lora_matrices
 from mua_rl.errors import EngineFailed, UserError
 from mua_rl.grpo import run as grpo
 from mua_rl.grpo.arguments import parse as parse_grpo
-from mua_rl.grpo.setup import prepare
+from mua_rl.grpo.setup import prepare_grpo
 from mua_rl.lm import models
 from mua_rl.rollouts import lora_engine as vllm_lora
 from mua_rl.rollouts.correction import answers
@@ -52,7 +52,7 @@ def trainer(tmp_path_factory):
     arguments, adapter_arguments, given = parse(
         *("--rank", 5, "--alpha", "0.7", "--lr", 2**-6, "--max_steps", 5, "--output_dir", folder)
     )
-    setup = prepare(arguments, adapter_arguments)
+    setup = prepare_grpo(arguments, adapter_arguments)
     run = RunFolder.create(str(folder), "run")
     run.start(given)
     arguments.output_dir = str(folder)
@@ -82,10 +82,10 @@ def scramble(model):
 
 def probe(trainer):
     """What the engine answers as it is now, with its log-probs and the trainer's."""
-    prompt_ids = trainer._tokenize_prompts(trainer.train_dataset[:8]["prompt"])[0]
+    prompt_ids = trainer.prompt_ids(trainer.train_dataset[:8]["prompt"])
     completion_ids, engine = answers(trainer.vllm_generation, prompt_ids)
     with torch.no_grad():
-        logps = trainer._logps(prompt_ids, completion_ids)
+        logps = trainer.log_probs(prompt_ids, completion_ids)
     rows = [logps[i, : len(row)].cpu() - torch.tensor(row) for i, row in enumerate(engine)]
     return completion_ids, torch.cat(rows).abs().max().item()
 

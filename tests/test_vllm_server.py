@@ -15,7 +15,7 @@ from requests.adapters import HTTPAdapter
 from mua_rl.errors import EngineFailed, UserError
 from mua_rl.grpo import run as grpo
 from mua_rl.grpo.arguments import parse
-from mua_rl.grpo.setup import prepare
+from mua_rl.grpo.setup import prepare_grpo
 from mua_rl.lm import models
 from mua_rl.rollouts.correction import answers
 from mua_rl.run.folder import RunFolder
@@ -80,7 +80,7 @@ def trainer_of(url, folder, rank):
     flags += ["--gradient_accumulation_steps", 2, "--report_to", "none", "--rank", rank, "--alpha", "0.7"]
     flags += ["--lr", 2**-6, "--max_steps", 4, "--held_out_steps", 0, "--output_dir", folder]
     arguments, adapter_arguments, given = parse([str(flag) for flag in flags])
-    setup = prepare(arguments, adapter_arguments)
+    setup = prepare_grpo(arguments, adapter_arguments)
     run = RunFolder.create(str(folder), "run")
     run.start(given)
     arguments.output_dir = str(folder)
@@ -105,7 +105,7 @@ def test_a_server_has_the_policy_of_every_step_also_after_a_restart_and_its_end_
     assert served == ["base", client.model]
 
     client.session.mount("http://", HTTPAdapter(max_retries=0))
-    prompt_ids = trainer._tokenize_prompts(trainer.train_dataset[:4]["prompt"])[0]
+    prompt_ids = trainer.prompt_ids(trainer.train_dataset[:4]["prompt"])
     before = answers(trainer.vllm_generation, prompt_ids)
     stop(process)
     process = start(url.rpartition(":")[2])  # without the adapter
@@ -123,6 +123,6 @@ def test_no_server_at_all_is_one_clear_line(tmp_path):
     flags = ["--use_vllm", "--vllm_mode", "server", "--vllm_server_base_url", "http://127.0.0.1:9", "--rank", "8"]
     flags += ["--vllm_server_timeout", "0", "--report_to", "none", "--lr", "0.01", "--output_dir", str(tmp_path)]
     arguments, adapter_arguments, _ = parse(flags)
-    setup = prepare(arguments, adapter_arguments)
+    setup = prepare_grpo(arguments, adapter_arguments)
     with pytest.raises(UserError, match=r"can't be reached.*--enable-lora --max-lora-rank 8"):
         grpo.make_trainer(setup, arguments, RunFolder(tmp_path))

@@ -12,11 +12,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 
 from mua_rl.adapter.groups import FULL, LORA_A, LORA_B
@@ -33,6 +31,9 @@ from mua_rl.adapter.targets import (
 from mua_rl.errors import UserError
 from mua_rl.lr.rules import Configuration
 from mua_rl.lr.spec import ALPHA_ONE, FFT, AdapterSpec, AlphaRule, Scheme, multiplier_rule
+
+if TYPE_CHECKING:  # as in `targets`
+    from peft import LoraConfig, PeftModel
 
 
 class Adapter(ABC):
@@ -129,12 +130,14 @@ class LoRA(Adapter):
     def learning_rates(self, learning_rate: float) -> dict[str, float]:
         return {LORA_A: learning_rate, LORA_B: learning_rate}  # the theory has one for both
 
-    def peft_config(self, model: nn.Module) -> LoraConfig:
+    def peft_config(self, model: nn.Module) -> "LoraConfig":
         """The PEFT configuration: dropout and bias off, `lora_alpha = α r` so that PEFT's multiplier is α.
 
         It is for loading and saving. PEFT alone would draw its own starting values by it, to which no learning rate of
         Init[A] or Init[B] belongs: train what `attach` returns.
         """
+        from peft import LoraConfig
+
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha(self.rank) * self.rank,  # type: ignore[arg-type]  # PEFT divides it, so a float does
@@ -146,13 +149,15 @@ class LoRA(Adapter):
             task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         )
 
-    def attach(self, model: nn.Module, seed: int = 0) -> PeftModel:
+    def attach(self, model: nn.Module, seed: int = 0) -> "PeftModel":
         """Put A and B into a model; see `Adapter.attach`.
 
         Raises:
             UserError: The rank exceeds a layer's size, no layer matches, one is tied to another or never called, or
                 there is an adapter already.
         """
+        from peft.tuners.lora import LoraLayer, ParamWrapper
+
         if any(isinstance(module, LoraLayer) for module in model.modules()):
             raise UserError(
                 "the model carries a LoRA already: merge it first (--start_from does), or go on with --resume."
@@ -235,7 +240,7 @@ def adapter_for(spec: AdapterSpec, target_modules: TargetModules) -> Adapter:
     return LoRA(spec.rank, spec.init, spec.alpha, target_modules)
 
 
-def load_adapter(model: nn.Module, folder: Path | str, trainable: bool = True) -> PeftModel:
+def load_adapter(model: nn.Module, folder: Path | str, trainable: bool = True) -> "PeftModel":
     """Attach a saved adapter, its trained values and nothing drawn anew.
 
     Raises:
@@ -243,6 +248,8 @@ def load_adapter(model: nn.Module, folder: Path | str, trainable: bool = True) -
     """
     leave_fast_path(model)
     try:
+        from peft import PeftModel
+
         return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} holds no adapter of this model: {str(error).splitlines()[0]}") from None

@@ -1,17 +1,22 @@
 """Which layers of a model carry LoRA, and how large they are, for any `nn.Module` that PEFT can target."""
 
+from __future__ import annotations
+
 import copy
 import math
 import re
+import sys
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from mua_rl.errors import UserError, one_line
+
+if TYPE_CHECKING:  # it imports transformers, which takes seconds that full finetuning of a small policy has no use for
+    from peft import LoraConfig, PeftModel
+    from peft.tuners.lora import LoraLayer
 
 MLP_PROJECTIONS = (
     ("gate_proj", "up_proj", "gate_up_proj", "down_proj"),  # Llama and its like, the first two fused in Phi-3's
@@ -48,8 +53,10 @@ def resolve_targets(model: nn.Module, targets: TargetModules) -> TargetModules:
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     """Every layer that carries LoRA, with its name."""
+    if (peft := sys.modules.get("peft.tuners.lora")) is None:
+        return  # nothing can carry LoRA yet
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, peft.LoraLayer):
             yield name, module
 
 
@@ -66,6 +73,11 @@ def fan_in(weight: torch.Tensor) -> int:
     return math.prod(weight.shape[1:])
 
 
+def is_packed(module: nn.Module) -> bool:
+    """Whether a linear layer has quantised weights, packed into integers (bitsandbytes)."""
+    return isinstance(module, nn.Linear) and not module.weight.is_floating_point()
+
+
 def targeted_layers(
     model: nn.Module, targets: TargetModules
 ) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
@@ -79,13 +91,20 @@ def targeted_layers(
     """
     # `copy.deepcopy` takes what its memo has for copied already: with every weight in there, without storage, it copies
     # the structure of the model alone.
-    memo = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
-    for weight in model.parameters():
-        memo[id(weight)] = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+    memo: dict[int, Any] = {id(w): torch.empty_like(w, device="meta") for w in model.buffers()}
+    for module in model.modules():
+        if is_packed(module):  # such weights have a shape of their own
+            plain = cast(nn.Linear, module)
+            memo[id(module)] = nn.Linear(plain.in_features, plain.out_features, device="meta")
+        else:
+            for weight in module.parameters(recurse=False):
+                memo[id(weight)] = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
     with torch.device("meta"):
         skeleton = copy.deepcopy(model, memo)
     convolutions = [module for module in model.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
     rank = math.lcm(*(module.groups for module in convolutions))  # PEFT wants a rank that every grouping divides
+    from peft import LoraConfig
+
     config: Any = LoraConfig(r=rank, target_modules=resolve_targets(model, targets))
     for name, layer in lora_layers(inject(skeleton, config)):
         yield name.removeprefix("base_model.model."), lora_matrices(layer)
@@ -125,6 +144,8 @@ def inject(model: nn.Module, config: LoraConfig) -> PeftModel:
     """
     leave_fast_path(model)
     try:
+        from peft import get_peft_model
+
         return get_peft_model(model, config)
     except (ValueError, re.error) as error:
         raise UserError(f"LoRA cannot be attached: {one_line(error)}") from None

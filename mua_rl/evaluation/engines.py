@@ -13,7 +13,7 @@ from mua_rl.adapter.adapters import load_adapter
 from mua_rl.adapter.fingerprint import fingerprint
 from mua_rl.errors import UserError
 from mua_rl.lm import models
-from mua_rl.lm.heldout import generate
+from mua_rl.lm.generation import generate
 from mua_rl.lm.text import begins_answer, check_template, completion_texts, is_conversational, prompt_ids
 from mua_rl.lr.record import FILE_NAME, LRRecord
 from mua_rl.rollouts.lora_engine import engine_rank

@@ -44,10 +44,10 @@ class GRPO(Algorithm):
 
     def examine(self, arguments: GRPOArguments, adapter: AdapterArguments) -> tuple[Recipe, Base, str]:
         from mua_rl.grpo.run import recipe_of
-        from mua_rl.grpo.setup import prepare
+        from mua_rl.grpo.setup import prepare_grpo
         from mua_rl.grpo.stacked.settings import check_policy
 
-        setup = prepare(arguments, adapter)
+        setup = prepare_grpo(arguments, adapter)
         obstacle = ""
         if setup.adapter.rank is not None:
             try:

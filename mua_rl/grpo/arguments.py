@@ -3,7 +3,8 @@
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import torch
 from trl import GRPOConfig
@@ -13,14 +14,14 @@ from mua_rl.errors import UserError
 from mua_rl.lm import models
 from mua_rl.run import processes
 from mua_rl.run.arguments import AdapterArguments, parse_run
-from mua_rl.run.folder import RunFolder
+from mua_rl.run.folder import ADAPTER_CONFIG, RunFolder, is_adapter
 from mua_rl.run.judge import PATIENCE
 
 _LEAST = {
     "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "completions_per_step": 1,
     "steps_per_generation": 1, "num_iterations": 1, "num_generations": 2, "max_completion_length": 1,
-    "held_out_problems": 1, "held_out_steps": 0, "patience": 0, "beta": 0, "epsilon": 0, "weight_decay": 0,
-    "max_grad_norm": 0, "top_k": 0, "neftune_noise_alpha": 0,
+    "max_prompt_length": 1, "held_out_problems": 1, "held_out_steps": 0, "patience": 0, "beta": 0, "epsilon": 0,
+    "weight_decay": 0, "max_grad_norm": 0, "top_k": 0, "neftune_noise_alpha": 0,
 }  # fmt: skip
 _SHARES = ("top_p", "min_p", "top_entropy_quantile")
 _CHOICES = {
@@ -40,6 +41,38 @@ _NOT_TAKEN = {
 _DEFAULTS = {"model": models.EMBEDDED, "task": "arithmetic"}
 """Taken in `__post_init__`: a field's default that is given by name is more than a default to --start_from."""
 _SEEDS = 2**32  # NumPy takes no larger ones
+
+
+LIKES = {
+    "model_name_or_path": "--model",
+    "model_revision": "--model_init_kwargs '{\"revision\": …}'",
+    "attn_implementation": "--model_init_kwargs '{\"attn_implementation\": …}'",
+    "torch_dtype": "--dtype",
+    "dataset_name": "--task, which brings its rewards, as in --task gsm8k or --task jsonl:FILE",
+    "dataset_config": "--task",
+    "dataset_prompt_column": "--task jsonl:FILE, whose column is prompt",
+    "dataset_train_split": "--task",
+    "dataset_test_split": "--task",
+    "reward_funcs": "--task, which brings its rewards",
+    "system_prompt": "a task of your own, whose prompts begin with it",
+    "chat_template": "--tokenizer_name, a tokenizer that has it",
+    "use_peft": "--rank 32 for a LoRA, which is the default, --rank full for all weights",
+    "lora_r": "--rank",
+    "lora_target_modules": "--target_modules",
+    "lora_dropout": "none: a LoRA has no dropout here",
+    "lora_task_type": "none: it is CAUSAL_LM",
+    "lora_modules_to_save": "none: a LoRA is trained alone, --rank full trains every weight",
+    "use_rslora": "--alpha 'c/sqrt(r)'",
+    "use_dora": "none: DoRA has no rule for its learning rate",
+    "load_in_8bit": "--load_in_4bit true",
+    "bnb_4bit_quant_type": "--load_in_4bit true, which is NF4",
+    "use_bnb_nested_quant": "none: with --load_in_4bit true it is off",
+    "wandb_project": "the environment variable WANDB_PROJECT",
+    "wandb_entity": "the environment variable WANDB_ENTITY",
+    "vllm_device": "--vllm_mode",
+    "resume_from_checkpoint": "--resume RUN",
+}
+"""Settings of TRL's and open-r1's scripts, and what takes their place here."""
 
 
 @dataclass
@@ -82,8 +115,15 @@ class GRPOArguments(GRPOConfig):
         default="float32",
         metadata={"help": "Precision of the weights that LoRA leaves frozen.", "choices": ["float32", "bfloat16"]},
     )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "QLoRA: the frozen base is quantised to 4 bits (NF4, by bitsandbytes)."}
+    )
     held_out_problems: int | None = field(
         default=None, metadata={"help": "Held-out problems to measure with. Default: all that the task has."}
+    )
+    save_best: bool = field(
+        default=False,
+        metadata={"help": "Keep the policy that was best on the way (--held_out_steps) in best/, for --start_from."},
     )
     held_out_steps: int = field(
         default=25, metadata={"help": "Measure held-out accuracy every so many steps; 0: only before and after."}
@@ -107,6 +147,10 @@ class GRPOArguments(GRPOConfig):
             "help": "Completions per optimizer step, of all processes together. Default: what the two flags above "
             "make, 256 without them."
         },
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "In tokens. Rows with longer prompts are left out. Default: all rows are taken."},
     )
     max_completion_length: int | None = field(default=None, metadata={"help": "In tokens. Default: the task's."})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay."})
@@ -136,6 +180,8 @@ class GRPOArguments(GRPOConfig):
         default_factory=lambda: ["tensorboard"], metadata={"help": "tensorboard, wandb, trackio, none, or several."}
     )
 
+    LIKES: ClassVar[dict[str, str]] = LIKES
+
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_words()
@@ -152,6 +198,7 @@ class GRPOArguments(GRPOConfig):
             self.dataloader_pin_memory = False
         if (processes.launched() > 1 or processes.sharded()) and not torch.accelerator.is_available():
             self.use_cpu = True  # accelerate takes several processes on the CPU for a mistake otherwise
+        self.enable_jit_checkpoint = False  # every run saves at SIGTERM; transformers would end it as if it were done
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every trained weight is used; looking for others costs time
         super().__post_init__()
@@ -246,7 +293,12 @@ class GRPOArguments(GRPOConfig):
     @property
     def load_options(self) -> dict[str, Any]:
         """Options with which the model and its tokenizer are loaded."""
-        return {"trust_remote_code": self.trust_remote_code, **cast(dict, self.model_init_kwargs or {})}
+        options = {"trust_remote_code": self.trust_remote_code, **cast(dict, self.model_init_kwargs or {})}
+        if self.load_in_4bit:
+            compute = "bfloat16" if self.bf16 else "float32"
+            four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute}
+            options["quantization_config"] = {"quant_method": "bitsandbytes", **four}
+        return options
 
     @property
     def template(self) -> dict[str, Any]:
@@ -277,7 +329,7 @@ def parse(argv: list[str] | None = None) -> tuple[GRPOArguments, AdapterArgument
     Raises:
         UserError: As `parse_run`; or `--start_from` contradicts `--model`.
     """
-    adapter_arguments, arguments, given = parse_run(AdapterArguments, GRPOArguments, argv)
+    adapter_arguments, arguments, given = parse_run(AdapterArguments, GRPOArguments, argv, length="max_steps")
     complete(arguments, adapter_arguments, given)
     return arguments, adapter_arguments, given
 
@@ -291,7 +343,10 @@ def complete(arguments: GRPOArguments, adapter_arguments: AdapterArguments, give
         UserError: `--start_from` names no run, or contradicts `--model`.
     """
     if adapter_arguments.start_from:
-        _inherit(arguments, RunFolder.open(adapter_arguments.start_from), given)
+        if is_adapter(adapter_arguments.start_from):
+            given["model"] = arguments.model = given.get("model") or _base_of_adapter(adapter_arguments.start_from)
+        else:
+            _inherit(arguments, RunFolder.around(adapter_arguments.start_from), given)
     else:
         for name in [name for name, default in _DEFAULTS.items() if given.get(name) == default]:
             del given[name]  # the settings are those of a run that leaves it out
@@ -300,6 +355,18 @@ def complete(arguments: GRPOArguments, adapter_arguments: AdapterArguments, give
     if "num_train_epochs" in given and "max_steps" not in given:
         arguments.max_steps = -1
     arguments.set_save_steps()
+
+
+def _base_of_adapter(folder: str) -> str:
+    """The base model that somebody's adapter names.
+
+    Raises:
+        UserError: It names none.
+    """
+    base = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"the adapter {folder} does not say what its base is: give --model.")
+    return base
 
 
 def _inherit(arguments: GRPOArguments, earlier: RunFolder, given: dict) -> None:
@@ -322,6 +389,7 @@ def _inherit(arguments: GRPOArguments, earlier: RunFolder, given: dict) -> None:
     arguments.task = given.get("task", settings.get("task", arguments.task))
     arguments.tokenizer_name = given.get("tokenizer_name", settings.get("tokenizer_name"))
     arguments.model_init_kwargs = options
+    arguments.load_in_4bit = given.get("load_in_4bit", settings.get("load_in_4bit", False))
     inherited = {"tokenizer_name": arguments.tokenizer_name, "model_init_kwargs": options}
     given |= {"model": model, "task": arguments.task, **{k: v for k, v in inherited.items() if v is not None}}
 

@@ -3,62 +3,41 @@
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from rich.markup import escape
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
 from mua_rl.errors import EngineFailed, Unscored, UserError, one_line
 from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.checkpoint import check_checkpoint
 from mua_rl.grpo.scored import unscored
-from mua_rl.grpo.setup import Setup, prepare
-from mua_rl.grpo.trainer import BeginCallback, GRPOTrainer, ProgressBar, RunCallback
-from mua_rl.lm.heldout import HeldOutResult, gather, held_out
+from mua_rl.grpo.setup import GRPOSetup, prepare_grpo
+from mua_rl.grpo.trainer import (
+    BeginCallback,
+    GRPOTrainer,
+    Measure,
+    ProgressBar,
+    TerminationCallback,
+    make_trainer,
+)
 from mua_rl.lr.recipe import Recipe
-from mua_rl.rollouts.sync import generation_class
 from mua_rl.run import hub, processes
 from mua_rl.run.arguments import AdapterArguments
-from mua_rl.run.folder import RunFolder, open_run, start_wandb
+from mua_rl.run.folder import BEST, RunFolder, open_run, start_wandb
 from mua_rl.run.life import Measurement, Names, announce, live
-
-Measure = Callable[[], HeldOutResult]
+from mua_rl.run.termination import Termination, terminated_run
 
 NAMES = Names("grpo", "held-out accuracy", "held_out/accuracy", "training reward", "reward", "optimizer step")
 
 
-def make_trainer(setup: Setup, arguments: GRPOArguments, run: RunFolder) -> tuple[GRPOTrainer, Measure]:
-    """The trainer of a run, and the function that measures its policy on the held-out problems."""
-
-    def measure() -> HeldOutResult:
-        assert arguments.max_completion_length is not None
-        rows, new_tokens = setup.held_out_rows, arguments.max_completion_length
-        own = rows.select(processes.share_of(len(rows)))
-        found = held_out(trainer.model, setup.tokenizer, setup.task, own, new_tokens, template=arguments.template)
-        return gather(found, len(rows))
-
-    trainer = GRPOTrainer(
-        model=setup.policy,
-        roles=setup.adapter.learning_rates(setup.rate.value),
-        generation=generation_class(setup.adapter.rank, arguments.vllm_sync),
-        reward_funcs=setup.task.checked_rewards,
-        args=arguments,
-        train_dataset=setup.train_rows,
-        processing_class=setup.tokenizer,
-        callbacks=[RunCallback(run, lambda: measure().metrics(), arguments.held_out_steps)],
-    )
-    for callback in (ProgressCallback, PrinterCallback):  # either prints a long dictionary every step
-        trainer.remove_callback(callback)
-    trainer.add_callback(ProgressBar())
-    return trainer, measure
-
-
 def _set_up_trainer(
-    setup: Setup, arguments: GRPOArguments, run: RunFolder, is_new: bool
+    setup: GRPOSetup, arguments: GRPOArguments, run: RunFolder, is_new: bool
 ) -> tuple[GRPOTrainer, Measure]:
-    """`make_trainer`; where that fails, a new run's folder is removed: it holds nothing but what was asked.
+    """Make the trainer; where that fails, remove a new run's folder, which holds nothing but what was asked.
 
     Raises:
         UserError: TRL or transformers cannot do what was asked, or the hub or Weights & Biases says no.
@@ -90,13 +69,24 @@ class GRPOLearner:
         arguments: What was asked.
         trainer: The trainer of the run.
         measure: The function that measures its policy on the held-out problems.
+        run: The run's folder.
+        termination: Whether the process was asked to end.
     """
 
     names = NAMES
 
-    def __init__(self, setup: Setup, arguments: GRPOArguments, trainer: GRPOTrainer, measure: Measure) -> None:
+    def __init__(
+        self,
+        setup: GRPOSetup,
+        arguments: GRPOArguments,
+        trainer: GRPOTrainer,
+        measure: Measure,
+        run: RunFolder,
+        termination: Termination,
+    ) -> None:
         self.setup, self.arguments, self.trainer, self.held_out = setup, arguments, trainer, measure
         self.recipe, self.spec = recipe_of(arguments, setup), setup.configuration.spec
+        self.run, self.termination = run, termination
         self.rate, self.seed = setup.rate, arguments.seed
 
     @property
@@ -111,11 +101,20 @@ class GRPOLearner:
 
     def train(self, checkpoint: Path | None, on_begin: Callable[[], None]) -> None:
         """See `Learner.train`."""
-        self.trainer.add_callback(BeginCallback(on_begin))
-        try:
-            self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        finally:
-            cast(ProgressBar, self.trainer.pop_callback(ProgressBar)).close()
+
+        def begin() -> None:
+            on_begin()
+            stack.enter_context(self.termination.deferred())
+
+        self.trainer.add_callback(BeginCallback(begin))
+        self.trainer.add_callback(TerminationCallback(self.termination, self.arguments.optimizer_steps_per_batch))
+        with ExitStack() as stack:
+            try:
+                self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            finally:
+                cast(ProgressBar, self.trainer.pop_callback(ProgressBar)).close()
+        if self.termination.asked:
+            self.termination.leave(self.run, self.steps)
 
     def measure(self) -> Measurement:
         """See `Learner.measure`."""
@@ -125,7 +124,7 @@ class GRPOLearner:
 
     def save(self, run: RunFolder) -> None:
         """See `Learner.save`."""
-        self.trainer.save_model(str(run.path / self.setup.adapter.saved_as), _internal_call=True)  # as yet no push
+        self.trainer.write_policy(str(run.path / self.setup.adapter.saved_as))
 
     def unscored(self, metrics: list[dict[str, Any]]) -> Unscored | None:
         """See `Learner.unscored`."""
@@ -133,7 +132,10 @@ class GRPOLearner:
 
     def remarks(self) -> list[str]:
         """See `Learner.remarks`."""
-        return []
+        if (best := self.run.best()) is None:
+            return []
+        path = self.run.path / BEST
+        return [f"best on the way: {best['accuracy']:.3f} after step {best['step']:g}, for --start_from {path}"]
 
     def doubt(self) -> str:
         """See `Learner.doubt`."""
@@ -151,13 +153,26 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
         UserError: Something that was given cannot be used (nothing has been written then), a reward failed, none gave a
             score in the whole run, or the hub does not take what the run has written.
         Diverged: The run left the finite numbers; its folder says so and has no LR record.
+        Terminated: The process got SIGTERM; what was trained is saved.
     """
-    if adapter_arguments.resume:
-        check_checkpoint(RunFolder.open(adapter_arguments.resume).last_checkpoint(), arguments)
-    setup = prepare(arguments, adapter_arguments)
-    name = f"grpo-{arguments.task}-r{setup.adapter.rank or 'full'}"
+    with Termination().watched() as termination:
+        return _train(arguments, adapter_arguments, given, termination)
+
+
+def _train(
+    arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: dict, termination: Termination
+) -> RunFolder:
+    """See `train`."""
     if arguments.batch_is_given:
         given = {**given, "completions_per_step": arguments.completions_per_step}
+    name = f"grpo-{arguments.task}-r{adapter_arguments.spec.rank or 'full'}"
+    if adapter_arguments.resume is None:
+        output_dir = arguments.requested_output_dir
+        requeued = processes.on_main(lambda: terminated_run(output_dir, name, given))
+        adapter_arguments.resume = None if requeued is None else str(requeued)
+    if adapter_arguments.resume:
+        check_checkpoint(RunFolder.open(adapter_arguments.resume).last_checkpoint(), arguments)
+    setup = prepare_grpo(arguments, adapter_arguments)
     run, checkpoint = processes.on_main(
         lambda: open_run(adapter_arguments.resume, arguments.requested_output_dir, name, given, setup.rate.as_dict())
     )
@@ -166,14 +181,15 @@ def train(arguments: GRPOArguments, adapter_arguments: AdapterArguments, given: 
         weights = sum(p.numel() for p in setup.policy.parameters() if p.requires_grad)
         what = f"[bold]{setup.task.name}[/] with {setup.base.name}, {escape(str(setup.configuration))}"
         announce(run, f"{what}: {weights:,} trained weights", setup.rate)
-    trainer, measure = _set_up_trainer(setup, arguments, run, is_new=adapter_arguments.resume is None)
-    live(run, GRPOLearner(setup, arguments, trainer, measure), checkpoint)
+    with termination.marked(run):
+        trainer, measure = _set_up_trainer(setup, arguments, run, is_new=adapter_arguments.resume is None)
+        live(run, GRPOLearner(setup, arguments, trainer, measure, run, termination), checkpoint)
     if arguments.push_to_hub:
         hub.push(trainer, run.path)
     return run
 
 
-def recipe_of(arguments: GRPOArguments, setup: Setup) -> Recipe:
+def recipe_of(arguments: GRPOArguments, setup: GRPOSetup) -> Recipe:
     """What the runs of these arguments have in common."""
     assert arguments.generation_batch_size and arguments.num_generations
     return Recipe(

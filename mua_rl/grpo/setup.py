@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import is_liger_kernel_available
 
 from mua_rl.adapter.adapters import Adapter
@@ -20,21 +21,23 @@ from mua_rl.envs.tasks import Task, get_task, load_split
 from mua_rl.errors import UserError
 from mua_rl.grpo.arguments import GRPOArguments
 from mua_rl.grpo.base import load_base, load_tokenizer
+from mua_rl.lm import models
 from mua_rl.lm.text import check_template, is_conversational, prompt_ids
 from mua_rl.lr.rules import Configuration
 from mua_rl.lr.transfer import LearningRate
-from mua_rl.rollouts.sync import plan_engine
+from mua_rl.rollouts.planning import plan_engine
+from mua_rl.rollouts.sync import ADAPTER
 from mua_rl.run import hub, processes
 from mua_rl.run.arguments import AdapterArguments
 from mua_rl.run.learning_rate import Base, resolve_learning_rate
 
 
 def _check(arguments: GRPOArguments) -> None:
-    """Refuse what would fail later, before anything is written; gives a colocated engine a port of its own.
+    """Refuse what would fail later, before anything is written, and give a colocated engine a port of its own.
 
     Raises:
-        UserError: A package is asked for and is not installed, the hub and there is none, or the launcher leaves most
-            processes without weights.
+        UserError: A package is not installed, the hub is out of reach, or the launcher leaves most processes without
+            weights.
     """
     hub.check(arguments)
     if processes.sharded() and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
@@ -42,6 +45,9 @@ def _check(arguments: GRPOArguments) -> None:
             "every process needs the weights at the start: set fsdp_cpu_ram_efficient_loading to false in accelerate's "
             "configuration, or take the one that python -m mua_rl.accelerate_configs fsdp2 names."
         )
+    for name in arguments.report_to or ():
+        if name in INTEGRATION_TO_CALLBACK and name not in get_available_reporting_integrations():
+            raise UserError(f"--report_to {name} needs a package that is not installed: install it, or drop the word.")
     if arguments.use_liger_kernel and not is_liger_kernel_available():
         raise UserError(
             "--use_liger_kernel needs Liger's kernels, which are not installed: pip install liger-kernel, or drop the "
@@ -52,6 +58,23 @@ def _check(arguments: GRPOArguments) -> None:
         if arguments.vllm_mode == "colocate" and "MASTER_PORT" not in os.environ:
             # TRL would take port 29500 for every run on the machine (trl#3979).
             os.environ["MASTER_PORT"] = str(free_port())
+
+
+def _check_quantised(model: nn.Module, adapter: Adapter, arguments: GRPOArguments) -> None:
+    """Refuse what quantised weights cannot do.
+
+    Raises:
+        UserError: All weights are to be trained, or to be merged for an engine.
+    """
+    if not models.is_quantised(model):
+        return
+    if adapter.rank is None:
+        raise UserError(
+            f"the weights of {arguments.model} are quantised and cannot be trained themselves: train a LoRA (--rank "
+            "32), or load the model as it was before it was quantised."
+        )
+    if arguments.use_vllm and arguments.vllm_sync != ADAPTER:
+        raise UserError("a LoRA cannot be merged into quantised weights at each step: drop --vllm_sync merged.")
 
 
 def check_vllm() -> None:
@@ -74,15 +97,16 @@ def free_port() -> int:
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What a run is made of, before anything is written.
+class GRPOSetup:
+    """What a GRPO run is made of, before anything is written.
 
     Attributes:
-        base: The policy to start from, as the LR policy sees it.
+        task, train_rows, held_out_rows: The task and its two splits.
+        adapter, configuration, widths: What is trained, as the LR rules see it.
+        tokenizer: The policy's tokenizer.
+        base: The policy to start from, as far as a learning rate depends on it.
         policy: The model with the adapter attached.
-        widths: Fan-ins of the layers that the rules speak of.
         rate: The learning rate and its reason.
-        train_rows, held_out_rows: The splits of the task.
     """
 
     task: Task
@@ -97,8 +121,8 @@ class Setup:
     held_out_rows: Dataset
 
 
-def prepare(arguments: GRPOArguments, adapter_arguments: AdapterArguments) -> Setup:
-    """Load the policy, attach the adapter, find the learning rate; fills in what the arguments leave to the task.
+def prepare_grpo(arguments: GRPOArguments, adapter_arguments: AdapterArguments) -> GRPOSetup:
+    """Load the policy, attach the adapter, find the learning rate, and fill in what the arguments leave to the task.
 
     Raises:
         UserError: Something that was given cannot be used.
@@ -108,10 +132,13 @@ def prepare(arguments: GRPOArguments, adapter_arguments: AdapterArguments) -> Se
     adapter = adapter_arguments.adapter("mlp")
     tokenizer = load_tokenizer(arguments)
     model, base = load_base(arguments, adapter_arguments.start_from)
+    _check_quantised(model, adapter, arguments)
     rows = splits(task, is_conversational(tokenizer), arguments.held_out_problems)
+    check_template(tokenizer, (prompt for split in rows for prompt in split["prompt"]), **arguments.template)
+    if arguments.max_prompt_length is not None:
+        rows = without_long_prompts(rows, tokenizer, arguments.max_prompt_length, arguments.template)
     assert arguments.generation_batch_size and arguments.num_generations
     check_number(rows[0], arguments.generation_batch_size // arguments.num_generations)
-    check_template(tokenizer, (prompt for split in rows for prompt in split["prompt"]), **arguments.template)
     check_vocabulary(model, tokenizer, rows)
     configuration = adapter.configuration(model, optimizer=str(getattr(arguments.optim, "value", arguments.optim)))
     rate = resolve_learning_rate(adapter_arguments, configuration, base, "grpo")
@@ -127,15 +154,16 @@ def prepare(arguments: GRPOArguments, adapter_arguments: AdapterArguments) -> Se
         shares = plan_engine(arguments, policy, adapter.rank, longest, is_all)
         if shares is not None and processes.is_main():
             print(f"mua_rl: GPU memory as planned: {shares}")
-    return Setup(task, adapter, tokenizer, base, policy, configuration, widths, rate, *rows)
+    return GRPOSetup(task, adapter, tokenizer, base, policy, configuration, widths, rate, *rows)
 
 
 def splits(task: Task, conversational: bool, held_out_problems: int | None) -> tuple[Dataset, Dataset]:
     """The two splits of a task, the held-out one cut to its first rows where that is asked for.
 
     Args:
+        task: The task.
         conversational: Whether prompts are to be chat messages (`is_conversational`).
-        held_out_problems: How many rows; `None`: all.
+        held_out_problems: How many held-out rows to take; `None`: all.
 
     Raises:
         UserError: As `load_split`.
@@ -159,6 +187,27 @@ def check_number(rows: Dataset, prompts: int) -> None:
         )
 
 
+def without_long_prompts(
+    rows: tuple[Dataset, Dataset], tokenizer: PreTrainedTokenizerBase, most: int, template: dict
+) -> tuple[Dataset, Dataset]:
+    """The rows of both splits whose prompts have at most so many tokens; a prompt that is cut asks something else.
+
+    Raises:
+        UserError: A split has no such row.
+    """
+    short = []
+    for split, name in zip(rows, ("training", "held-out"), strict=True):
+        lengths = [len(ids) for ids in prompt_ids(tokenizer, split["prompt"], **template)]
+        kept = [row for row, length in enumerate(lengths) if length <= most]
+        if not kept:
+            shortest = f"the shortest has {min(lengths)}"
+            raise UserError(f"every {name} prompt is longer than --max_prompt_length {most}: {shortest}.")
+        if len(kept) < len(split) and processes.is_main():
+            print(f"mua_rl: {len(split) - len(kept)} of {len(split)} {name} rows have longer prompts and are left out")
+        short.append(split.select(kept))
+    return short[0], short[1]
+
+
 def check_vocabulary(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows_of_splits: Sequence[Dataset]
 ) -> None:
@@ -167,7 +216,7 @@ def check_vocabulary(
     Tokens that no prompt needs may lack one: Gemma 3's text models have a tokenizer with a token for images.
 
     Raises:
-        UserError: It does.
+        UserError: A token of a prompt, or the one that ends or pads, has no embedding.
     """
     embeddings = len(cast(torch.Tensor, model.get_input_embeddings().weight))
     if max(tokenizer.get_vocab().values()) < embeddings:

@@ -1,28 +1,28 @@
 """GRPO: TRL's trainer with the optimizer groups of `mua_rl.adapter.groups`, and the callbacks of a run."""
 
-import copy
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
-from trl.generation.vllm_generation import VLLMGeneration
-from trl.trainer import grpo_trainer as trl_grpo_trainer
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from mua_rl.adapter.groups import learning_rates, param_groups
 from mua_rl.errors import CannotLearn, Diverged
-from mua_rl.lm.text import begins_answer, completion_texts, prompt_ids
+from mua_rl.grpo.arguments import GRPOArguments
+from mua_rl.grpo.setup import GRPOSetup
+from mua_rl.lm.heldout import HeldOutResult, gather, held_out
 from mua_rl.rollouts.correction import CorrectedGRPOTrainer
-from mua_rl.rollouts.sync import replaced
+from mua_rl.rollouts.sync import generation_class
 from mua_rl.run import processes
-from mua_rl.run.folder import RunFolder
+from mua_rl.run.folder import BEST, RunFolder
 from mua_rl.run.judge import why_no_learning
+from mua_rl.run.termination import Termination
+
+Measure = Callable[[], HeldOutResult]
 
 
 class GRPOTrainer(CorrectedGRPOTrainer):
@@ -30,87 +30,56 @@ class GRPOTrainer(CorrectedGRPOTrainer):
 
     Args:
         model: The policy; a copy of it is the reference policy where one is wanted (`--beta`).
-        roles: Learning rate of each role of trained parameters (`Adapter.learning_rates`).
-        generation: How the policy gets to a vLLM engine (`mua_rl.rollouts.generation_class`); `None` is TRL's way.
-        args, kwargs: As TRL's.
+        roles: The learning rate of each role of trained parameters (`Adapter.learning_rates`).
+        options: Further arguments of `SeamedTrainer`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *args: Any,
-        roles: dict[str, float],
-        generation: type[VLLMGeneration] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, model: nn.Module, *, roles: dict[str, float], **options: Any) -> None:
         self.roles = roles
-        with ExitStack() as stack:
-            if generation:
-                stack.enter_context(replaced(trl_grpo_trainer, "VLLMGeneration", generation))
-            # TRL would load the reference policy by name, and what the policy starts from may be in no such folder.
-            start = replaced(trl_grpo_trainer, "create_model_from_path", lambda *_, **__: copy.deepcopy(model))
-            stack.enter_context(start)
-            super().__init__(cast(PreTrainedModel, model), *args, **kwargs)
+        super().__init__(model, **options)
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None:
-            assert self.model is not None
-            for module in self.model.modules():
-                if isinstance(module, PreTrainedModel):
-                    # transformers' mark by which `generate` goes on until every process has its answers.
-                    module._is_fsdp_managed_module = True  # type: ignore[assignment]
         if plugin is not None and self.accelerator.mixed_precision != "no":
             # accelerate would have gradients summed over the processes, and log-probs returned, in bf16.
             policy = plugin.mixed_precision_policy
             plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
-    def _tokenize_prompts(self, prompts: list) -> tuple:
-        """As TRL's, which would close an answer that a row has begun, and open a second one."""
-        if self.environment_factories is None and not self._is_vlm and any(map(begins_answer, prompts)):
-            options = {"chat_template": self.chat_template, "tools": self.tools or None}
-            options |= cast(dict, self.chat_template_kwargs)
-            return prompt_ids(self.processing_class, prompts, **options), None, {}
-        return super()._tokenize_prompts(prompts)
-
-    def _generate(self, prompts: list) -> Any:
-        """As TRL's, which would take tags that are special tokens out of the text that rewards get."""
-        with replaced(self.processing_class, "batch_decode", lambda ids, **_: completion_texts(self._tokenizer, ids)):
-            return super()._generate(prompts)
-
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Named groups instead of the Trainer's two anonymous ones; the schedule multiplies each group's own peak."""
+        """Make named groups instead of the Trainer's two; the schedule multiplies each group's own peak."""
         if self.optimizer is None:
             model = self.model if model is None else model
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             options.pop("lr", None)
-            groups = param_groups(
-                model, self.roles, self.args.weight_decay, decayed=self.get_decay_parameter_names(model)
-            )
+            decayed = self.get_decay_parameter_names(model)
+            groups = param_groups(model, self.roles, self.args.weight_decay, decayed=decayed)
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing where a resumed run has taken all of its steps already: transformers would take one more."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """As the Trainer's, which of several adapters loads those in subfolders alone: TRL's frozen "ref" (`--beta`).
+def make_trainer(setup: GRPOSetup, arguments: GRPOArguments, run: RunFolder) -> tuple[GRPOTrainer, Measure]:
+    """The trainer of a run, and the function that measures its policy on the held-out problems."""
 
-        The policy's own, at the top, would be a new one then.
-        """
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        policy = self.model if model is None else model
-        if isinstance(policy, PeftModel) and len(policy.peft_config) > 1 and not self.is_fsdp_enabled:
-            policy.load_adapter(resume_from_checkpoint, policy.active_adapter, is_trainable=True)
+    def measure() -> HeldOutResult:
+        assert arguments.max_completion_length is not None
+        rows, new_tokens = setup.held_out_rows, arguments.max_completion_length
+        own = rows.select(processes.share_of(len(rows)))
+        result = held_out(trainer.model, setup.tokenizer, setup.task, own, new_tokens, template=arguments.template)
+        return gather(result, len(rows))
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As the Trainer's, without the second copy that FSDP2 makes of a tied weight."""
-        if state_dict is not None:
-            tied = getattr(self.model, "all_tied_weights_keys", None) or {}
-            state_dict = {name: weight for name, weight in state_dict.items() if name not in tied}
-        super()._save(output_dir, state_dict)
+    trainer = GRPOTrainer(
+        model=setup.policy,
+        roles=setup.adapter.learning_rates(setup.rate.value),
+        engine=generation_class(setup.adapter.rank, arguments.vllm_sync),
+        reward_funcs=setup.task.checked_rewards,
+        args=arguments,
+        train_dataset=setup.train_rows,
+        processing_class=setup.tokenizer,
+    )
+    save = trainer.write_policy if arguments.save_best else None
+    trainer.add_callback(RunCallback(run, lambda: measure().metrics(), arguments.held_out_steps, save))
+    for callback in (ProgressCallback, PrinterCallback):  # either prints a long dictionary every step
+        trainer.remove_callback(callback)
+    trainer.add_callback(ProgressBar())
+    return trainer, measure
 
 
 _FEWEST_ENTRIES = 5  # in the metrics, by which a run is judged: an entry has the gradient of its last step alone
@@ -127,12 +96,19 @@ class RunCallback(TrainerCallback):
         run: Where metrics go.
         held_out_metrics: Measures held-out accuracy; called every `held_out_steps` steps.
         held_out_steps: 0 for never.
+        save: Writes the policy to a folder; `None`: the best one is not kept.
     """
 
     PATIENCE = 3
 
-    def __init__(self, run: RunFolder, held_out_metrics: Callable[[], dict[str, float]], held_out_steps: int) -> None:
-        self.run = run
+    def __init__(
+        self,
+        run: RunFolder,
+        held_out_metrics: Callable[[], dict[str, float]],
+        held_out_steps: int,
+        save: Callable[[str], None] | None = None,
+    ) -> None:
+        self.run, self.save = run, save
         self.held_out_metrics = held_out_metrics
         self.held_out_steps = held_out_steps
         self.used: dict[str, float] = {}
@@ -143,7 +119,7 @@ class RunCallback(TrainerCallback):
         """Note the learning rates that this very step uses; drop its gradient where that is not finite.
 
         Raises:
-            Diverged: It was not in as many steps in a row as patience allows.
+            Diverged: The gradient was not finite in `PATIENCE` steps in a row.
         """
         self.used = {f"lr/{name}": rate for name, rate in learning_rates(optimizer).items()}
         trained = [p for p in model.parameters() if p.grad is not None]
@@ -169,11 +145,16 @@ class RunCallback(TrainerCallback):
         self.history = processes.on_main(lambda: [line for line in self.run.metrics() if "loss" in line])
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Measure on the way."""
+        """Measure the policy on the way."""
         if self.held_out_steps and state.global_step % self.held_out_steps == 0 and state.global_step < state.max_steps:
             metrics = self.held_out_metrics()
             if state.is_world_process_zero:
                 self.run.log(state.global_step, metrics)
+            accuracy = metrics["held_out/accuracy"]
+            if self.save is not None and processes.on_main(lambda: self.run.is_best(accuracy)):
+                self.save(str(self.run.path / BEST))
+                if state.is_world_process_zero:
+                    self.run.note_best(state.global_step, accuracy)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Write one line of metrics a step.
@@ -192,6 +173,25 @@ class RunCallback(TrainerCallback):
             raise CannotLearn(f"{reason} (step {state.global_step} of {state.max_steps})")
 
 
+class TerminationCallback(TrainerCallback):
+    """Saves a checkpoint and stops training where a process of the run was asked to end.
+
+    Args:
+        termination: What was asked of this process.
+        steps_per_batch: Optimizer steps of a batch of completions; a run goes on after whole batches alone.
+    """
+
+    def __init__(self, termination: Termination, steps_per_batch: int) -> None:
+        self.termination, self.steps_per_batch = termination, steps_per_batch
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Save and stop at the end of a batch."""
+        asked = processes.total(float(self.termination.asked), args.device)
+        if asked and state.global_step % self.steps_per_batch == 0:
+            self.termination.asked = True  # by one of the processes, for all
+            control.should_save = control.should_training_stop = True
+
+
 class BeginCallback(TrainerCallback):
     """Calls a function before the first step: where weights are sharded, only then are they in their places."""
 
@@ -199,7 +199,7 @@ class BeginCallback(TrainerCallback):
         self.on_begin = on_begin
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Call it."""
+        """Call the function."""
         self.on_begin()
 
 

@@ -48,7 +48,7 @@ def model_path(name: str, marks: tuple[str, ...] = ("config.json",)) -> str:
     if path.is_dir():
         if not any((path / mark).exists() for mark in marks):
             raise UserError(f"the folder {name} holds no model: there is no {' or '.join(marks)} in it.")
-        return str(path)
+        return str(path.resolve())  # an adapter names its base by it, and is loaded from anywhere
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"there is no model folder {name}.")
     return name
@@ -107,8 +107,17 @@ def load_model(name: str, dtype: str = "float32", **options: object) -> PreTrain
     """
     with loading(f"the model {_named(name)}"):
         model = AutoModelForCausalLM.from_pretrained(model_path(name), dtype=getattr(torch, dtype), **options)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes packs 4-bit weights anew in the first evaluation on a CPU, and its training misreads them.
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     check_finite(model, name)
     return model
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether transformers has loaded a model with quantised weights."""
+    return getattr(model, "quantization_method", None) is not None
 
 
 @torch.no_grad()

@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 
 from mua_rl.lr.spec import ALPHA_ONE, AdapterSpec, Scheme
 
+OWN = "the record's own configuration"
+"""How the reader is told that nothing that the rules speak of differs."""
+
 
 class TransferError(ValueError):
     """The theory does not give the ratio that was asked for; the message says what to do instead."""
@@ -133,7 +136,7 @@ def explain_ratio(source: Configuration, target: Configuration) -> str:
     """
     ratio = lr_ratio(source, target)
     if target == source:
-        return "the record's own configuration"
+        return OWN
     if Scheme.FFT in (source.scheme, target.scheme) and source.scheme is not target.scheme:
         why = "Init[B] at α = 1 and FFT both have best LR ∝ 1/n"
     elif source.scheme is Scheme.FFT:

@@ -72,6 +72,22 @@ class PPOArguments:
             "help": "Learning rate of the heads, which are trained fully. Default: the record's, else that of the rest."
         },
     )
+    critic_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of all that the critic trains. Default: as the actor's parts."}
+    )
+    critic_warmup: int = field(
+        default=0, metadata={"help": "Rollouts at the start on which the critic alone is trained."}
+    )
+    clip_apart: bool = field(
+        default=False, metadata={"help": "Clip the gradients of actor and critic to --max_grad_norm each for itself."}
+    )
+    base_kl: float = field(
+        default=0.0,
+        metadata={
+            "help": "Price, in rewards as the policy sees them, of the KL divergence from the policy that training "
+            "begins with, at every step."
+        },
+    )
     lr_schedule: str = field(
         default="linear", metadata={"help": "linear (to a tenth) or constant.", "choices": ["linear", "constant"]}
     )
@@ -105,6 +121,13 @@ class PPOArguments:
         default="auto", metadata={"help": "auto: the CPU for an MlpPolicy, else a GPU if there is one."}
     )
     eval_episodes: int = field(default=40, metadata={"help": "Held-out episodes before and after training."})
+    eval_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Environment steps between held-out measurements on the way, the best policy of which is kept as "
+            "best_policy.zip. Default: none."
+        },
+    )
     checkpoint_steps: int | None = field(
         default=None, metadata={"help": "Environment steps between checkpoints. Default: a fifth of the run."}
     )
@@ -120,7 +143,15 @@ class PPOArguments:
                 raise UserError('--wrapper is no JSON: write \'["pkg:One", {"pkg:Two": {"size": 3}}]\'.')
         if not 0 <= self.seed < TRAINING_SEEDS:
             raise UserError(f"--seed must lie between 0 and {TRAINING_SEEDS - 1}, not at {self.seed}.")
-        for name in ("total_timesteps", "eval_episodes", "frame_stack", "n_envs", "checkpoint_steps", "n_epochs"):
+        for name in (
+            "total_timesteps",
+            "eval_episodes",
+            "frame_stack",
+            "n_envs",
+            "checkpoint_steps",
+            "n_epochs",
+            "eval_steps",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name} must be at least 1, not {value}.")
@@ -128,7 +159,9 @@ class PPOArguments:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise UserError(f"--{name} must lie between 0 and 1, not at {value}.")
-        for name in ("clip_range", "clip_range_vf", "max_grad_norm", "vf_coef", "target_kl"):
+        for name in (
+            "clip_range", "clip_range_vf", "max_grad_norm", "vf_coef", "target_kl", "critic_warmup", "base_kl",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise UserError(f"--{name} must not be negative, as {value} is.")
@@ -144,6 +177,10 @@ class PPOArguments:
         if self.rollout_buffer_class:
             options["rollout_buffer_class"] = import_from(self.rollout_buffer_class)
         return {**options, "target_kl": self.target_kl or None}
+
+    def own_options(self) -> dict[str, Any]:
+        """The options of `mua_rl.ppo.trainer.PPO` that SB3's has not."""
+        return {name: getattr(self, name) for name in ("critic_warmup", "clip_apart", "base_kl")}
 
     def schedule(self, peak: float) -> float | LinearSchedule:
         """What SB3 takes as `learning_rate`."""
@@ -162,7 +199,8 @@ class PPOAdapterArguments(AdapterArguments):
         default=None,
         metadata={
             "help": "Layers that carry LoRA: hidden (all but the heads and those that read the observation; default), "
-            "all-linear, a regular expression, or a list of names."
+            "actor (those of them that are not the critic's, which is trained fully), all-linear, a regular "
+            "expression, or a list of names."
         },
     )
 

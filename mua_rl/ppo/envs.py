@@ -35,7 +35,8 @@ class FiniteGuard(VecEnvWrapper):
 
     Likewise when an environment fails.
 
-    It sits below `VecNormalize`, whose statistics a single NaN would spoil for good.
+    It sits below `VecNormalize`, whose statistics a single NaN would spoil for good. SB3's `VecCheckNan` names neither
+    the environment nor the step, and does not see the last observation of an episode.
     """
 
     def __init__(self, venv: VecEnv):

@@ -22,7 +22,10 @@ its own. An Atari game ends after 108,000 frames, which are 27,000 steps or, wit
 
 @dataclass(frozen=True)
 class Returns:
-    """Undiscounted, unnormalised returns of held-out episodes, in order."""
+    """Undiscounted, unnormalised returns of held-out episodes: all of the first environment, of the second, and so on.
+
+    Two measurements of the same length are of the same episodes in the same order.
+    """
 
     values: list[float]
 
@@ -37,8 +40,9 @@ class Returns:
 
     @property
     def standard_error(self) -> float:
-        """Standard error of the mean over episodes."""
-        return self.std / len(self.values) ** 0.5
+        """Standard error of the mean over episodes; of one episode it is not known."""
+        count = len(self.values)
+        return float(np.std(self.values, ddof=1)) / count**0.5 if count > 1 else float("nan")
 
     @property
     def iqm(self) -> float:
@@ -64,11 +68,17 @@ def evaluate(model: Any, envs: VecEnv, episodes: int) -> Returns:
     Raises:
         UserError: An episode does not end.
     """
+    numbers: list[int] = []  # of the environments whose episodes have ended, in that order
+
+    def watch(variables: dict[str, Any], everything: dict[str, Any]) -> None:
+        _watch_length(variables, everything)
+        if variables["done"] and (not variables["is_monitor_wrapped"] or "episode" in variables["info"]):
+            numbers.append(variables["i"])
+
     envs.seed(HELD_OUT_SEED)
-    returns, _ = evaluate_policy(
-        model, envs, n_eval_episodes=episodes, return_episode_rewards=True, callback=_watch_length
-    )
-    return Returns([float(value) for value in returns])  # type: ignore[union-attr]
+    returns, _ = evaluate_policy(model, envs, n_eval_episodes=episodes, return_episode_rewards=True, callback=watch)
+    in_order = sorted(zip(numbers, returns, strict=True), key=lambda pair: pair[0])  # type: ignore[arg-type]
+    return Returns([float(value) for _, value in in_order])
 
 
 def _watch_length(variables: dict[str, Any], _: dict[str, Any]) -> None:

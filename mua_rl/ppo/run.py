@@ -1,5 +1,6 @@
 """One PPO run from arguments to record."""
 
+import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,15 +8,18 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from stable_baselines3.common.callbacks import BaseCallback
 
 from mua_rl.errors import Unscored, UserError
 from mua_rl.lr.recipe import Recipe
 from mua_rl.ppo.arguments import PPOArguments
 from mua_rl.ppo.checkpoint import Checkpoints, load_checkpoint
 from mua_rl.ppo.envs import evaluation_envs
-from mua_rl.ppo.evaluation import evaluate
+from mua_rl.ppo.evaluation import Returns, evaluate
+from mua_rl.ppo.layers import CRITIC, HEAD
 from mua_rl.ppo.logs import RETURN, OwnReturns, make_logger
-from mua_rl.ppo.setup import POLICY, PPOSetup, bare_envs, set_up
+from mua_rl.ppo.on_the_way import BEST, Evaluations, best_before
+from mua_rl.ppo.setup import POLICY, PPOSetup, bare_envs, batch, set_up
 from mua_rl.run.arguments import AdapterArguments
 from mua_rl.run.folder import ADAPTER_FOLDER, RunFolder, open_run, start_wandb
 from mua_rl.run.life import Measurement, Names, announce, live, say
@@ -68,17 +72,25 @@ class PPOLearner:
             load_checkpoint(self.model, checkpoint)
         own_returns = OwnReturns()
         every = arguments.checkpoint_steps or max(1, total // 5)
+        callbacks: list[BaseCallback] = [own_returns, Checkpoints(self.run.path, every, on_restart=own_returns.restart)]
+        if arguments.eval_steps is not None:
+            callbacks.append(Evaluations(self.run, arguments.eval_steps, self.returns, NAMES.score_key))
         self.model.learn(
             total - self.model.num_timesteps,
-            callback=[own_returns, Checkpoints(self.run.path, every, on_restart=own_returns.restart)],
+            callback=callbacks,
             reset_num_timesteps=checkpoint is None,
             progress_bar=arguments.progress_bar and Console().is_terminal,
         )
 
+    def returns(self) -> Returns:
+        """Held-out returns of the policy as it is now."""
+        return evaluate(self.model, self.held_out, self.arguments.eval_episodes)
+
     def measure(self) -> Measurement:
         """See `Learner.measure`."""
-        returns = evaluate(self.model, self.held_out, self.arguments.eval_episodes)
-        return Measurement(returns.mean, returns.standard_error, str(returns), {"held_out/iqm": returns.iqm})
+        returns = self.returns()
+        metrics = {"held_out/iqm": returns.iqm}
+        return Measurement(returns.mean, returns.standard_error, str(returns), metrics, returns.values)
 
     def save(self, run: RunFolder) -> None:
         """Write the merged policy for plain SB3, the statistics that belong to it, and the adapter for plain PEFT."""
@@ -93,7 +105,10 @@ class PPOLearner:
 
     def remarks(self) -> list[str]:
         """See `Learner.remarks`."""
-        return [f"the policy for stable_baselines3.PPO.load: {self.run.path / POLICY}"]
+        lines = [f"the policy for stable_baselines3.PPO.load: {self.run.path / POLICY}"]
+        if (self.run.path / BEST).exists() and (best := best_before(self.run, NAMES.score_key, self.steps)):
+            lines.append(f"the best on the way, {best[0]:.4g} after {best[1]:,} steps: {self.run.path / BEST}")
+        return lines
 
     def doubt(self) -> str:
         """See `Learner.doubt`."""
@@ -116,7 +131,8 @@ def train(arguments: PPOArguments, adapter_arguments: AdapterArguments, given: d
     setup = set_up(arguments, adapter_arguments)
     model = setup.model
     name = f"ppo-{arguments.env_id.rpartition(':')[2]}-r{adapter_arguments.rank or 'full'}"
-    rate = {**setup.rate.as_dict(), "head": model.head_learning_rate}
+    others = {HEAD: model.head_learning_rate, CRITIC: model.critic_learning_rate}
+    rate = {**setup.rate.as_dict(), **{role: value for role, value in others.items() if value is not None}}
     run, checkpoint = open_run(adapter_arguments.resume, arguments.output_dir, name, given, rate)
     _announce(arguments, setup, run)
     live(run, PPOLearner(setup, arguments, run), checkpoint)
@@ -128,9 +144,14 @@ def _announce(arguments: PPOArguments, setup: PPOSetup, run: RunFolder) -> None:
     model, is_lora = setup.model, bool(setup.model.attached.rank)
     trained = sum(p.numel() for p in model.learner.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.policy.parameters())
-    layers = f": LoRA on {', '.join(model.target_layers)}, and the heads" if is_lora else ""
+    whole = [n for n, p in model.learner.named_parameters() if p.requires_grad and "lora_" not in n]
+    whole = list(dict.fromkeys(re.sub(r"(\.\d+)?\.(weight|bias)$", "", name) for name in whole))
+    fully = f", all of {', '.join(whole)}" if whole else ""
+    layers = f": LoRA on {', '.join(model.target_layers)}{fully}" if is_lora else ""
     what = f"[bold]{escape(arguments.env_id)}[/] from {escape(setup.base.name)} ({total:,} weights)"
     announce(run, f"{what}, {escape(str(setup.configuration))}, {trained:,} trained{layers}", setup.rate)
+    for layer, rank in getattr(model.attached, "layer_ranks", {}).items():
+        say(f"{escape(layer)} carries rank {rank}, the most that it can")
     if setup.pretrained is not None and setup.pretrained.vec_normalize is not None:
         say(f"observation statistics {escape(str(setup.pretrained.vec_normalize))}")
     if setup.pretrained is None and is_lora:
@@ -155,15 +176,12 @@ def recipe_of(arguments: PPOArguments, setup: PPOSetup) -> Recipe:
             "max_grad_norm": model.max_grad_norm,
         },
         schedule={"name": arguments.lr_schedule, "final_fraction": 0.1, "env_steps": arguments.total_timesteps},
-        batch={
-            "environments": model.n_envs,
-            "steps_per_rollout": model.n_steps,
-            "minibatch": model.batch_size,
-            "epochs": model.n_epochs,
-            "target_kl": model.target_kl,
-        },
+        batch=batch(model),
         score=NAMES.score,
-        other_learning_rates={"head": model.head_learning_rate},
+        other_learning_rates={
+            HEAD: model.head_learning_rate,
+            **({CRITIC: model.critic_learning_rate} if model.critic_learning_rate else {}),
+        },
     )
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv
@@ -9,7 +10,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from mua_rl.adapter.adapters import Adapter
 from mua_rl.adapter.fingerprint import fingerprint
 from mua_rl.errors import UserError, one_line
-from mua_rl.lr.record import LRRecord, check_learning_rate
+from mua_rl.lr.record import FILE_NAME, LRRecord, check_learning_rate
 from mua_rl.lr.rules import Configuration
 from mua_rl.lr.transfer import LearningRate
 from mua_rl.ppo.arguments import PPOArguments
@@ -43,6 +44,9 @@ def find_base(arguments: PPOArguments, start_from: str | None) -> tuple[BasePoli
     statistics = arguments.vec_normalize
     if start_from is not None:
         run = RunFolder.open_policy(start_from)
+        result = run.result()
+        if result is not None and result.is_good and not (run.path / FILE_NAME).exists():  # it learnt nothing
+            return read_base_policy(run.path / POLICY, statistics), f"the policy of {start_from}", None
         record = LRRecord.load(run.path)
         return read_base_policy(run.path / POLICY, statistics), f"{record.base_model} after {start_from}", record
     path = shipped_policy(arguments.env_id) if arguments.base == "auto" else Path(arguments.base)
@@ -61,7 +65,7 @@ def set_up(arguments: PPOArguments, adapter_arguments: AdapterArguments) -> PPOS
     adapter: Adapter = adapter_arguments.adapter("hidden")
     pretrained, name, record = find_base(arguments, adapter_arguments.start_from)
     envs = training_envs(arguments, pretrained)
-    options = {**arguments.sb3_options(), "adapter": adapter}
+    options = {**arguments.sb3_options(), **arguments.own_options(), "adapter": adapter}
     try:
         if pretrained is None:
             device = "cpu" if (arguments.device, arguments.policy) == ("auto", "MlpPolicy") else arguments.device
@@ -82,14 +86,33 @@ def set_up(arguments: PPOArguments, adapter_arguments: AdapterArguments) -> PPOS
             f"mua_rl: the clip_range of {pretrained.path} changes on the way or is of an older SB3, and is not read: "
             f"{clip:g}, SB3's default, is taken; --clip_range gives another."
         )
-    base = Base(name, fingerprint(model.policy), record)
+    conditions = {**batch(model), "schedule": arguments.lr_schedule, "task": arguments.env_id}
+    if adapter.rank is not None:
+        conditions["layers"] = model.target_layers
+    base = Base(name, fingerprint(model.policy), record, arguments.env_id, conditions)
     configuration = model.configuration()
     rate = resolve_learning_rate(adapter_arguments, configuration, base, "ppo")
     head_rate = rate.others.get("head") if arguments.head_lr is None else arguments.head_lr
-    if head_rate is not None:
-        check_learning_rate(head_rate, "--head_lr")
-    model.attach(learning_rate=arguments.schedule(rate.value), head_learning_rate=head_rate)
+    critic_rate = rate.others.get("critic") if arguments.critic_lr is None else arguments.critic_lr
+    for flag, value in (("--head_lr", head_rate), ("--critic_lr", critic_rate)):
+        if value is not None:
+            check_learning_rate(value, flag)
+    model.attach(
+        learning_rate=arguments.schedule(rate.value), head_learning_rate=head_rate, critic_learning_rate=critic_rate
+    )
     return PPOSetup(model, pretrained, base, configuration, rate)
+
+
+def batch(model: PPO) -> dict[str, Any]:
+    """What a record says of the data of an update, and of what is made of it."""
+    return {
+        "environments": model.n_envs,
+        "steps_per_rollout": model.n_steps,
+        "minibatch": model.batch_size,
+        "epochs": model.n_epochs,
+        "target_kl": model.target_kl,
+        "gamma": model.gamma,
+    }
 
 
 def training_envs(arguments: PPOArguments, pretrained: BasePolicy | None) -> VecEnv:

@@ -10,7 +10,6 @@ are too small for a rank and which the LR rules do not cover: their learning rat
 layers that read the observation, and all biases but the heads', stay frozen under LoRA.
 """
 
-import copy
 import math
 from dataclasses import replace
 from itertools import chain
@@ -20,7 +19,6 @@ from typing import Any, Self
 import stable_baselines3
 import torch
 from gymnasium import spaces
-from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -39,7 +37,7 @@ from mua_rl.lr.spec import AdapterSpec
 from mua_rl.ppo.base import BasePolicy
 from mua_rl.ppo.layers import CRITIC, HEAD, fit, head_role_of, hidden_layers, is_critics, resolve_layers
 
-OWN_STATE = ("adapter", "attached", "wrapped", "learner", "target_layers", "widths", "base_state", "base_policy")
+OWN_STATE = ("adapter", "attached", "learner", "target_layers", "widths", "base_state", "base_policy")
 """What a zip leaves out: it is made anew from the zip's weights."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # as PEFT calls it
 
@@ -153,18 +151,23 @@ class PPO(stable_baselines3.PPO):
         if chosen.rank is not None:
             self.saved_adapter = {**chosen.spec.as_dict(), "target_modules": chosen.target_modules}
         with torch.random.fork_rng():  # attaching draws nothing from the run's own random numbers
-            self.learner: ActorCriticPolicy = self.policy_class(  # type: ignore[assignment]
-                self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **self.policy_kwargs
-            ).to(self.device)
-            self.learner.load_state_dict(self.policy.state_dict())
-            self.wrapped = self.attached.attach(self.learner, seed=self.seed or 0)
+            self.learner = self._new_policy(self.base_state)
+            self.attached.attach(self.learner, seed=self.seed or 0)
+            self.base_policy = self._new_policy(self.base_state) if self.base_kl else None
         actor_alone = chosen.rank is not None and chosen.target_modules in ("actor", ["actor"])
         for name, parameter in self.learner.named_parameters():
             if head_role_of(name) == HEAD or (actor_alone and is_critics(name)):
                 parameter.requires_grad_(True)
         self._set_optimizer(peak, critic_apart=actor_alone or self.critic_learning_rate is not None)
-        self.base_policy = copy.deepcopy(self.policy) if self.base_kl else None
         self.merge()
+
+    def _new_policy(self, state: dict[str, torch.Tensor]) -> ActorCriticPolicy:
+        """A plain policy with these weights; one that has acted with gSDE cannot be copied."""
+        policy: Any = self.policy_class(
+            self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **self.policy_kwargs
+        )
+        policy.load_state_dict(state)
+        return policy.to(self.device)
 
     def _set_optimizer(self, peak: float, critic_apart: bool) -> None:
         """Give the learner an optimiser of its own, with a parameter group for each role that is trained."""
@@ -290,10 +293,12 @@ class PPO(stable_baselines3.PPO):
         """
         if not isinstance(self.attached, LoRA):
             return
+        from peft import get_peft_model  # here, since it imports transformers, which takes seconds
+
         folder = Path(folder)
         trained = {name: value.detach() for name, value in self.learner.named_parameters() if value.requires_grad}
-        base = copy.deepcopy(self.policy)
-        base.load_state_dict(self.base_state)
+        with torch.random.fork_rng():
+            base = self._new_policy(self.base_state)
         config = self.attached.peft_config(base)
         switched = "action_net." if "action_net.weight" in trained else "-"
         config.modules_to_save = ["action_net"] if "action_net.weight" in trained else None

@@ -68,6 +68,7 @@ def find_statistics(policy: Path) -> Path | None:
     steps = _checkpoint_steps(policy)
     stem = policy.stem.replace(f"_{steps}_steps", f"_vecnormalize_{steps}_steps")
     beside = [policy.with_name(f"{stem}.pkl")] if steps else []
+    beside += [policy.with_name("best_vecnormalize.pkl")] if policy.stem == "best_policy" else []  # of our own runs
     for path in beside + [folder / name for folder in _own_folders(policy) for name in STATISTICS]:
         if path.is_file():
             return path

@@ -21,7 +21,7 @@ from mua_rl.adapter.adapters import Adapter
 from mua_rl.adapter.groups import param_groups
 from mua_rl.envs.tasks import Task, as_completions, load_split
 from mua_rl.errors import Diverged, UserError
-from mua_rl.lm.heldout import complete, end_ids
+from mua_rl.lm.generation import complete, end_ids
 from mua_rl.lm.text import completion_texts, is_conversational, prompt_ids
 
 _ROWS_AT_ONCE = 48

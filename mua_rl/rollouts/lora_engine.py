@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import weakref
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from mua_rl.adapter.targets import lora_layers, lora_matrices
 from mua_rl.errors import UserError
+from mua_rl.rollouts.seams_vllm import Handover
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM offers for an engine (`vllm.config.lora.MaxLoRARanks`)."""
@@ -124,7 +125,7 @@ class AdapterFolders:
         return self._write(name, tensors, {key: tensor.cpu() for key, tensor in tensors.items()})
 
     def describe(self, name: str, tensors: dict[str, torch.Tensor]) -> Path:
-        """As `publish`, without the matrices: for an engine that is handed them."""
+        """Write a version without its matrices, for an engine that is handed them; as `publish` otherwise."""
         return self._write(name, tensors, {})
 
     def _write(self, name: str, tensors: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> Path:
@@ -170,20 +171,7 @@ def adapter_llm(**options: Any) -> Any:
         options: As `vllm.LLM` takes them.
     """
     from vllm import LLM
-    from vllm.lora.lora_model import LoRAModel
     from vllm.lora.request import LoRARequest
-
-    class HandedOver(LoRAModel):
-        """What vLLM makes of an adapter; these matrices are in the GPU's memory and not in the folder."""
-
-        tensors: ClassVar[dict[str, torch.Tensor]] = {}
-
-        @classmethod
-        def from_local_checkpoint(cls, lora_dir: str, expected_lora_modules: set[str], peft_helper: Any, **kwargs: Any):
-            """As vLLM's, without reading the matrices and pinning each in the host's memory, 2 ms a matrix."""
-            kept = {key: kwargs[key] for key in ("lora_model_id", "dtype", "weights_mapper", "skip_prefixes")}
-            device = str(next(iter(cls.tensors.values())).device)
-            return cls.from_lora_tensors(tensors=cls.tensors, peft_helper=peft_helper, device=device, **kept)
 
     class AdapterLLM(LLM):
         """`LLM` with an adapter."""
@@ -192,7 +180,7 @@ def adapter_llm(**options: Any) -> Any:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.llm_engine.model_executor.driver_worker.model_runner.lora_manager._lora_model_cls = HandedOver
+            self.handover = Handover(self)
             self.folders = AdapterFolders()
 
         def exchange(self, name: str, number: int, tensors: dict[str, torch.Tensor]) -> None:
@@ -207,12 +195,12 @@ def adapter_llm(**options: Any) -> Any:
         def take(self, name: str, number: int, tensors: dict[str, torch.Tensor]) -> LoRARequest:
             """Take an adapter beside those that are there."""
             adapter = LoRARequest(name, number, str(self.folders.describe(name, tensors)))
-            HandedOver.tensors = tensors
+            self.handover.tensors[name] = tensors
             try:
                 if not self.llm_engine.add_lora(adapter) or number not in self.llm_engine.list_loras():
                     raise RuntimeError(f"vLLM did not take the adapter {name}")
             finally:
-                HandedOver.tensors = {}
+                del self.handover.tensors[name]
             return adapter
 
         def drop(self, adapter: LoRARequest) -> None:
@@ -221,12 +209,12 @@ def adapter_llm(**options: Any) -> Any:
             self.folders.drop(Path(adapter.lora_path))
 
         def generate(self, *args: Any, **kwargs: Any) -> Any:
-            """As `LLM.generate`, with the adapter where the call names none."""
+            """Generate as `LLM` does, with the adapter where the call names none."""
             kwargs.setdefault("lora_request", self.adapter)
             return super().generate(*args, **kwargs)
 
         def sleep(self, level: int = 1, *args: Any, **kwargs: Any) -> Any:
-            """As `LLM.sleep`, but never at level 2, which throws away the base that nothing brings back."""
+            """Sleep as `LLM` does, but never at level 2, which throws away the base that nothing brings back."""
             return super().sleep(min(level, 1), *args, **kwargs)
 
     return AdapterLLM(**options)

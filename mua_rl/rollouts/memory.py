@@ -58,6 +58,10 @@ class PolicySize:
         attention = 2 * self.hidden * (self.attention_width + self.kv_width)
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
+    def kv_token(self, compute_bytes: int) -> int:
+        """Bytes of the keys and values of one token in all layers."""
+        return 2 * self.layers * self.kv_width * compute_bytes
+
     @classmethod
     def of(cls, model: Any) -> "PolicySize":
         """The sizes of a language model with its adapter attached."""
@@ -66,7 +70,8 @@ class PolicySize:
         heads = config.num_attention_heads
         head = getattr(config, "head_dim", None) or config.hidden_size // heads
         trained = sum(p.numel() for p in parameters if p.requires_grad)
-        everything = sum(p.numel() for p in parameters)
+        packed = [getattr(p, "quant_state", None) for p in parameters]  # of 4-bit weights, two to a byte
+        everything = sum(q.shape.numel() if q else p.numel() for p, q in zip(parameters, packed, strict=True))
         return cls(
             frozen_bytes=sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad),
             parameters=everything if trained == everything else everything - trained,
@@ -145,11 +150,8 @@ def trainer_memory(
     layer = norms + inputs + compute_bytes * 4 * (size.attention_width + size.intermediate)
     residual = (_FP32 if wide_base else compute_bytes) * size.hidden
     kept = size.layers * residual + layer if checkpointing else size.layers * layer
-    weights, gradients, moments = (
-        size.frozen_bytes + size.trained * _FP32,
-        size.trained * _FP32,
-        2 * size.trained * _FP32,
-    )
+    gradients = size.trained * _FP32
+    weights, moments = size.frozen_bytes + gradients, 2 * gradients
     casts = size.linear * compute_bytes if mixed and wide_base else 0
     if casts and checkpointing and not size.full:
         casts //= size.layers  # autocast keeps copies of trained weights alone
@@ -186,7 +188,8 @@ class EngineMemory:
 
     def cache(self, sequences: int, length: int) -> int:
         """The cache for so many sequences of so many tokens at once."""
-        return sequences * _blocks(length) * self.kv_token
+        blocks = -(-length // _KV_BLOCK)
+        return sequences * blocks * _KV_BLOCK * self.kv_token
 
 
 def engine_memory(
@@ -205,31 +208,47 @@ def engine_memory(
     return EngineMemory(
         size.parameters * compute_bytes // tensor_parallel,
         _ENGINE_WORKSPACE + logits + batch,
-        2 * size.layers * size.kv_width * compute_bytes // tensor_parallel,
+        size.kv_token(compute_bytes) // tensor_parallel,
     )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes for each use of a GPU.
+    """How trainer and engine share a GPU.
 
     Attributes:
-        weights: The trainer's frozen and trained weights.
-        optimizer: Gradients and Adam's two moments.
-        activations: What one forward pass keeps for the backward pass, casts and a tile of logits included.
-        engine: vLLM's weights and workspace.
-        cache: vLLM's KV cache.
-        total: Of the GPU.
+        trainer: The trainer's bytes.
+        engine_memory: The engine's bytes.
+        cache: Bytes of vLLM's KV cache.
+        total: Bytes of the GPU.
         roomy: Whether every sequence has its cache at once.
     """
 
-    weights: int
-    optimizer: int
-    activations: int
-    engine: int
+    trainer: TrainerMemory
+    engine_memory: EngineMemory
     cache: int
     total: int
     roomy: bool
+
+    @property
+    def weights(self) -> int:
+        """The trainer's frozen and trained weights."""
+        return self.trainer.weights
+
+    @property
+    def optimizer(self) -> int:
+        """Gradients and Adam's two moments."""
+        return self.trainer.gradients + self.trainer.moments
+
+    @property
+    def activations(self) -> int:
+        """What one forward pass keeps for the backward pass, casts and a tile of logits included."""
+        return self.trainer.casts + self.trainer.activations + self.trainer.head
+
+    @property
+    def engine(self) -> int:
+        """vLLM's weights and workspace."""
+        return self.engine_memory.weights + self.engine_memory.workspace
 
     @property
     def utilization(self) -> float:
@@ -237,18 +256,13 @@ class Plan:
         return (self.engine + self.cache) / self.total
 
     def __str__(self) -> str:
-        parts = {
-            "weights": self.weights,
-            "optimizer": self.optimizer,
-            "activations": self.activations,
-            "vLLM": self.engine,
-            "KV cache": self.cache,
-        }
-        return ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items()) + " GiB"
+        sizes = (self.weights, self.optimizer, self.activations, self.engine, self.cache)
+        names = ("weights", "optimizer", "activations", "vLLM", "KV cache")
+        return ", ".join(f"{name} {size / GIB:.1f}" for name, size in zip(names, sizes, strict=True)) + " GiB"
 
 
 def usable(free: int) -> int:
-    """What can be counted on of so many free bytes: allocators lose some to fragments."""
+    """What can be counted on of so many free bytes: the CUDA context takes some, and fragments."""
     return int(free * _SAFE)
 
 
@@ -262,15 +276,13 @@ def plan(
     length: int,
     longest: int,
     compute_bytes: int = 2,
-    checkpointing: bool = False,
     sleeps: bool = False,
-    processes: int = 1,
-    sharded: bool = False,
+    **share: Any,
 ) -> Plan:
     """The shares of a GPU that holds trainer and engine.
 
     Args:
-        size: Of the policy.
+        size: The sizes of the policy.
         total: Bytes of the GPU.
         free: Bytes of it that nobody has taken, before the policy is moved to it.
         micro_batch: Sequences of one forward pass of the trainer.
@@ -278,9 +290,8 @@ def plan(
         length: Tokens of a typical sequence, prompt and completion.
         longest: Tokens of the longest sequence that the engine takes.
         compute_bytes: 2 for bf16 and fp16, 4 for fp32.
-        checkpointing: Whether the trainer recomputes activations.
         sleeps: Whether the engine gives its memory back while the trainer works.
-        processes, sharded: As `trainer_memory` takes them.
+        share: Further arguments of `trainer_memory`.
 
     Returns:
         A plan with room for all sequences at once, or with as much of the cache as the GPU has left.
@@ -288,36 +299,21 @@ def plan(
     Raises:
         UserError: Not even one longest sequence has room; the message has the numbers and the cures.
     """
-    needs = trainer_memory(
-        size,
-        micro_batch=micro_batch,
-        length=length,
-        compute_bytes=compute_bytes,
-        checkpointing=checkpointing,
-        processes=processes,
-        sharded=sharded,
-    )
-    weights, optimizer = needs.weights, needs.gradients + needs.moments
-    activations = needs.casts + needs.activations + needs.head
-    engines = engine_memory(size, sequences=sequences, compute_bytes=compute_bytes)
-    engine = engines.weights + engines.workspace
-    needed = engines.cache(1, longest)
-    wanted = max(engines.cache(sequences, length), needed)
-    trainer = weights + optimizer + (0 if sleeps else activations)
-    left = usable(free) - trainer - engine
+    trainer = trainer_memory(size, micro_batch=micro_batch, length=length, compute_bytes=compute_bytes, **share)
+    engine = engine_memory(size, sequences=sequences, compute_bytes=compute_bytes)
+    needed = engine.cache(1, longest)
+    wanted = max(engine.cache(sequences, length), needed)
+    empty = Plan(trainer, engine, 0, total, roomy=False)
+    working = empty.weights + empty.optimizer + (0 if sleeps else empty.activations)
+    left = usable(free) - working - empty.engine
     cache = min(wanted, left) + min(_ENGINE_SPARE, max(0, left - wanted) // 2)
-    made = Plan(weights, optimizer, activations, engine, max(cache, needed), total, roomy=cache >= wanted)
+    shares = Plan(trainer, engine, max(cache, needed), total, roomy=cache >= wanted)
     if left < needed:
         short = (needed - left) / GIB
         raise UserError(
-            f"trainer and vLLM do not fit on this GPU: {made} are needed, {free / GIB:.1f} of {total / GIB:.1f} GiB "
+            f"trainer and vLLM do not fit on this GPU: {shares} are needed, {free / GIB:.1f} of {total / GIB:.1f} GiB "
             f"are free, {short:.1f} GiB too little. Cures: a smaller --per_device_train_batch_size, "
             "--gradient_checkpointing true, --dtype bfloat16, --vllm_max_model_length, --vllm_enable_sleep_mode true, "
             "or --vllm_mode server."
         )
-    return made
-
-
-def _blocks(tokens: int) -> int:
-    """Tokens rounded up to whole blocks of the cache."""
-    return -(-tokens // _KV_BLOCK) * _KV_BLOCK
+    return shares

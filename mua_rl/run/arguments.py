@@ -8,9 +8,10 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import yaml
@@ -122,8 +123,15 @@ def _names(item: str) -> list[str]:
 class _Parser(HfArgumentParser):
     """transformers' parser, which says what is wrong without printing some hundred flags before it."""
 
+    likes: Mapping[str, str] = MappingProxyType({})
+    """What other programs call by these names, and what takes their place here."""
+
     def error(self, message: str) -> NoReturn:
         """What argparse calls for a flag that it cannot use."""
+        words = [word.partition("=")[0].lstrip("-").replace("-", "_") for word in message.split()]
+        likes = [f"{word}: {self.likes[word]}" for word in words if word in self.likes]
+        if likes and "unrecognized" in message:
+            raise UserError(f"{message} ({'; '.join(likes)}).")
         raise UserError(f"{message} (--help lists the flags).")
 
 
@@ -140,6 +148,7 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
     parser = _Parser(list(dataclass_types), prog=name)  # type: ignore[arg-type]  # its annotation wants instances
+    parser.likes = {name: like for type_ in dataclass_types for name, like in getattr(type_, "LIKES", {}).items()}
     parser.add_argument("--config", metavar="FILE", nargs="?", help="YAML file of settings; flags win over it.")
     defaults = {f.name: f.default for type_ in dataclass_types for f in dataclasses.fields(type_) if f.init}
     said = _read_flags(parser, defaults.keys(), sys.argv[1:] if argv is None else argv)
@@ -183,7 +192,8 @@ def _read_config(parser: _Parser, names: Set[str], path: str | None) -> dict[str
     os.environ.update({name: str(value) for name, value in settings.pop("env", {}).items()})
     settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
     if unknown := sorted(settings.keys() - names):
-        raise UserError(f"the --config file has unknown keys: {', '.join(unknown)} (--help lists the flags).")
+        named = [f"{name} ({parser.likes[name]})" if name in parser.likes else name for name in unknown]
+        raise UserError(f"the --config file has unknown keys: {', '.join(named)} (--help lists the flags).")
     words, others = [], {}
     for name, value in settings.items():
         if value is None or value == [] or isinstance(value, (bool, dict)):  # which no word says
@@ -196,10 +206,18 @@ def _read_config(parser: _Parser, names: Set[str], path: str | None) -> dict[str
         raise UserError(f"in the --config file: {error}") from None
 
 
-def parse_run(adapter_type: type, arguments_type: type, argv: Sequence[str] | None = None) -> tuple[Any, Any, dict]:
+def parse_run(
+    adapter_type: type, arguments_type: type, argv: Sequence[str] | None = None, length: str | None = None
+) -> tuple[Any, Any, dict]:
     """The command line of a trainer: `AdapterArguments` (or a subclass), the trainer's own, and what was given.
 
-    `--resume RUN` brings back the settings of that run; `--learning_rate` is `--lr`.
+    `--resume RUN` brings back the settings of that run; `--learning_rate` is `--lr`. A run goes on beyond its end where
+    its length is given anew.
+
+    Args:
+        adapter_type, arguments_type: The dataclasses of the flags.
+        argv: The command line; `None`: this process's.
+        length: The setting that says how long a run is; `None`: an ended run goes no further.
 
     Raises:
         UserError: As `parse_arguments`; or the run cannot be resumed, or the two learning rates differ.
@@ -208,13 +226,22 @@ def parse_run(adapter_type: type, arguments_type: type, argv: Sequence[str] | No
     (adapter_arguments, arguments), given = parse_arguments(types, argv)
     if resume := adapter_arguments.resume:
         run = RunFolder.open(resume)
-        if extra := sorted(given.keys() - {"resume"}):
+        longer = {name: value for name, value in given.items() if name == length}
+        if extra := sorted(given.keys() - {"resume", *longer}):
             raise UserError(f"--resume takes the run's own settings: drop {', '.join(extra)}.")
-        if result := run.result():
-            cure = f"use --start_from {run.path}" if result.is_good else "start anew with a smaller --lr"
+        result = run.result()
+        if result and not (longer and result.is_good):
+            more = f"go on with a larger --{length}, or " * (length is not None)
+            cure = f"{more}use --start_from {run.path}" if result.is_good else "start anew with a smaller --lr"
             ended = "" if result.is_good else f" ({result.status})"
             raise UserError(f"the run {run.path} has ended{ended}: {cure}.")
-        (adapter_arguments, arguments), given = parse_arguments(types, ["--config", str(run.path / CONFIG)])
+        taken = result.steps if result else 0
+        if any(value <= taken for value in longer.values()):
+            raise UserError(f"the run {run.path} has taken {taken} steps: give a larger --{length} to go on.")
+        if result and run.last_checkpoint() is None:
+            raise UserError(f"the run {run.path} left no checkpoint to go on from: use --start_from {run.path}.")
+        flags = [word for name, value in longer.items() for word in (f"--{name}", str(value))]
+        (adapter_arguments, arguments), given = parse_arguments(types, ["--config", str(run.path / CONFIG), *flags])
         adapter_arguments.resume = resume
     if arguments.learning_rate is not None:
         if adapter_arguments.lr not in (None, arguments.learning_rate):

@@ -5,12 +5,14 @@ rate.json         the learning rate and why it is that: what `--resume` goes on 
 versions.json     package versions, git commit, command line, machine
 metrics.jsonl     one line a step: reward, loss, gradient norm, learning rate read back from the optimizer, …
 checkpoint-N/     where `--resume` goes on
+best/             with --save_best, the policy that was best on the way, and best.json with its step
 adapter/, model/  what was trained: a PEFT adapter (LoRA), or all weights (full finetuning)
 result.json       accuracy or return before and after, time, whether the run diverged; written last: with it the run has
                   ended, and until then `--resume` goes on
 lr_record.json    the LR record, never of a run that diverged
 curve.png         the learning curve
 wandb_id          the run at Weights & Biases, where it reports there
+terminated        the mark of a run that was ended by SIGTERM, which the same command goes on with
 """
 
 import json
@@ -27,17 +29,19 @@ from typing import IO, Any
 
 import yaml
 
-from mua_rl.errors import UserError, one_line
+from mua_rl.errors import UserError, one_line, without_password
 from mua_rl.files import write_whole
+from mua_rl.lr.record import FILE_NAME as RECORD
 from mua_rl.lr.record import package_versions
 from mua_rl.run import processes
 from mua_rl.run.machine import git_commit
 from mua_rl.run.trial import Status, TrialResult
 
 CONFIG, VERSIONS, METRICS, RESULT, CURVE = "config.yaml", "versions.json", "metrics.jsonl", "result.json", "curve.png"
-RATE, WANDB_ID = "rate.json", "wandb_id"
+RATE, WANDB_ID, BEST = "rate.json", "wandb_id", "best"
 ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
-LOCK = ".lock"
+ADAPTER_CONFIG = "adapter_config.json"
+LOCK, MARK = ".lock", "terminated"
 PATHS = ("model", "tokenizer_name", "base", "vec_normalize", "lr_from", "start_from")
 
 
@@ -101,6 +105,17 @@ class RunFolder:
         return run
 
     @classmethod
+    def around(cls, path: str) -> "RunFolder":
+        """The run that a folder is, or is in (a checkpoint, or `best`).
+
+        Raises:
+            UserError: There is none.
+        """
+        parent = Path(path).resolve().parent
+        is_within = not (Path(path) / CONFIG).exists() and Path(path).is_dir() and (parent / CONFIG).exists()
+        return cls(parent) if is_within else cls.open(path)
+
+    @classmethod
     def open_policy(cls, path: str) -> "RunFolder":
         """The folder of an earlier run that left a policy.
 
@@ -124,19 +139,34 @@ class RunFolder:
         """
         try:
             with open(self.path / CONFIG, "x", encoding="utf-8") as stream:
-                stream.write(yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
+                stream.write(without_password(yaml.safe_dump(settings, sort_keys=True, allow_unicode=True)))
         except FileExistsError:
             raise UserError(f"another run has just begun in {self.path}: choose another --output_dir.") from None
         if rate is not None:
             (self.path / RATE).write_text(json.dumps(rate, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         versions = {
             **package_versions(),
-            "command": " ".join([Path(sys.executable).name, *sys.argv]),
+            "command": without_password(" ".join([Path(sys.executable).name, *sys.argv])),
             "git_commit": git_commit(),
             "host": f"{platform.platform()}, {os.cpu_count()} cores",
             "processes": processes.count(),
         }
         (self.path / VERSIONS).write_text(json.dumps(versions, indent=2) + "\n", encoding="utf-8")
+
+    def reopen(self, settings: Mapping[str, Any]) -> None:
+        """Go on with the run, which may be to go beyond its end; what it came to there is kept beside.
+
+        Args:
+            settings: What is asked now.
+        """
+        (self.path / MARK).unlink(missing_ok=True)
+        if (result := self.result()) is not None:
+            for name in (RESULT, RECORD):
+                if (path := self.path / name).exists():
+                    path.rename(path.with_stem(f"{path.stem}-at-{result.steps}"))
+            print(f"the run goes on beyond step {result.steps}, by the schedule of its new length")
+        settings = {**self.settings(), **with_whole_paths(dict(settings))}
+        write_whole(self.path / CONFIG, yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
 
     def lock(self) -> None:
         """Keep other processes out until this one ends, however it does: the kernel takes the lock back.
@@ -196,6 +226,20 @@ class RunFolder:
             if folder.name.rpartition("-")[2].isdigit() and _is_json(folder / "trainer_state.json")
         ]
         return max(checkpoints)[1] if checkpoints else None
+
+    def best(self) -> dict[str, float] | None:
+        """Step and accuracy of the policy that was best on the way; `None`: none was kept."""
+        path = self.path / BEST / "best.json"
+        return json.loads(path.read_text(encoding="utf-8")) if _is_json(path) else None
+
+    def is_best(self, accuracy: float) -> bool:
+        """Whether an accuracy is above that of the policy that was kept."""
+        best = self.best()
+        return best is None or accuracy > best["accuracy"]
+
+    def note_best(self, step: int, accuracy: float) -> None:
+        """Write down of which step the policy in `best` is."""
+        write_whole(self.path / BEST / "best.json", json.dumps({"step": step, "accuracy": accuracy}) + "\n")
 
     def rewind(self, step: int) -> None:
         """Forget metrics after `step`, which a resumed run measures again."""
@@ -277,16 +321,28 @@ def open_run(
         UserError: As `RunFolder.create`, `open`, `start` and `lock`.
     """
     if resume is None:
-        run = RunFolder.create(output_dir, re.sub(r"[^\w.-]+", "-", name))
+        run = RunFolder.create(output_dir, folder_name(name))
         run.start({**with_whole_paths(settings), "output_dir": str(run.path.resolve())}, rate)
         run.lock()
         return run, None
     run = RunFolder.open(resume)
     run.lock()
+    run.reopen({**settings, "output_dir": str(run.path.resolve())})
     checkpoint = run.last_checkpoint()
     run.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
     print(f"resuming {run.path} from {checkpoint.name if checkpoint else 'the start: it has no checkpoint yet'}")
     return run, checkpoint
+
+
+def is_adapter(folder: str) -> bool:
+    """Whether a folder is an adapter that PEFT has saved, and no run's."""
+    path = Path(folder)
+    return (path / ADAPTER_CONFIG).exists() and not (path.resolve().parent / CONFIG).exists()
+
+
+def folder_name(name: str) -> str:
+    """A name with what a file name cannot hold replaced."""
+    return re.sub(r"[^\w.-]+", "-", name)
 
 
 def with_whole_paths(settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """Which learning rate a run has: the one that was asked for, or the one that an LR record gives."""
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from mua_rl.errors import UserError
 from mua_rl.lr.record import LRRecord
-from mua_rl.lr.rules import Configuration
+from mua_rl.lr.rules import OWN, Configuration
 from mua_rl.lr.transfer import LearningRate, transfer
 from mua_rl.run.arguments import AdapterArguments
 from mua_rl.run.folder import RunFolder
@@ -20,11 +23,23 @@ class Base:
         name: Its name for the reader.
         fingerprint: `mua_rl.adapter.fingerprint.fingerprint` of its weights.
         record: The record of the run that it comes from (`--start_from`), if any.
+        task: What it is trained on; where no record fits, one of a task of the same family is nearest.
+        conditions: What else a record may say of the run: entries of its batch, its schedule's name, its layers, its
+            task, by the names that the reader sees. Nothing: they are not compared.
     """
 
     name: str
     fingerprint: str
     record: LRRecord | None = None
+    task: str = ""
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+
+    def differences(self, record: LRRecord) -> str:
+        """What differs between the runs of a record and this one, for the reader; "" for nothing that is known."""
+        known = {**record.batch, "schedule": record.schedule.get("name"), "layers": record.target_modules}
+        known["task"] = record.task
+        pairs = [(name, known[name], value) for name, value in self.conditions.items() if name in known]
+        return ", ".join(f"{name} {old} → {new}" for name, old, new in pairs if old != new)
 
     def is_base_of(self, record: LRRecord) -> bool:
         """Whether a record is of this base, or of the one that the run it comes from started with."""
@@ -51,7 +66,12 @@ def resolve_learning_rate(
     record, source = find_record(arguments, base, algorithm)
     rate = transfer(record, target, source, arguments.rank_exponent)
     if base.is_base_of(record):
-        return rate
+        if not (differences := base.differences(record)):
+            return rate
+        why = rate.why.replace(OWN, "the record's own rank and scheme")
+        doubt = f"the record's runs differ from this one ({differences}), for which no rate was measured"
+        cure = f"tune here (python -m mua_rl.sweep --algo {algorithm})"
+        return replace(rate, why=why, evidence=None, warning=rate.warning or f"{doubt}: {cure}.")
     why = f"a guess, since no record fits {base.name} (tune it, or give --lr or --lr_from): {rate.why}"
     # The other learning rates are guesses, too, and fall with the width as the rest's.
     others = {role: other * record.configuration().width / target.width for role, other in rate.others.items()}
@@ -62,8 +82,9 @@ def find_record(arguments: AdapterArguments, base: Base, algorithm: str) -> tupl
     """The record that a learning rate comes from, and its name for the reader.
 
     That is the record of `--lr_from`; else that of `--start_from` if it is of the same algorithm (a record of
-    supervised finetuning, say, is not); else the shipped record of the very base model; else the first shipped record
-    of the algorithm, which is of another base (`Base.is_base_of`) and gives a guess.
+    supervised finetuning, say, is not); else the shipped record of the very base model; else a shipped record of the
+    algorithm, of the same family of tasks if there is one, which is of another base (`Base.is_base_of`) and gives a
+    guess.
 
     Raises:
         UserError: The record of `--lr_from` is of another base model or algorithm, or there is no record at all.
@@ -88,7 +109,13 @@ def find_record(arguments: AdapterArguments, base: Base, algorithm: str) -> tupl
     shipped = [(record, name) for record, name in shipped if record.algorithm == algorithm]
     if not shipped:
         raise UserError(f"there is no record for {base.name}: give a learning rate with --lr or --lr_from.")
-    return next(((record, name) for record, name in shipped if base.is_base_of(record)), shipped[0])
+    alike = [pair for pair in shipped if family(base.task) == family(pair[0].task)]
+    return next(((record, name) for record, name in shipped if base.is_base_of(record)), (alike or shipped)[0])
+
+
+def family(task: str) -> str:
+    """The name that a task has in common with its shifts and versions: Pendulum, of mua_rl/Pendulum-HeavyBob-v0."""
+    return re.split(r"[-:]", task.rpartition(":")[2].rpartition("/")[2])[0]
 
 
 def shipped_records() -> list[Path]:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,13 +13,16 @@ from rich.table import Column, Table
 
 from mua_rl.errors import CannotLearn, Diverged, PolicyWorse, Unscored
 from mua_rl.lr.recipe import Recipe
-from mua_rl.lr.record import LRRecord
+from mua_rl.lr.record import FILE_NAME, LRRecord
 from mua_rl.lr.spec import AdapterSpec
 from mua_rl.lr.transfer import LearningRate, gives_full_finetuning
 from mua_rl.run import plots, processes
 from mua_rl.run.commands import from_policy, full_finetuning, other_ranks
 from mua_rl.run.folder import CURVE, RunFolder
-from mua_rl.run.trial import Status, TrialResult
+from mua_rl.run.trial import Status, TrialResult, clear_change, has_gained
+
+SCORES = "scores_before"
+"""The key, in a run's metrics, of the scores before the first step."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,15 @@ class Measurement:
         standard_error: The standard error of the score, over problems or episodes.
         text: Both, as the closing table shows them.
         metrics: Further numbers for the run's metrics, by their keys.
+        scores: The score of each problem or episode, in the same order every time, so that two measurements are
+            compared pair by pair; nothing: they are compared by the standard error.
     """
 
     score: float
     standard_error: float
     text: str
     metrics: dict[str, float] = field(default_factory=dict)
+    scores: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,7 @@ class _Start:
     Attributes:
         before: The score before the first step.
         text: The measurement as the closing table shows it.
+        scores: The score of each problem or episode; nothing where they are not compared pair by pair.
         time: When training began, by `time.perf_counter`.
         step: The step that training began after: 0, or that of the checkpoint.
     """
@@ -163,6 +170,7 @@ class _Start:
     def __init__(self, run: RunFolder, learner: Learner) -> None:
         self.run, self.learner = run, learner
         self.before, self.text, self.time, self.step = math.nan, "", time.perf_counter(), 0
+        self.scores: Sequence[float] = ()
 
     def __call__(self) -> None:
         known = processes.on_main(lambda: self.run.score_before())
@@ -172,8 +180,10 @@ class _Start:
             if processes.is_main():
                 key = self.learner.names.score_key
                 values = {key: measurement.score, **measurement.metrics, "before": measurement.text}
-                self.run.log(0, values)
+                scores = {SCORES: list(measurement.scores)} if measurement.scores else {}
+                self.run.log(0, {**values, **scores})
         self.before, self.text = known
+        self.scores = next((line[SCORES] for line in self.run.metrics() if SCORES in line), [])
         self.time, self.step = time.perf_counter(), self.learner.steps
 
 
@@ -191,13 +201,17 @@ def _close(run: RunFolder, learner: Learner, start: _Start, after: Measurement, 
     names = learner.names
     run.log(learner.steps, {names.score_key: after.score, **after.metrics})
     rewards = run.rewards(names.reward_key)
-    result = TrialResult.of_training(after.score, after.standard_error, start.before, rewards, learner.steps, seconds)
+    paired = len(start.scores) == len(after.scores) > 0
+    fall = clear_change(start.scores, after.scores) if paired else None
+    result = TrialResult.of_training(
+        after.score, after.standard_error, start.before, rewards, learner.steps, seconds, clear_fall=fall
+    )
     if unscored := learner.unscored(run.metrics()):
         result = result.with_status(Status.UNSCORED, str(unscored))
     if result.status is not Status.UNSCORED:
         curves = {names.reward_key: names.reward, names.score_key: names.score}
         plots.learning_curve(run.metrics(), run.path / CURVE, learner.title, curves, names.step)
-    if result.status is Status.OK:
+    if result.status is Status.OK and (not paired or has_gained(start.scores, after.scores)):
         _record(learner, start.before, after.score).save(run.path)
     _finish(run, learner, result, seconds_per_step=seconds / max(1, learner.steps - start.step))
     if result.status is not Status.UNSCORED:
@@ -258,6 +272,12 @@ def report(run: RunFolder, learner: Learner, result: TrialResult, texts: tuple[s
         return
     for line in [f"learning curve: {run.path / CURVE}", *learner.remarks()]:
         say(escape(line))
+    if not (run.path / FILE_NAME).exists():
+        say(
+            "[bold]Nothing was learnt[/] beyond the noise, and no LR record was written: a larger --lr or more steps "
+            "may do it; python -m mua_rl.sweep finds the rate."
+        )
+        return
     say(f"the learning rate at other ranks: {escape(other_ranks(run.path))}")
     record = LRRecord.load(run.path)
     if names.is_command and record.rank is not None and gives_full_finetuning(record):

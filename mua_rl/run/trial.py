@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -114,6 +114,7 @@ class TrialResult:
         steps: int,
         seconds: float,
         stopped: str = "",
+        clear_fall: float | None = None,
     ) -> "TrialResult":
         """The result of a trial that came to its end, or was stopped.
 
@@ -125,8 +126,9 @@ class TrialResult:
             steps: The number of steps that were taken.
             seconds: The wall time.
             stopped: Why the trial was stopped; "" where it was not.
+            clear_fall: The fall that is no chance (`clear_change`); `None`: two standard errors of the score.
         """
-        worse = is_clear(before - score, standard_error)
+        worse = is_clear(before - score, standard_error) if clear_fall is None else before - score > clear_fall
         status = Status.STOPPED if stopped else Status.WORSE if worse else Status.OK
         return cls(score, standard_error, before, *reward_means(rewards), status, stopped, steps, seconds)
 
@@ -176,6 +178,33 @@ def reward_means(rewards: Iterable[float]) -> tuple[float, float]:
     if not scored:
         return math.nan, math.nan
     return statistics.fmean(scored), statistics.fmean(scored[-math.ceil(len(scored) / 10) :])
+
+
+def clear_change(before: Sequence[float], after: Sequence[float]) -> float:
+    """How far two means of paired scores must differ for it to be no chance.
+
+    That is what Student's paired test asks for at the level of two standard errors of a normal distribution. Where no
+    score differs from the others of its kind, as in an environment without chance, they are one score, whose error is
+    not known: a tenth of it is asked for.
+
+    Args:
+        before, after: Scores of the same problems or episodes, in the same order.
+    """
+    changes = [new - old for old, new in zip(before, after, strict=True)]
+    if len(changes) < 2 or len(set(before)) == len(set(after)) == 1:
+        return abs(statistics.fmean(before)) / 10
+    from scipy import stats  # here, since most of what imports this module judges nothing
+
+    quantile = float(stats.t.isf(stats.norm.sf(2), len(changes) - 1))
+    return quantile * statistics.stdev(changes) / len(changes) ** 0.5
+
+
+def has_gained(before: Sequence[float], after: Sequence[float]) -> bool:
+    """Whether paired scores rose by more than one standard error of the change, and by a thousandth at least."""
+    changes = [new - old for old, new in zip(before, after, strict=True)]
+    gain = statistics.fmean(changes)
+    error = statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else 0.0
+    return gain > max(error, abs(statistics.fmean(before)) / 1000)
 
 
 def is_clear(difference: float, standard_error: float) -> bool:

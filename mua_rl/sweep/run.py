@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mua_rl.analysis.report import FILE_NAME as REPORT
-from mua_rl.errors import NoRate, UserError
+from mua_rl.errors import NoRate, UserError, without_password
 from mua_rl.files import write_whole
 from mua_rl.lr.recipe import Recipe
 from mua_rl.lr.record import LRRecord
@@ -58,7 +58,7 @@ def open_folder(request: Request) -> tuple[Path, bool]:
 def keep_settings(request: Request, folder: Path) -> None:
     """Make this command's settings those that `--resume` goes on with: it may have added ranks or seeds."""
     settings = {**request.settings, "output_dir": str(folder.resolve())}
-    write_whole(folder / CONFIG, yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
+    write_whole(folder / CONFIG, without_password(yaml.safe_dump(settings, sort_keys=True, allow_unicode=True)))
 
 
 def open_study(request: Request, folder: Path) -> tuple[Study, Facts]:
@@ -127,7 +127,7 @@ def announce(request: Request, facts: Facts, curves: int, folder: Path, console:
         f"curve{'s'[: curves > 1]}, learning rates in steps of {request.sweep.resolution:g} "
         f"octave{'s'[: request.sweep.resolution != 1]}, {request.sweep.seeds} seed{'s'[: request.sweep.seeds > 1]} "
         f"near the optimum\nthe search begins around {source}{'' if facts.known else ', a guess'}\n"
-        f"folder {folder}{f', study {request.sweep.study}' if request.sweep.study else ''}",
+        f"folder {folder}{f', study {without_password(request.sweep.study)}' if request.sweep.study else ''}",
         highlight=False,
         soft_wrap=True,
     )

@@ -27,7 +27,7 @@ from mua_rl.sweep.early_stop import why_hopeless
 POLL_SECONDS = 0.5
 ENDED = (ExitCode.OK, ExitCode.DIVERGED, ExitCode.WORSE, ExitCode.STOPPED)
 """Exit codes of a trainer whose run came to its end."""
-WEIGHTS = ("checkpoint-*", MODEL_FOLDER, ADAPTER_FOLDER, "policy.zip")
+WEIGHTS = ("checkpoint-*", MODEL_FOLDER, ADAPTER_FOLDER, "policy.zip", "best_policy.zip")
 """What a run folder holds of trained weights."""
 
 

@@ -23,7 +23,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from mua_rl.errors import UserError, one_line
+from mua_rl.errors import UserError, one_line, without_password
 from mua_rl.run.trial import Trial, TrialResult
 from mua_rl.sweep.arguments import differences
 from mua_rl.sweep.search import Plan
@@ -74,15 +74,18 @@ class Study:
                 sampler=optuna.samplers.RandomSampler(0),  # never used: every parameter is fixed
             )
         except Exception as error:  # of the file system, of Optuna, of SQLAlchemy or of a driver
-            raise UserError(f"the study {location} cannot be opened: {one_line(error)}.") from None
+            again = " (its password is not kept: give --study again, with --output_dir instead of --resume)"
+            cure = again if ":***@" in location else ""
+            shown = without_password(f"the study {location} cannot be opened: {one_line(error)}")
+            raise UserError(f"{shown}{cure}.") from None
         settings = json.loads(json.dumps(settings))
         known = study.user_attrs.get(SETTINGS)
         if known is None:
             study.set_user_attr(SETTINGS, settings)
         elif differing := differences(known, settings):
             raise UserError(
-                f"the study {name!r} in {location} has runs with other settings ({differing}): choose another "
-                "--study_name, or give the settings it has."
+                f"the study {name!r} in {without_password(location)} has runs with other settings ({differing}): "
+                "choose another --study_name, or give the settings it has."
             )
         path = _file_of(location)
         return cls(study, _ProcessLock(path.with_name(f"{path.name}.claims")) if path else nullcontext())

@@ -44,7 +44,8 @@ from mua_rl.grpo.stacked.settings import check, check_base, device_of
 from mua_rl.grpo.stacked.stack import LoRAStack
 from mua_rl.grpo.stacked.state import ROLE, TrialState
 from mua_rl.grpo.trainer import RunCallback
-from mua_rl.lm.heldout import HeldOutResult, end_ids, score
+from mua_rl.lm.generation import end_ids
+from mua_rl.lm.heldout import HeldOutResult, score
 from mua_rl.lm.text import is_conversational, prompt_ids
 from mua_rl.rollouts.memory import PolicySize
 from mua_rl.run.judge import why_no_learning

@@ -37,7 +37,7 @@ from mua_rl.ppo.stacked.policy import SINGLY, StackedPolicy, build_policy
 from mua_rl.ppo.stacked.rollouts import Collector, GymnasiumEnvs, held_out_returns
 from mua_rl.ppo.stacked.update import Options, StackedAdam, update
 from mua_rl.ppo.trainer import PPO
-from mua_rl.run.trial import Trial, TrialResult
+from mua_rl.run.trial import Trial, TrialResult, clear_change
 
 
 def train_side_by_side(
@@ -193,7 +193,13 @@ class StackedPPO:
             reason = f"a weight is no longer finite in the update after environment step {at}"
             return TrialResult.of_divergence(before.mean, at, seconds, reason)
         return TrialResult.of_training(
-            after.mean, after.standard_error, before.mean, curve.tolist(), self.steps, seconds
+            after.mean,
+            after.standard_error,
+            before.mean,
+            curve.tolist(),
+            self.steps,
+            seconds,
+            clear_fall=clear_change(before.values, after.values),
         )
 
     def save(self, trial: int, path: Path | str) -> None:
@@ -216,6 +222,10 @@ def ppo_options(arguments: PPOArguments, base: BasePolicy) -> Options:
     options = {**defaults, **base.options, **arguments.sb3_options()}
     if options["use_sde"] or arguments.rollout_buffer_class or arguments.rollout_buffer_kwargs:
         raise UserError(f"side by side there is neither gSDE nor a rollout buffer of your own: {SINGLY}.")
+    if arguments.critic_lr is not None or any(arguments.own_options().values()):
+        raise UserError(
+            f"side by side there is no critic apart (rate, warm-up, clipping) and no KL to the base: {SINGLY}."
+        )
     return Options(**{field.name: options[field.name] for field in fields(Options)})
 
 
