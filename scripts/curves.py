@@ -295,7 +295,7 @@ class FieldLearner:
         if self.problem.head and self.adapter.rank is not None:
             self.adapter.merged(self.model).save_pretrained(run.path / MODEL_FOLDER)
 
-    def unscored(self) -> None:
+    def unscored(self, metrics: list[dict[str, Any]]) -> None:
         """See `Learner.unscored`: supervised training has no reward."""
 
     def remarks(self) -> list[str]:
