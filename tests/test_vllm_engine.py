@@ -13,7 +13,7 @@ import trl
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
 from mua_rl.adapter.targets import lora_layers, lora_matrices
-from mua_rl.errors import EngineFailed, UserError
+from mua_rl.errors import EngineFailed, Unscored, UserError
 from mua_rl.grpo import run as grpo
 from mua_rl.grpo.arguments import parse as parse_grpo
 from mua_rl.grpo.setup import prepare_grpo
@@ -251,7 +251,8 @@ def test_a_model_that_vllm_runs_by_transformers_own_code_trains_beside_its_engin
     config = Olmo2Config(vocab_size=len(tokenizer), max_position_embeddings=128, **size, **ends)
     Olmo2ForCausalLM(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    run = train(
-        *("--model", tmp_path / "model", "--rank", 4, "--lr", 2**-6, "--max_steps", 2, "--output_dir", tmp_path / "run")
-    )
-    assert [line["rollout/kl"] < 1e-8 for line in run.metrics() if "rollout/kl" in line] == [True] * 2
+    flags = ["--model", tmp_path / "model", "--rank", 4, "--lr", 2**-6, "--max_steps", 2]
+    with pytest.raises(Unscored):  # random weights get no reward
+        train(*flags, "--output_dir", tmp_path / "run")
+    lines = RunFolder(tmp_path / "run").metrics()
+    assert [line["rollout/kl"] < 1e-8 for line in lines if "rollout/kl" in line] == [True] * 2

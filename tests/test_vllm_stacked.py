@@ -38,7 +38,7 @@ def side_by_side(trials, **changes):
     small = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "max_steps": 6, "use_vllm": True}
     given = GRPOArguments(**{**small, "report_to": "none", "held_out_problems": 24, **changes})
     padding = make_trial(8, "B", "1", -8, 9)  # the largest rank
-    trainer = StackedTrainer(given, trials if any(trial.rank == 8 for trial in trials) else [*trials, padding])
+    trainer = StackedTrainer(given, trials if any(trial.spec.rank == 8 for trial in trials) else [*trials, padding])
     trainer.seen = []
     complete = trainer._complete
     trainer._complete = lambda *a, **k: trainer.seen.append(complete(*a, **k)) or trainer.seen[-1]
