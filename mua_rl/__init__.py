@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mua_rl.analysis.optimum import estimate_optimum
     from mua_rl.lr.record import LRRecord
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Full", "LRRecord", "LoRA", "estimate_optimum", "param_groups", "transfer"]
 
 _MODULES = {

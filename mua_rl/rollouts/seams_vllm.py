@@ -1,4 +1,4 @@
-"""What we use of vLLM beyond its public API, which this imports only when it is called; CONTRIBUTING.md has the table."""
+"""What we use of vLLM beyond its public API, imported only when it is called; CONTRIBUTING.md has the table."""
 
 from collections.abc import Iterable
 from pathlib import Path
