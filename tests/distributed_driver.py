@@ -24,7 +24,6 @@ from mua_rl.exits import run_command
 from mua_rl.grpo import run as grpo
 from mua_rl.grpo import trainer as trainers
 from mua_rl.grpo.arguments import parse
-from mua_rl.grpo.setup import prepare_grpo
 from mua_rl.grpo.trainer import GRPOTrainer
 from mua_rl.lm import models
 from mua_rl.rollouts.fsdp2 import reshard
@@ -120,7 +119,7 @@ def train_unmeasured(flags):
     engine's check looks at log-probs before the first step.
     """
     arguments, adapter_arguments, _ = parse(flags)
-    setup = prepare_grpo(arguments, adapter_arguments)
+    setup = grpo.prepare_grpo(arguments, adapter_arguments)
     run = RunFolder(arguments.requested_output_dir)
     trainer, _ = grpo.make_trainer(setup, arguments, run)
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)

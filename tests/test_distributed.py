@@ -83,8 +83,9 @@ def test_two_processes_make_the_run_of_one(one, two, job):
     assert_same_weights(one / job, folder / job)
     alone, together = RunFolder(one / job), RunFolder(folder / job)
     for before, after in zip(alone.metrics(), together.metrics(), strict=True):
-        shared = {k: v for k, v in before.items() if "time" not in k and k not in ("loss",)}
+        shared = {k: v for k, v in before.items() if "time" not in k and k not in ("loss", "before")}
         assert {k: after[k] for k in shared} == pytest.approx(shared, rel=1e-3, abs=1e-4)
+        assert after.get("before") == before.get("before")  # the first measurement, as text
         if "loss" in before:
             assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
     assert [line["step"] for line in together.metrics()] == [0, 1, 2, 3, 3, 4, 5, 5]
