@@ -37,7 +37,7 @@ from mua_rl.errors import UserError
 from mua_rl.exits import run_command
 from mua_rl.grpo.arguments import parse
 from mua_rl.grpo.stacked import trainer as stacked
-from mua_rl.grpo.stacked.memory import Parts
+from mua_rl.grpo.stacked.memory import BatchLimits
 from mua_rl.lr.rules import AlphaRule
 from mua_rl.run.machine import machine
 from mua_rl.run.trial import Arm, Outcome
@@ -95,14 +95,14 @@ class FullStack:
         self.values, self.gradients = self.values[: len(arms)], self.gradients[: len(arms)]
 
 
-class FullRun(stacked.SideBySide):
+class FullRun(stacked.StackedTrainer):
     """GRPO with FFT in the same engine as arms side by side."""
 
     def _precast(self) -> None:
         """Nothing: trained weights stay as they are."""
 
 
-def train_full(arguments: Any, arm: Arm, kind: str, parts: Parts) -> list[Any]:
+def train_full(arguments: Any, arm: Arm, kind: str, limits: BatchLimits) -> list[Any]:
     """One run of FFT."""
     projections = tuple(f"{name}.weight" for family in MLP_PROJECTIONS for name in family)
 
@@ -110,16 +110,16 @@ def train_full(arguments: Any, arm: Arm, kind: str, parts: Parts) -> list[Any]:
         return FullStack(model, lambda name: kind != "full-mlp" or name.endswith(projections))
 
     with mock.patch.object(stacked, "LoRAStack", stack), mock.patch.object(stacked, "check"):
-        trainer = FullRun(arguments, [arm], parts=parts)
+        trainer = FullRun(arguments, [arm], limits=limits)
     return train(trainer)
 
 
-def train_lora(arguments: Any, arms: Sequence[Arm], parts: Parts) -> list[Any]:
+def train_lora(arguments: Any, arms: Sequence[Arm], limits: BatchLimits) -> list[Any]:
     """Arms side by side."""
-    return train(stacked.SideBySide(arguments, arms, parts=parts))
+    return train(stacked.StackedTrainer(arguments, arms, limits=limits))
 
 
-def train(trainer: stacked.SideBySide) -> list[Any]:
+def train(trainer: stacked.StackedTrainer) -> list[Any]:
     """Outcomes and histories of all arms."""
     states = list(trainer.states)
     start = time.perf_counter()
@@ -190,7 +190,7 @@ def main() -> None:
     options = parser.parse_args()
     task = "-".join(filter(None, [options.task.partition(":")[0], options.label]))
     name = options.name or options.model
-    parts = Parts(options.at_once, options.pass_tokens)
+    limits = BatchLimits(options.at_once, options.pass_tokens)
 
     def base(kind: str) -> str:
         return name + {**FULL, **LORA}[kind]
@@ -206,7 +206,7 @@ def main() -> None:
         if kind == "full-bf16":
             flags += ["--dtype", "bfloat16", "--bf16", "false"]
         arguments, _, _ = parse([str(flag) for flag in [*flags, *options.flags]])
-        trained = train_full(arguments, arms[0], kind, parts) if kind in FULL else train_lora(arguments, arms, parts)
+        trained = train_full(arguments, arms[0], kind, limits) if kind in FULL else train_lora(arguments, arms, limits)
         outcomes: list[Outcome] = [outcome for outcome, _ in trained]
         rows = [SweepRow("grpo", task, base(kind), a, o, machine()) for a, o in zip(arms, outcomes, strict=True)]
         append(options.output, rows)

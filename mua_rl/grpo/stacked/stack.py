@@ -32,6 +32,8 @@ def check_linear(name: str, layer: nn.Module) -> nn.Linear:
     """
     if not isinstance(layer, nn.Linear):
         raise UserError(f"trials side by side take linear layers, and {name} is not linear: run the trials singly.")
+    if layer.weight.shape != (layer.out_features, layer.in_features):
+        raise UserError(f"trials side by side know no 4-bit base, and {name} is quantised: run the trials singly.")
     return layer
 
 
