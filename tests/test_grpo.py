@@ -408,7 +408,7 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(flags, message, tmp_path
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--optim", "adamw_8bit"], "You need to install `bitsandbytes`"),
+        (["--optim", "galore_adamw", "--optim_target_modules", "all-linear"], "galore_torch"),
         (["--report_to", "nobody"], "nobody is not supported"),
         (["--reward_weights", "1", "2"], "Number of reward weights \\(2\\)"),
         (["--lr_scheduler_kwargs", '{"warm": 1}'], "unexpected keyword argument 'warm'"),

@@ -4,18 +4,22 @@ Without flags it trains the embedded character-level model on the embedded arith
 on two CPU cores. The learning rate comes from an LR record; see `--lr_from`.
 """
 
+import logging
 import warnings
 
-from transformers.utils import logging as transformers_logging
-
 from mua_rl.exits import run_command
-from mua_rl.grpo.arguments import parse
-from mua_rl.grpo.run import train
-from mua_rl.run.life import raise_if_worse
 
 
 def main() -> None:
     """Run the command line."""
+    # PEFT imports bitsandbytes where it is installed, which warns of kernels that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    from mua_rl.grpo.arguments import parse
+    from mua_rl.grpo.run import train
+    from mua_rl.run.life import raise_if_worse
+
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
