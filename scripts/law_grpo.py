@@ -1,4 +1,4 @@
-"""GRPO arms for docs/predictions.md, whatever kind they are of: LoRA arms side by side, full ones one after another.
+"""GRPO trials for docs/predictions.md: LoRA trials side by side, whatever their kind, full ones one after another.
 
     python scripts/law_grpo.py --output runs/law/e2.csv --curve B,1,1:-11:-7.5:0.5:1+2 --curve B,4,1:-12:-8.5:0.5:1+2
     python scripts/law_grpo.py --output runs/law/e9.csv --curve full-bf16:-16:-11:1:1
@@ -22,7 +22,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,7 +29,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from mua_rl.adapter.adapters import Adapter, LoRA
+from mua_rl.adapter.adapters import Adapter, LoRA, adapter_for
 from mua_rl.adapter.targets import MLP_PROJECTIONS, TargetModules
 from mua_rl.analysis.rows import SweepRow, append, read
 from mua_rl.errors import UserError
@@ -38,9 +37,9 @@ from mua_rl.exits import run_command
 from mua_rl.grpo.arguments import parse
 from mua_rl.grpo.stacked import trainer as stacked
 from mua_rl.grpo.stacked.memory import BatchLimits
-from mua_rl.lr.rules import AlphaRule
+from mua_rl.lr.spec import FFT, AdapterSpec
 from mua_rl.run.machine import machine
-from mua_rl.run.trial import Arm, Outcome
+from mua_rl.run.trial import Trial, TrialResult
 
 FULL = {"full": "", "full-mlp": "-mlp", "full-bf16": "-bf16"}
 """Kinds of FFT, and what is added to the base's name."""
@@ -57,18 +56,14 @@ class PEFTLoRA(LoRA):
         a.copy_((2 * torch.rand(a.shape, generator=generator) - 1) / math.sqrt(a.shape[1]))
 
 
-@dataclass(frozen=True)
-class PEFTArm(Arm):
-    """An arm with such a LoRA."""
-
-    def adapter(self, target_modules: TargetModules) -> Adapter:
-        """See `Arm.adapter`."""
-        assert self.rank is not None
-        return PEFTLoRA(self.rank, "A", AlphaRule.parse(self.alpha), target_modules)
+def peft_adapter(spec: AdapterSpec, target_modules: TargetModules) -> Adapter:
+    """As `adapter_for`, with PEFT's default init."""
+    assert spec.rank is not None
+    return PEFTLoRA(spec.rank, spec.init, spec.alpha, target_modules)
 
 
 class FullStack:
-    """One model's own weights in the place of the A and B of arms (`mua_rl.grpo.stacked.stack.LoRAStack`), of one arm.
+    """One model's own weights in the place of one trial's A and B (`mua_rl.grpo.stacked.stack.LoRAStack`).
 
     Args:
         model: Its trained weights become views into one vector.
@@ -89,20 +84,20 @@ class FullStack:
             weight.grad = self.gradients[0, start:end].view(weight.shape)
             start = end
 
-    def keep(self, arms: Sequence[int]) -> None:
+    def keep(self, trials: Sequence[int]) -> None:
         """See `LoRAStack.keep`."""
-        self.active = list(arms)
-        self.values, self.gradients = self.values[: len(arms)], self.gradients[: len(arms)]
+        self.active = list(trials)
+        self.values, self.gradients = self.values[: len(trials)], self.gradients[: len(trials)]
 
 
 class FullRun(stacked.StackedTrainer):
-    """GRPO with FFT in the same engine as arms side by side."""
+    """GRPO with FFT in the same engine as stacked trials."""
 
     def _precast(self) -> None:
         """Nothing: trained weights stay as they are."""
 
 
-def train_full(arguments: Any, arm: Arm, kind: str, limits: BatchLimits) -> list[Any]:
+def train_full(arguments: Any, trial: Trial, kind: str, limits: BatchLimits) -> list[Any]:
     """One run of FFT."""
     projections = tuple(f"{name}.weight" for family in MLP_PROJECTIONS for name in family)
 
@@ -110,17 +105,19 @@ def train_full(arguments: Any, arm: Arm, kind: str, limits: BatchLimits) -> list
         return FullStack(model, lambda name: kind != "full-mlp" or name.endswith(projections))
 
     with mock.patch.object(stacked, "LoRAStack", stack), mock.patch.object(stacked, "check"):
-        trainer = FullRun(arguments, [arm], limits=limits)
+        trainer = FullRun(arguments, [trial], limits=limits)
     return train(trainer)
 
 
-def train_lora(arguments: Any, arms: Sequence[Arm], limits: BatchLimits) -> list[Any]:
-    """Arms side by side."""
-    return train(stacked.StackedTrainer(arguments, arms, limits=limits))
+def train_lora(arguments: Any, trials: Sequence[Trial], kind: str, limits: BatchLimits) -> list[Any]:
+    """LoRA trials of a kind side by side."""
+    with mock.patch.object(stacked, "adapter_for", peft_adapter if kind == "peft" else adapter_for):
+        trainer = stacked.StackedTrainer(arguments, trials, limits=limits)
+    return train(trainer)
 
 
 def train(trainer: stacked.StackedTrainer) -> list[Any]:
-    """Outcomes and histories of all arms."""
+    """Results and histories of all trials."""
     states = list(trainer.states)
     start = time.perf_counter()
 
@@ -129,12 +126,12 @@ def train(trainer: stacked.StackedTrainer) -> list[Any]:
             phases = {name: round(seconds, 1) for name, seconds in trainer.phases.items()}
             print(f"step {step}, {time.perf_counter() - start:.1f} s: {phases}", flush=True)
 
-    outcomes = trainer.train(on_step)
-    return [(outcome, state.history) for outcome, state in zip(outcomes, states, strict=True)]
+    results = trainer.train(on_step)
+    return [(result, state.history) for result, state in zip(results, states, strict=True)]
 
 
-def curve_arms(text: str) -> tuple[str, list[Arm]]:
-    """The kind of a `--curve`, and its arms.
+def curve_trials(text: str) -> tuple[str, list[Trial]]:
+    """The kind of a `--curve`, and its trials.
 
     Raises:
         UserError: It is none.
@@ -145,30 +142,32 @@ def curve_arms(text: str) -> tuple[str, list[Arm]]:
         lrs = [float(first) + i * float(step) for i in range(round((float(last) - float(first)) / float(step)) + 1)]
         numbers = [int(seed) for seed in seeds.split("+")]
         if kind in FULL:
-            return kind, [Arm(None, "", "", lr, seed) for lr in lrs for seed in numbers]
-        rank, alpha = rest
-        made: Any = PEFTArm if kind == "peft" else Arm
-        init = {"A": "A", "B": "B", "peft": "A"}[kind]
-        return kind, [made(int(rank), init, alpha, lr, seed) for lr in lrs for seed in numbers]
+            spec = FFT
+        else:
+            rank, alpha = rest
+            spec = AdapterSpec.parse(int(rank), {"A": "A", "B": "B", "peft": "A"}[kind], alpha)
+        return kind, [Trial(spec, lr, seed) for lr in lrs for seed in numbers]
     except (ValueError, KeyError):
         raise UserError(f"--curve is KIND[,RANK,ALPHA]:FIRST:LAST:STEP:SEEDS, not {text!r}.") from None
 
 
-def groups(curves: Sequence[str], per_group: int, is_done: Callable[[str, Arm], bool]) -> list[tuple[str, list[Arm]]]:
-    """What is trained together: LoRA arms of a kind up to a number, in the order of the curves; FFT arms singly."""
-    made: list[tuple[str, list[Arm]]] = []
-    waiting: dict[str, list[Arm]] = {}
-    for kind, arms in map(curve_arms, curves):
-        todo = [arm for arm in arms if not is_done(kind, arm)]
+def groups(
+    curves: Sequence[str], per_group: int, is_done: Callable[[str, Trial], bool]
+) -> list[tuple[str, list[Trial]]]:
+    """What is trained together: LoRA trials of a kind up to a number, in the order of the curves; FFT's singly."""
+    made: list[tuple[str, list[Trial]]] = []
+    waiting: dict[str, list[Trial]] = {}
+    for kind, trials in map(curve_trials, curves):
+        todo = [trial for trial in trials if not is_done(kind, trial)]
         if kind in FULL:
-            made += [(kind, [arm]) for arm in todo]
+            made += [(kind, [trial]) for trial in todo]
         else:
             # Init[A] and Init[B] may share a group: their rows are of one base in the CSV.
             waiting.setdefault("B" if kind == "A" else kind, []).extend(todo)
-    for kind, arms in waiting.items():
-        number = -(-len(arms) // per_group)
-        size = -(-len(arms) // max(1, number))
-        made += [(kind, arms[i : i + size]) for i in range(0, len(arms), max(1, size))]
+    for kind, trials in waiting.items():
+        number = -(-len(trials) // per_group)
+        size = -(-len(trials) // max(1, number))
+        made += [(kind, trials[i : i + size]) for i in range(0, len(trials), max(1, size))]
     return made
 
 
@@ -180,10 +179,10 @@ def main() -> None:
     parser.add_argument("--label", default="", help="added to the task's name in the CSV")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--curve", action="append", required=True)
-    parser.add_argument("--per-group", type=int, default=20, help="LoRA arms side by side")
+    parser.add_argument("--per-group", type=int, default=20, help="LoRA trials side by side")
     parser.add_argument("--completions", type=int, default=256, help="of a step")
     parser.add_argument("--micro-batch", type=int, default=128, help="completions in a pass")
-    parser.add_argument("--at-once", type=int, default=256, help="completions of an arm that are written at once")
+    parser.add_argument("--at-once", type=int, default=256, help="completions of a trial that are written at once")
     parser.add_argument("--pass-tokens", type=int, default=12288)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("flags", nargs="*", help="after --: more flags of mua_rl.grpo")
@@ -196,8 +195,8 @@ def main() -> None:
         return name + {**FULL, **LORA}[kind]
 
     rows = read(options.output) if options.output.exists() else []
-    done = {(row.base, repr(asdict(row.arm))) for row in rows}
-    for kind, arms in groups(options.curve, options.per_group, lambda k, a: (base(k), repr(asdict(a))) in done):
+    done = {(row.base, row.trial) for row in rows}
+    for kind, trials in groups(options.curve, options.per_group, lambda k, trial: (base(k), trial) in done):
         start = time.monotonic()
         flags = ["--model", options.model, "--task", options.task, "--max_steps", options.steps]
         flags += ["--held_out_steps", 0, "--save_strategy", "no", "--report_to", "none"]
@@ -206,18 +205,21 @@ def main() -> None:
         if kind == "full-bf16":
             flags += ["--dtype", "bfloat16", "--bf16", "false"]
         arguments, _, _ = parse([str(flag) for flag in [*flags, *options.flags]])
-        trained = train_full(arguments, arms[0], kind, limits) if kind in FULL else train_lora(arguments, arms, limits)
-        outcomes: list[Outcome] = [outcome for outcome, _ in trained]
-        rows = [SweepRow("grpo", task, base(kind), a, o, machine()) for a, o in zip(arms, outcomes, strict=True)]
+        if kind in FULL:
+            trained = train_full(arguments, trials[0], kind, limits)
+        else:
+            trained = train_lora(arguments, trials, kind, limits)
+        results: list[TrialResult] = [result for result, _ in trained]
+        rows = [SweepRow("grpo", task, base(kind), t, r, machine()) for t, r in zip(trials, results, strict=True)]
         append(options.output, rows)
         with open(options.output.with_suffix(".jsonl"), "a", encoding="utf-8") as stream:
             for row, (_, history) in zip(rows, trained, strict=True):
                 kept = {key: [round(step[key], 5) for step in history] for key in ("reward", "loss", "grad_norm")}
-                stream.write(json.dumps({"task": task, "base": row.base, **asdict(row.arm), **kept}) + "\n")
+                stream.write(json.dumps({"task": task, "base": row.base, **row.trial.as_dict(), **kept}) + "\n")
         for row in rows:
-            print(f"{row.base} {row.arm.name}: {row.outcome.metric:.3f}, reward {row.outcome.reward_mean:.3f}")
+            print(f"{row.base} {row.trial.name}: {row.result.score:.3f}, reward {row.result.reward_mean:.3f}")
         memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-        print(f"{len(arms)} runs in {time.monotonic() - start:.0f} s, {memory:.1f} GiB", flush=True)
+        print(f"{len(trials)} runs in {time.monotonic() - start:.0f} s, {memory:.1f} GiB", flush=True)
 
 
 if __name__ == "__main__":
