@@ -8,12 +8,22 @@ import numpy as np
 import pytest
 from helpers import make_record
 
+from mua_rl.adapter.targets import MLP_PROJECTIONS
 from mua_rl.analysis.measured import FFT, sweeps_of
 from mua_rl.analysis.predictions import calibrated, compare, evidence, leave_one_out
 from mua_rl.analysis.report import parse_sizes
 from mua_rl.analysis.rows import read_all
 from mua_rl.analysis.transfer_rules import THEORY, rank_corrected, shipped
-from mua_rl.lr.evidence import EVIDENCE, FROM_RANK, RANK_EXPONENT, RANK_EXPONENTS, default_exponent, pair_kind
+from mua_rl.lr.evidence import (
+    DOMAINS,
+    EVIDENCE,
+    FROM_RANK,
+    MEASURED_MODULES,
+    RANK_EXPONENT,
+    RANK_EXPONENTS,
+    default_exponent,
+    pair_kind,
+)
 from mua_rl.lr.rules import Configuration
 from mua_rl.lr.spec import AdapterSpec, AlphaRule, Scheme
 from mua_rl.lr.transfer import LearningRate, transfer
@@ -202,3 +212,47 @@ def test_a_guess_stays_a_guess_through_runs():
     assert found.reason.startswith("a guess that was run")
     assert LearningRate.from_dict(found.as_dict()) == replace(found, why=found.reason)
     assert not transfer(make_record(evidence="run"), lora(16)).is_guess
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        ({"widths": [4096, 14336], "outputs": 4096}, "the layers' width n is 14,336, and .* 256 to 1,536"),
+        ({"outputs": 2048}, "fan-out m is 2,048, and .* 64 to 576"),
+        ({"schedule": {"steps": 5}}, "took 5 steps, and those that were measured 40 to 120"),
+        ({"batch": {"prompts": 512, "completions_per_prompt": 16}}, "the batch is 8,192, and .* 32 to 256"),
+        ({"optimizer": {"name": "adamw_8bit"}}, "no transfer was measured with adamw_8bit"),
+        ({"target_modules": "all-linear"}, "the MLP's projections, not with all-linear"),
+        ({"target_modules": ["q_proj", "up_proj"]}, "the MLP's projections, not with q_proj:"),
+        ({"algorithm": "ppo", "batch": {"minibatch": 4096}}, "the batch is 4,096"),
+        ({"algorithm": "ppo", "schedule": {"env_steps": 2_000_000}}, "took 2,000,000 steps"),
+    ],
+)
+def test_a_record_far_from_the_runs_that_were_measured_states_no_interval_and_warns(record, why):
+    source = make_record(**{"rank": 16, **record})
+    found = transfer(source, replace(source.configuration(), spec=AdapterSpec(32)))
+    assert found.evidence is None
+    assert re.search(why, found.warning), found.warning
+
+
+def test_an_8_b_record_at_r_16_warns_for_full_finetuning():
+    record = make_record(rank=16, widths=[4096, 14336], outputs=4096)
+    assert "width n is 14,336" in transfer(record, replace(record.configuration(), spec=FFT)).warning
+
+
+@pytest.mark.parametrize("modules", ["mlp", ["gate_proj", "up_proj", "down_proj"], ["model.layers.0.mlp.up_proj"]])
+def test_the_mlps_projections_were_measured_however_they_are_named(modules):
+    assert not transfer(make_record(target_modules=modules), lora(16)).warning
+
+
+def test_the_measured_modules_are_those_that_mlp_stands_for():
+    assert set(MEASURED_MODULES) == {"mlp", *(name for family in MLP_PROJECTIONS for name in family)}
+
+
+def test_the_measured_sizes_and_steps_are_those_of_docs_results(measured):
+    for exponent, sweeps in measured.items():
+        domain = DOMAINS[exponent]
+        sizes = [(sweep.context.width, sweep.context.outputs) for sweep in sweeps]
+        for (low, high), numbers in zip((domain.widths, domain.outputs), zip(*sizes, strict=True), strict=True):
+            assert low <= min(numbers) <= max(numbers) == high
+        assert domain.steps[1] == max(known.steps for known in EVIDENCE[exponent].values())

@@ -61,5 +61,5 @@ def transfer(
     rate = rules.transfer(record, configuration, name, rank_exponent)
     if record.target_modules != target.target_modules:
         doubt = f"it was tuned on the layers {record.target_modules!r}, not on {target.target_modules!r}"
-        rate = replace(rate, evidence=None, warning=rate.warning or f"{doubt}: tune on these.")
+        rate = replace(rate, evidence=None, warning=f"{doubt}: tune on these. {rate.warning}".rstrip())
     return rate
