@@ -18,6 +18,7 @@ from mua_rl.lr.evidence import (
     DOMAINS,
     EVIDENCE,
     FROM_RANK,
+    LEFT_OUT_COVERAGE,
     MEASURED_MODULES,
     RANK_EXPONENT,
     RANK_EXPONENTS,
@@ -256,3 +257,14 @@ def test_the_measured_sizes_and_steps_are_those_of_docs_results(measured):
         for (low, high), numbers in zip((domain.widths, domain.outputs), zip(*sizes, strict=True), strict=True):
             assert low <= min(numbers) <= max(numbers) == high
         assert domain.steps[1] == max(known.steps for known in EVIDENCE[exponent].values())
+
+
+def test_the_stated_interval_covers_a_sweep_that_it_was_not_read_off_as_often_as_is_said(measured):
+    for exponent, sweeps in measured.items():
+        rule, covered = shipped(sweeps[0].algorithm), []
+        for sweep in sweeps:
+            others = evidence([other for other in sweeps if other is not sweep], rule)
+            tests = compare([sweep], rule)
+            covered += [abs(test.error) <= others[test.pair].octaves for test in tests if test.pair in others]
+        assert np.mean(covered) == pytest.approx(LEFT_OUT_COVERAGE[exponent], abs=0.02)
+        assert np.mean(covered) >= 0.75, "mua_rl.lr.transfer.SEEN says too much"

@@ -46,6 +46,8 @@ which is no finer than what two or three seeds can show (about 4 %).
 
 WEAK_LOSS = 0.1
 """A rule is weak where one pair in ten loses more than this share of the gain."""
+LEFT_OUT_COVERAGE: Mapping[float, float] = {RANK_EXPONENT: 0.75, 0.0: 0.85}
+"""The share of a sweep's pairs that lie within `Evidence.octaves` where these are read off the other sweeps alone."""
 LONG = 10
 """The measurements say nothing about runs of more than this many times the steps of the longest measured ones."""
 
@@ -59,8 +61,7 @@ class Evidence:
         alphas: The multipliers.
         steps: The steps of a run, as an LR record's schedule counts them: the mean of the curve with the longest runs.
         octaves: The error |log2 of the predicted over the measured best learning rate| that nine pairs in ten kept to,
-            of the pairs that it was read off. Read off other tasks, it covered 87 % of the pairs (PPO 79 %), and 75 %
-            where a whole sweep was left out.
+            of the pairs that it was read off; see `LEFT_OUT_COVERAGE` for others.
         loss: The share of the gain that nine pairs in ten lost at most at the predicted learning rate.
     """
 

@@ -21,6 +21,8 @@ from mua_rl.lr.rules import Configuration, TransferError, explain_ratio, lr_rati
 from mua_rl.lr.spec import FFT, Scheme
 
 TRAINED_PRECISION = "float32"
+SEEN = "(three times in four or more on a sweep that it was not read off)"
+"""What `LEFT_OUT_COVERAGE` says, in words."""
 SWEPT = ("grpo", "ppo")
 """The algorithms of `python -m mua_rl.sweep`."""
 
@@ -59,7 +61,7 @@ class LearningRate:
         if self.evidence is None:
             return self.why
         loss = f"at a loss of up to {self.evidence.loss:.0%} of the gain"
-        return f"{self.why}; nine times in ten {self.accuracy} of the best, {loss}, as measured"
+        return f"{self.why}; nine times in ten {self.accuracy} of the best, {loss}, as measured {SEEN}"
 
     def as_dict(self) -> dict[str, Any]:
         """What a run folder keeps of it, which `from_dict` reads."""
