@@ -29,3 +29,10 @@ def test_every_folder_of_the_package_has_its_place():
     table = set(re.findall(r"^\|.*", TEXT, re.MULTILINE))
     missing = {folder for folder in folders if not any(f"`{folder}/`" in row for row in table)}
     assert missing == set()
+
+
+def test_the_tests_that_the_theory_names_exist():
+    named = re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", (ROOT / "docs" / "theory.md").read_text(encoding="utf-8"))
+    assert len(named) >= 12
+    missing = [(file, test) for file, test in named if f"def {test}" not in (ROOT / file).read_text(encoding="utf-8")]
+    assert missing == []
