@@ -16,20 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trl.trainer.utils import selective_log_softmax
 
 from mua_rl.adapter.targets import targeted_layers
 from mua_rl.envs.tasks import Task, get_task
 from mua_rl.exits import run_command
 from mua_rl.lm import models
-from mua_rl.probes.gradient import Probe, coherence
-from mua_rl.probes.movement import ProbeBatch, probe_batch
+from mua_rl.probes.gradient import Probe, coherence, set_gradient
+from mua_rl.probes.movement import probe_batch
 from mua_rl.run.machine import machine
 
 DRAWN = (4, 16, 64)
 """Ranks of the drawn A and B."""
-ROWS = 16
-"""Completions in a pass, which bounds the memory of the logits."""
 
 
 def batch_task(task: Task, number: int, prompts: int) -> Task:
@@ -40,17 +37,6 @@ def batch_task(task: Task, number: int, prompts: int) -> Task:
         return every.select(range(number * prompts, (number + 1) * prompts))
 
     return replace(task, train=rows)
-
-
-def set_gradient(model: Any, batch: ProbeBatch) -> None:
-    """The gradient of GRPO's loss at the policy that wrote the completions, into the weights' `grad`."""
-    model.zero_grad()
-    tokens = batch.written.sum()
-    for ids, mask, written, advantages in zip(*(part.split(ROWS) for part in vars(batch).values()), strict=True):
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-        logps = selective_log_softmax(out.logits[:, :-1].float(), ids[:, 1:])
-        (-(advantages[:, None] * logps * written).sum() / tokens).backward()
 
 
 @torch.no_grad()

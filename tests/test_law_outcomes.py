@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import law_outcomes
 import numpy as np
 import pytest
 from known_sweeps import outcome, row
@@ -16,8 +17,6 @@ from mua_rl.lr.spec import AdapterSpec
 from mua_rl.run.trial import Trial
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-import law_outcomes  # noqa: E402
 
 
 def tent(rank, top, lrs, seeds=(1,), noise=0.0):

@@ -8,14 +8,33 @@ by η times a sum of absolute gradient entries, the *aligned movement*. With G t
     Init[A]          (A ~ N(0, 1/n), B = 0)       α ‖G Aᵀ‖₁ = α r √(2/(π n)) Σ_i ‖G_i:‖₂ in expectation
 
 With SGD the gain is the squared norm of the gradient in what is trained: ‖G‖² for FFT, and for Init[B] ‖BᵀG‖², which
-is ‖G‖² in expectation at any rank. See docs/predictions.md.
+is ‖G‖² in expectation at any rank. See docs/theory.md.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from trl.trainer.utils import selective_log_softmax
+
+from mua_rl.lr.spec import AdapterSpec
+from mua_rl.probes.movement import ProbeBatch
+
+_ROWS = 16
+"""Completions in a pass, which bounds the memory of the logits."""
+
+
+def set_gradient(model: Any, batch: ProbeBatch) -> None:
+    """The gradient of GRPO's loss, at the policy that wrote the completions, into the weights' `grad`."""
+    model.zero_grad()
+    tokens = batch.written.sum()
+    for ids, mask, written, advantages in zip(*(part.split(_ROWS) for part in vars(batch).values()), strict=True):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        logps = selective_log_softmax(out.logits[:, :-1].float(), ids[:, 1:])
+        (-(advantages[:, None] * logps * written).sum() / tokens).backward()
 
 
 @dataclass(frozen=True)
@@ -89,6 +108,20 @@ class Probe:
         """Init[A]'s first step gains α r / n_eff of FFT's on the same layers."""
         rows = sum(layer.rows / math.sqrt(layer.inputs) for layer in self.layers)
         return math.sqrt(math.pi / 2) * self.entries / rows
+
+    def gain(self, spec: AdapterSpec, peft_init: bool = False) -> float:
+        """What a configuration's first step gains at a learning rate, in units of FFT's of the layers with LoRA alone.
+
+        Args:
+            spec: The configuration.
+            peft_init: Whether Init[A] has PEFT's variance, 1/(3n) instead of 1/n.
+        """
+        if spec.rank is None:
+            return self.full_share
+        alpha = spec.alpha(spec.rank)
+        if spec.init == "B":
+            return alpha * math.sqrt(spec.rank / self.m_eff)
+        return alpha * spec.rank / self.n_eff / (math.sqrt(3) if peft_init else 1.0)
 
     @property
     def full_share(self) -> float:
