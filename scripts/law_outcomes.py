@@ -4,7 +4,7 @@
 
 A verdict is that of the estimate: *held* inside of the predicted interval, *refuted* where the prediction says so,
 *undecided* between the two or where an edge lies beyond the grid, and *failed* outside of an interval for which the
-prediction names nothing that refutes it. Where the 90 % interval of what held reaches what refutes, that is said. E1's
+prediction names nothing that refutes it. Where the 90 % interval reaches over to the other side, that is said. E1's
 interval is the range over batches. Optima are those of `mua_rl.analysis.optimum`, with its draws.
 """
 
@@ -83,15 +83,17 @@ class Claim:
         value, (low, high) = self.outcome.value, self.predicted
         if math.isnan(value):
             return "undecided"
+        least, largest = interval(self.outcome.draws[~np.isnan(self.outcome.draws)])
         if low <= value <= high:
-            verdict = "held"
-        elif self.is_refuting is None:
-            return "**failed**"
-        else:
-            verdict = "**refuted**" if self.is_refuting(value) else "undecided"
-        ends = interval(self.outcome.draws[~np.isnan(self.outcome.draws)])
-        unsure = verdict == "held" and self.is_refuting is not None and any(map(self.is_refuting, ends))
-        return f"{verdict}, the interval reaches what refutes" if unsure else verdict
+            unsure = self.is_refuting is not None and (self.is_refuting(least) or self.is_refuting(largest))
+            return "held, the interval reaches what refutes" if unsure else "held"
+        verdict = "undecided"
+        if self.is_refuting is None:
+            verdict = "**failed**"
+        elif self.is_refuting(value):
+            verdict = "**refuted**"
+        overlaps = verdict != "undecided" and least <= high and low <= largest
+        return f"{verdict}, the interval reaches what was predicted" if overlaps else verdict
 
     def cells(self) -> list[str]:
         """The claim's line in the table."""

@@ -85,6 +85,12 @@ def test_what_held_says_that_its_interval_reaches_a_refutation():
     assert claim.verdict == "held, the interval reaches what refutes"
 
 
+def test_what_was_refuted_says_that_its_interval_reaches_the_prediction():
+    estimate = law_outcomes.Estimate(0.3, np.linspace(-0.4, 1, 100))
+    claim = law_outcomes.Claim("E2", "", (0.7, 1.3), estimate, lambda v: v <= 0.4)
+    assert claim.verdict == "**refuted**, the interval reaches what was predicted"
+
+
 def test_the_committed_table_is_that_of_the_committed_runs():
     text = (ROOT / "docs/results/law/README.md").read_text(encoding="utf-8")
     for claim in law_outcomes.claims(ROOT / "docs/results/law"):
