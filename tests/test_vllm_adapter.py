@@ -184,7 +184,7 @@ def test_the_command_says_how_to_go_on_when_the_engine_has_failed(monkeypatch, c
         raise rollouts.EngineFailed("the vLLM engine failed while it generated (it is gone)")
 
     command = importlib.import_module("mua_rl.grpo.__main__")
-    monkeypatch.setattr(command, "train", train)
+    monkeypatch.setattr("mua_rl.grpo.run.train", train)
     monkeypatch.setattr("sys.argv", ["mua_rl.grpo", "--report_to", "none"])
     with pytest.raises(SystemExit) as stop:
         run_command(command.main)
