@@ -8,7 +8,7 @@ check:
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy -p mua_rl
 	$(dir $(PYTHON))lint-imports
-	$(PYTHON) -m pytest -q -m "not slow"
+	$(PYTHON) -m pytest -q -m "not slow" -n 2 --dist loadfile
 
 fix:
 	$(PYTHON) -m ruff check --fix .

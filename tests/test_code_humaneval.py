@@ -78,6 +78,7 @@ WAYS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_all_reference_solutions_are_right_in_each_way_of_answering(way: str) -> None:
     """Through the reward of the tasks `humaneval` and `one-liners`, which cuts off what a base model writes after."""
