@@ -202,6 +202,8 @@ def test_an_engine_for_another_base_takes_the_place_of_the_one_before(trained, m
         return model, dataclasses.replace(base, fingerprint="another")
 
     monkeypatch.setattr(grpo, "load_base", changed)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):  # an engine of a single run leaves some in this process
+        monkeypatch.delenv(name, raising=False)
     assert list(stacked_engine._running.values()) == [trained.engine]
     trainer = side_by_side(ARMS)
     assert list(stacked_engine._running.values()) == [trainer.engine] != [trained.engine]
