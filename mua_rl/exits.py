@@ -2,6 +2,7 @@
 
 import errno
 import io
+import logging
 import os
 import sys
 import time
@@ -77,6 +78,8 @@ def run_command(main: Callable[[], None], after_interrupt: str = "") -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # in a locale that has no α, an α is no reason to end a run
             stream.reconfigure(errors="backslashreplace")
+    # PEFT imports bitsandbytes where it is installed, which warns of kernels that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         main()
     except UserError as error:

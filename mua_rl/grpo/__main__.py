@@ -4,7 +4,6 @@ Without flags it trains the embedded character-level model on the embedded arith
 on two CPU cores. The learning rate comes from an LR record; see `--lr_from`.
 """
 
-import logging
 import warnings
 
 from mua_rl.exits import run_command
@@ -12,8 +11,6 @@ from mua_rl.exits import run_command
 
 def main() -> None:
     """Run the command line."""
-    # PEFT imports bitsandbytes where it is installed, which warns of kernels that nothing here uses.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     from mua_rl.grpo.arguments import parse
