@@ -20,9 +20,10 @@ from mua_rl.errors import UserError
 from mua_rl.exits import run_command
 from mua_rl.flags import FlagParser
 from mua_rl.lm import models
+from mua_rl.lr.rank import FULL_WORDS
 from mua_rl.lr.record import check_learning_rate
 from mua_rl.lr.spec import FFT, AdapterSpec
-from mua_rl.probes.gradient import Probe, coherence, set_gradient
+from mua_rl.probes.gradient import Probe, coherence, gradients_of
 from mua_rl.probes.movement import probe_batch
 
 EPILOG = """examples:
@@ -51,7 +52,7 @@ def parse_side(text: str) -> Side:
         UserError: The text is none.
     """
     parts = text.split(",")
-    if len(parts) == 1 and text.strip().lower() in ("0", "full", "fft"):
+    if len(parts) == 1 and text.strip().lower() in FULL_WORDS:
         return Side(FFT)
     if len(parts) != 3:
         raise UserError(f"a configuration is full, or INIT,RANK,ALPHA as in peft,16,32/r, and not {text!r}.")
@@ -74,8 +75,7 @@ def probes_of(
     targets = [f"{name}.weight" for name, _ in targeted_layers(model, target_modules)]
     probes, coherences, before = [], [], None
     for number in range(batches):
-        set_gradient(model, probe_batch(model, tokenizer, task, prompts, seed=number))
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        gradients = gradients_of(model, probe_batch(model, tokenizer, task, prompts, seed=number))
         probes.append(Probe.of(gradients, targets))
         signs = [gradients[name].sign().to(torch.int8) for name in targets]
         if before:

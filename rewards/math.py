@@ -179,17 +179,12 @@ def judge_answers(pairs: Sequence[tuple[str, str]], *, pool: WorkerPool | None =
     return [verdict or slow[pair] for pair, verdict in zip(pairs, verdicts, strict=True)]  # type: ignore[misc]
 
 
-def gold_fault(gold: Any, *, pool: WorkerPool | None = None) -> str | None:
-    """What is wrong with a gold answer, or `None` for a good one: it can be read, and it equals itself.
+def gold_faults(golds: Sequence[Any], *, pool: WorkerPool | None = None) -> list[str | None]:
+    """What is wrong with each gold answer, or `None` for a good one: it can be read, and it equals itself.
 
     Call it on every row when a dataset is loaded (`mua_rl.envs` does): a gold that cannot be read would score every
     completion 0.
     """
-    return gold_faults([gold], pool=pool)[0]
-
-
-def gold_faults(golds: Sequence[Any], *, pool: WorkerPool | None = None) -> list[str | None]:
-    """`gold_fault` for many golds at once, on all workers."""
     texts = [_gold_text(gold) for gold in golds]
     slow = list(dict.fromkeys(text for text in texts if text is not None and needs_algebra(text)))
     names = dict(zip(slow, _ask_math_verify([(text, text) for text in slow], pool), strict=True))

@@ -21,7 +21,7 @@ from mua_rl.adapter.targets import targeted_layers
 from mua_rl.envs.tasks import Task, get_task
 from mua_rl.exits import run_command
 from mua_rl.lm import models
-from mua_rl.probes.gradient import Probe, coherence, set_gradient
+from mua_rl.probes.gradient import Probe, coherence, gradients_of
 from mua_rl.probes.movement import probe_batch
 from mua_rl.run.machine import machine
 
@@ -84,8 +84,7 @@ def main() -> None:
             model, tokenizer, batch_task(task, number, options.prompts), options.prompts, 8, options.new_tokens, number
         )
         rolled = time.perf_counter()
-        set_gradient(model, batch)
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        gradients = gradients_of(model, batch)
         probe = Probe.of(gradients, targets)
         signs = [gradients[name].sign().to(torch.int8) for name in targets]
         row = {

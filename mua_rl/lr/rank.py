@@ -2,6 +2,9 @@
 
 from mua_rl.errors import UserError
 
+FULL_WORDS = ("0", "full", "fft")
+"""What people write in the place of a rank for full finetuning."""
+
 
 def parse_rank(text: str | int) -> int | None:
     """A LoRA rank, or `None` for full finetuning ("0", "full", "fft").
@@ -10,7 +13,7 @@ def parse_rank(text: str | int) -> int | None:
         UserError: The text is neither.
     """
     word = str(text).strip().lower()
-    if word in ("0", "full", "fft"):
+    if word in FULL_WORDS:
         return None
     try:
         rank = int(word)

@@ -17,24 +17,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from trl.trainer.utils import selective_log_softmax
 
 from mua_rl.lr.spec import AdapterSpec
-from mua_rl.probes.movement import ProbeBatch
+from mua_rl.probes.movement import ProbeBatch, add_gradient
 
 _ROWS = 16
 """Completions in a pass, which bounds the memory of the logits."""
 
 
-def set_gradient(model: Any, batch: ProbeBatch) -> None:
-    """The gradient of GRPO's loss, at the policy that wrote the completions, into the weights' `grad`."""
+def gradients_of(model: Any, batch: ProbeBatch) -> dict[str, torch.Tensor]:
+    """The gradient of GRPO's loss, at the policy that wrote the completions, by the names of the weights."""
     model.zero_grad()
-    tokens = batch.written.sum()
-    for ids, mask, written, advantages in zip(*(part.split(_ROWS) for part in vars(batch).values()), strict=True):
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-        logps = selective_log_softmax(out.logits[:, :-1].float(), ids[:, 1:])
-        (-(advantages[:, None] * logps * written).sum() / tokens).backward()
+    add_gradient(model, batch, _ROWS)
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
 
 @dataclass(frozen=True)

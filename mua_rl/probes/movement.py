@@ -43,9 +43,9 @@ class ProbeBatch:
     written: torch.Tensor
     advantages: torch.Tensor
 
-    def pieces(self) -> list["ProbeBatch"]:
-        """A few rows at a time."""
-        parts = [part.split(_ROWS_AT_ONCE) for part in (self.ids, self.mask, self.written, self.advantages)]
+    def pieces(self, rows: int = _ROWS_AT_ONCE) -> list["ProbeBatch"]:
+        """The batch in pieces of at most so many rows."""
+        parts = [part.split(rows) for part in (self.ids, self.mask, self.written, self.advantages)]
         return [ProbeBatch(*piece) for piece in zip(*parts, strict=True)]
 
 
@@ -128,14 +128,10 @@ def movement(
     policy = adapter.attach(copy.deepcopy(model), seed=seed)
     optimizer = torch.optim.AdamW(param_groups(policy, adapter.learning_rates(learning_rate)), weight_decay=0.0)
     trained = [p for p in policy.parameters() if p.requires_grad]
-    tokens, divergences = batch.written.sum(), []
+    divergences = []
     for step in range(1, steps + 1):
         optimizer.zero_grad()
-        for piece in batch.pieces():
-            with autocast():
-                logits = _logits(policy, piece)
-            logps = selective_log_softmax(logits, piece.ids[:, 1:])
-            (-(piece.advantages[:, None] * logps * piece.written).sum() / tokens).backward()
+        add_gradient(policy, batch, autocast=autocast)
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         kl = divergence(model, policy, batch, autocast)
@@ -143,6 +139,28 @@ def movement(
             raise Diverged(f"the policy's divergence after step {step} at learning rate {learning_rate:.3g} is {kl}")
         divergences.append(kl)
     return divergences
+
+
+def add_gradient(
+    model: Any,
+    batch: ProbeBatch,
+    rows: int = _ROWS_AT_ONCE,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> None:
+    """Add the gradient of GRPO's loss, at the policy that wrote the completions, to the weights' `grad`.
+
+    Args:
+        model: The policy.
+        batch: What it wrote.
+        rows: Completions in a pass, which bounds the memory of the logits.
+        autocast: The context of forward passes.
+    """
+    tokens = batch.written.sum()
+    for piece in batch.pieces(rows):
+        with autocast():
+            logits = _logits(model, piece)
+        logps = selective_log_softmax(logits, piece.ids[:, 1:])
+        (-(piece.advantages[:, None] * logps * piece.written).sum() / tokens).backward()
 
 
 @torch.no_grad()

@@ -173,7 +173,7 @@ class _Start:
         self.scores: Sequence[float] = ()
 
     def __call__(self) -> None:
-        known = processes.on_main(lambda: self.run.score_before())
+        known = processes.on_main(self.run.score_before)
         if known is None:
             measurement = self.learner.measure()
             known = measurement.score, measurement.text
@@ -206,11 +206,12 @@ def _close(run: RunFolder, learner: Learner, start: _Start, after: Measurement, 
     result = TrialResult.of_training(
         after.score, after.standard_error, start.before, rewards, learner.steps, seconds, clear_fall=fall
     )
-    if unscored := learner.unscored(run.metrics()):
+    metrics = run.metrics()
+    if unscored := learner.unscored(metrics):
         result = result.with_status(Status.UNSCORED, str(unscored))
     if result.status is not Status.UNSCORED:
         curves = {names.reward_key: names.reward, names.score_key: names.score}
-        plots.learning_curve(run.metrics(), run.path / CURVE, learner.title, curves, names.step)
+        plots.learning_curve(metrics, run.path / CURVE, learner.title, curves, names.step)
     if result.status is Status.OK and (not paired or has_gained(start.scores, after.scores)):
         _record(learner, start.before, after.score).save(run.path)
     _finish(run, learner, result, seconds_per_step=seconds / max(1, learner.steps - start.step))
