@@ -88,7 +88,7 @@ def test_it_may_be_killed_again_and_again(tmp_path, whole):
     assert same(outcomes, whole[1])
 
 
-def test_arms_go_on_in_another_group_too(tmp_path, whole):
+def test_trials_go_on_in_another_group_too(tmp_path, whole):
     train([ARMS[0], HOPELESS, *ARMS[1:]], tmp_path, kill_at=3)
     trainer, _ = train([ARMS[1], ARMS[0]], tmp_path)  # without the largest rank, in another order
     assert trainer.steps == [3, 4, 5]
@@ -113,7 +113,7 @@ def test_the_files_are_gone_when_the_group_has_ended_and_hold_no_code(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["torn", "no checkpoint", "another trial", "settings", "missing", "another step"])
-def test_a_checkpoint_of_no_use_is_named_in_a_line_and_the_arms_begin_anew(tmp_path, fault, capsys):
+def test_a_checkpoint_of_no_use_is_named_in_a_line_and_the_trials_begin_anew(tmp_path, fault, capsys):
     trials, folder = ARMS[:2], tmp_path / "here"
     train(trials, folder, kill_at=3)
     first, second = (path_of(folder, trial) for trial in trials)
@@ -178,7 +178,7 @@ def test_a_folder_that_cannot_be_written_is_said_and_ends_nothing(tmp_path, caps
     assert capsys.readouterr().out.count("no checkpoint at step") == 2
 
 
-def test_arms_that_can_go_on_together_bear_one_mark(tmp_path):
+def test_trials_that_can_go_on_together_bear_one_mark(tmp_path):
     train(ARMS[:2], tmp_path, kill_at=3)
     train(ARMS[2:], tmp_path, kill_at=5)
     marks = [mark(tmp_path, trial) for trial in [*ARMS, HOPELESS]]

@@ -51,7 +51,7 @@ def all_close(some, others, **tolerance):
 
 
 @pytest.mark.parametrize("number", range(len(MIXED)))
-def test_an_arm_starts_from_what_a_single_run_draws(number):
+def test_a_trial_starts_from_what_a_single_run_draws(number):
     trial = MIXED[number]
     stack = LoRAStack(
         models.load_model("embedded"), [adapter_for(a.spec, "mlp") for a in MIXED], [a.seed for a in MIXED]
@@ -65,7 +65,7 @@ def test_an_arm_starts_from_what_a_single_run_draws(number):
 
 
 @pytest.mark.parametrize("number", range(len(MIXED)))
-def test_an_arm_among_others_equals_the_same_arm_alone(number):
+def test_a_trial_among_others_equals_the_same_trial_alone(number):
     together, alone = side_by_side(MIXED), side_by_side([MIXED[number]])
     for trainer in (together, alone):
         trainer.seen = []
@@ -95,7 +95,7 @@ def test_ranks_are_padded_with_zeros_that_stay_zero():
 
 @pytest.mark.parametrize("fault", ["learning rate", "nan"])
 @pytest.mark.slow
-def test_an_arm_that_goes_wrong_changes_nothing_in_the_others(fault):
+def test_a_trial_that_goes_wrong_changes_nothing_in_the_others(fault):
     wrong = make_trial(rank=4, init="B", alpha="1", log2_lr=math.log2(10), seed=5)
     trials = [MIXED[0], wrong, MIXED[2]]
     trainer, without = side_by_side(trials, max_steps=5), side_by_side(trials, max_steps=5)
@@ -138,7 +138,7 @@ def test_a_group_of_which_no_trial_could_ever_learn_ends_at_once_and_says_why():
     assert steps == [1, 2, 3]
 
 
-def test_every_arm_has_its_own_learning_rate_and_the_schedule_of_a_single_run():
+def test_every_trial_has_its_own_learning_rate_and_the_schedule_of_a_single_run():
     trainer = side_by_side(MIXED, max_steps=8)
     used = [[metrics["learning_rate"] for metrics in trainer.step().values()] for _ in range(8)]
     factors = [0.0, *(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * k / 7)) for k in range(7))]
@@ -146,7 +146,7 @@ def test_every_arm_has_its_own_learning_rate_and_the_schedule_of_a_single_run():
         assert [rates[number] for rates in used] == pytest.approx([trial.learning_rate * factor for factor in factors])
 
 
-def test_gradients_are_clipped_arm_by_arm():
+def test_gradients_are_clipped_trial_by_trial():
     trainer = side_by_side(MIXED)
     norms = [metrics["grad_norm"] for metrics in trainer.step().values()]
     bound = sorted(norms)[1] * 0.999
@@ -156,7 +156,7 @@ def test_gradients_are_clipped_arm_by_arm():
     assert kept == pytest.approx([min(norm, bound) for norm in norms], rel=1e-4)
 
 
-def test_accuracy_is_that_of_a_single_run_and_a_saved_adapter_is_the_arm(tmp_path):
+def test_accuracy_is_that_of_a_single_run_and_a_saved_adapter_is_the_trial(tmp_path):
     trainer = side_by_side([dataclasses.replace(MIXED[2], log2_lr=-5), MIXED[1]])
     before = trainer.measure(shared=True)[0]
     for _ in range(4):
@@ -179,7 +179,7 @@ def test_accuracy_is_that_of_a_single_run_and_a_saved_adapter_is_the_arm(tmp_pat
 
 
 @pytest.mark.slow
-def test_arms_learn_and_a_hopeless_one_is_ended_by_name(tmp_path):
+def test_trials_learn_and_a_hopeless_one_is_ended_by_name(tmp_path):
     trials = [make_trial(8, "B", "1", -7, 1), make_trial(8, "B", "1", -30, 1)]
     seen = []
     outcomes = train_side_by_side(
@@ -241,7 +241,7 @@ def test_prompts_come_in_the_order_of_trls_sampler_epoch_after_epoch():
         ({"per_device_train_batch_size": 8 * 8193}, MIXED, "8192 training rows"),
     ],
 )
-def test_what_arms_do_not_know_is_refused_in_a_line(changes, trials, message):
+def test_what_trials_do_not_know_is_refused_in_a_line(changes, trials, message):
     with pytest.raises(UserError, match=message):
         side_by_side(trials, **changes)
 
@@ -321,7 +321,7 @@ def test_a_reward_that_gives_no_scores_is_one_line_as_in_a_single_run(scores, me
         side_by_side([MIXED[0]], task=f"{tmp_path}/own.py:short", max_steps=1).train()
 
 
-def test_completions_that_go_on_alike_share_a_place_and_every_arm_has_as_many():
+def test_completions_that_go_on_alike_share_a_place_and_every_trial_has_as_many():
     places, tokens = torch.tensor([0, 0, 0, 1, 1, 2, 3]), torch.tensor([7, 8, 7, 7, 7, 5, 5])  # of two trials, two each
     origins, written, new = share(places, tokens, (2, 2))
     assert origins.tolist() == [0, 0, 1, 2, 3, 2]
@@ -384,7 +384,7 @@ def test_a_base_with_dropout_is_refused_unless_it_can_be_turned_off(where, tmp_p
         side_by_side(MIXED, model=str(tmp_path))
 
 
-def test_arms_stay_on_the_cpu_where_that_is_asked_for(monkeypatch):
+def test_trials_stay_on_the_cpu_where_that_is_asked_for(monkeypatch):
     given = arguments(use_cpu=True), arguments()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert [device_of(asked).type for asked in given] == ["cpu", "cuda"]

@@ -380,7 +380,7 @@ def single(tmp_path, monkeypatch):
     return make
 
 
-def test_a_single_run_is_asked_for_its_arm_and_read_into_an_outcome(single, tmp_path):
+def test_a_single_run_is_asked_for_its_trial_and_read_into_an_outcome(single, tmp_path):
     [outcome] = single(GOOD).run([ARM])
     assert (outcome.score, outcome.standard_error, outcome.before, outcome.steps) == (0.75, 0.02, 0.4, 20)
     assert outcome.reward_mean == pytest.approx(0.505)
@@ -461,7 +461,7 @@ def test_a_result_of_ppo_is_read_too(tmp_path):
     assert (outcome.reward_mean, outcome.seconds) == (20.0, 3.0)
 
 
-def test_arms_have_names_and_flags_of_their_own():
+def test_trials_have_names_and_flags_of_their_own():
     specs = [spec(8, "A", "1"), spec(8, "B", "1/r"), FFT]
     trials = [ARM, *(replace(ARM, spec=other) for other in specs), replace(ARM, log2_lr=-10.0)]
     assert len({trial.name for trial in trials}) == len(trials)
@@ -478,7 +478,7 @@ def test_workers_share_out_cores_and_gpus(monkeypatch):
 
 
 @pytest.mark.parametrize("own_process", [False, True])
-def test_grpo_arms_get_their_memory_and_go_on_with_those_of_their_step(tmp_path, monkeypatch, own_process):
+def test_grpo_trials_get_their_memory_and_go_on_with_those_of_their_step(tmp_path, monkeypatch, own_process):
     asked = []
     monkeypatch.setattr(grpo, "train_side_by_side", lambda *_, **options: asked.append(options) or [])
     request = parse(["--arms_memory", "2.5", "--max_steps", "20"])
@@ -536,7 +536,7 @@ def test_a_grpo_sweep_from_command_to_record(tmp_path, side_by_side):
 
 
 @pytest.mark.slow
-def test_a_grpo_sweep_that_is_killed_goes_on_within_its_arms(tmp_path):
+def test_a_grpo_sweep_that_is_killed_goes_on_within_its_trials(tmp_path):
     out, steps = tmp_path / "out", ["--max_steps", 40, "--save_steps", 4, "--early_stop", "false"]
     flags = ["--ranks", 4, "--grid", -6, -4, *TINY, *steps, "--output_dir", out]
     process = subprocess.Popen([sys.executable, "-m", "mua_rl.sweep", *map(str, flags)])

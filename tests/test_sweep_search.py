@@ -144,7 +144,7 @@ def test_the_plan_depends_on_outcomes_alone_not_on_the_order_in_which_they_came(
         assert best_of(found.points(some)) == best_of(found.points(everything))
 
 
-def test_arms_of_other_curves_do_not_count():
+def test_trials_of_other_curves_do_not_count():
     found = search(range(-13, -8))
     others = {make_trial(16, "B", "1", lr, 1): outcome(0.9) for lr in range(-13, -8)}
     assert [trial.log2_lr for trial in found.next_trials(others)] == [-13, -12, -11, -10, -9]

@@ -26,13 +26,13 @@ def conv1d_model(tmp_path):
     return str(tmp_path)
 
 
-def test_arms_on_layers_that_cannot_be_stacked_go_singly_without_being_asked(conv1d_model):
+def test_trials_on_layers_that_cannot_be_stacked_go_singly_without_being_asked(conv1d_model):
     request = parse(["--model", conv1d_model, "--ranks", "2", "--target_modules", "c_fc"])
     facts = find_facts(request)
     assert "take linear layers" in why_single(request, Trial(request.specs[0], -10.0, 0), facts.obstacle)
 
 
-def test_arms_on_linear_layers_go_side_by_side():
+def test_trials_on_linear_layers_go_side_by_side():
     request = parse(["--ranks", "2"])
     facts = find_facts(request)
     assert why_single(request, Trial(request.specs[0], -10.0, 0), facts.obstacle) == ""
@@ -41,7 +41,7 @@ def test_arms_on_linear_layers_go_side_by_side():
     assert Facts.from_dict(begun_earlier) == facts
 
 
-def test_arms_of_a_model_with_sliding_attention_or_dropout_go_singly_without_being_asked(tmp_path):
+def test_trials_of_a_model_with_sliding_attention_or_dropout_go_singly_without_being_asked(tmp_path):
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     tokenizer = models.load_tokenizer("embedded")
     sliding = Gemma2Config(vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=8, **size)
@@ -54,7 +54,7 @@ def test_arms_of_a_model_with_sliding_attention_or_dropout_go_singly_without_bei
         assert reason in why_single(request, Trial(request.specs[0], -10.0, 0), find_facts(request).obstacle)
 
 
-def test_a_hopeless_arm_is_seen_through_steps_without_a_score(tmp_path, monkeypatch):
+def test_a_hopeless_trial_is_seen_through_steps_without_a_score(tmp_path, monkeypatch):
     trials, asked = [make_trial(2, "B", "1", -8.0, 1), make_trial(2, "B", "1", -9.0, 1)], {}
 
     def train(arguments, trials, targets, keep_going, **options):

@@ -96,7 +96,7 @@ def test_a_study_that_was_left_in_the_middle_goes_on_with_the_same_plan(tmp_path
     assert runs(log) == runs(whole)
 
 
-def test_arms_of_one_group_are_taken_together_up_to_the_limit(tmp_path):
+def test_trials_of_one_group_are_taken_together_up_to_the_limit(tmp_path):
     calls = []
 
     class Watching(FakeRunner):
@@ -117,7 +117,7 @@ def test_workers_in_one_process_share_the_work(tmp_path):
     assert set(runs(log, "begins").values()) == {1}
 
 
-def test_the_first_failure_ends_all_workers_and_leaves_its_arm_to_be_tried_again(tmp_path):
+def test_the_first_failure_ends_all_workers_and_leaves_its_trial_to_be_tried_again(tmp_path):
     log, study, stop = tmp_path / "log", open_study(tmp_path / "study"), threading.Event()
 
     class Failing(FakeRunner):
@@ -132,13 +132,13 @@ def test_the_first_failure_ends_all_workers_and_leaves_its_arm_to_be_tried_again
     assert set(runs(log).values()) == {1}
 
 
-def test_no_arm_is_started_after_the_deadline(tmp_path):
+def test_no_trial_is_started_after_the_deadline(tmp_path):
     log = tmp_path / "log"
     assert not run(open_study(tmp_path / "study"), FakeRunner(log), deadline=time.monotonic())
     assert not log.exists()
 
 
-def test_two_workers_that_plan_at_the_same_moment_do_not_run_an_arm_twice(tmp_path):
+def test_two_workers_that_plan_at_the_same_moment_do_not_run_a_trial_twice(tmp_path):
     first, second = (WithoutLock.open(str(tmp_path / "study"), "sweep", SETTINGS) for _ in range(2))
     trials = first._trials
     first._trials = lambda *states: []  # what it saw before the second planned
@@ -265,7 +265,7 @@ def work_on(path, log, seconds):
 
 @pytest.mark.parametrize("location", ["study.journal", "sqlite:///{}/study.db"])
 @pytest.mark.slow
-def test_of_four_workers_one_is_killed_and_every_arm_is_done_once_and_none_lost(tmp_path, location):
+def test_of_four_workers_one_is_killed_and_every_trial_is_done_once_and_none_lost(tmp_path, location):
     location = location.format(tmp_path) if "://" in location else str(tmp_path / location)
     log = tmp_path / "log"
     open_study(location)

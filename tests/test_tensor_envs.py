@@ -88,7 +88,7 @@ def test_acrobot_ends_when_its_tip_is_up():
     assert step.reward[0].tolist() == [0.0, -1.0, -1.0]
 
 
-def test_an_arms_starts_depend_on_its_own_generator_alone():
+def test_an_trials_starts_depend_on_its_own_generator_alone():
     def starts(*seeds):
         envs = envs_of("mua_rl/CartPole-LongPole-v0", seeds)
         action = torch.ones(len(seeds), ENVS, dtype=torch.int64)  # falls within ten steps or so

@@ -75,7 +75,7 @@ def their_log_probs(trainer, answers, prompts):
     return found
 
 
-def test_every_arms_log_probs_in_the_engine_are_its_trainers_and_no_others(trained):
+def test_every_trials_log_probs_in_the_engine_are_its_trainers_and_no_others(trained):
     prompts = [[trained.problems[i] for i in range(4)]] * 3
     answers = trained._complete(prompts, 4, sampled=True)
     pairs = their_log_probs(trained, answers, prompts)
@@ -115,7 +115,7 @@ def test_old_adapters_leave_the_engine_and_numbers_are_never_used_again(trained)
     assert folders == {adapter.lora_name for adapter in engine.adapters}
 
 
-def test_an_arm_among_others_equals_the_same_arm_with_one_other_in_the_same_engine(trained):
+def test_a_trial_among_others_equals_the_same_trial_with_one_other_in_the_same_engine(trained):
     few = side_by_side([ARMS[1]])
     assert few.engine is trained.engine
     for step in range(3):
@@ -125,7 +125,7 @@ def test_an_arm_among_others_equals_the_same_arm_with_one_other_in_the_same_engi
 
 
 @pytest.mark.parametrize("fault", ["learning rate", "nan"])
-def test_an_arm_that_goes_wrong_changes_nothing_in_the_others(trained, fault):
+def test_a_trial_that_goes_wrong_changes_nothing_in_the_others(trained, fault):
     trainer = side_by_side([ARMS[0], WRONG if fault == "learning rate" else ARMS[1], ARMS[2]])
     for step in range(4):
         if fault == "nan" and step == 1:
@@ -180,7 +180,7 @@ def test_the_gradient_is_corrected_for_an_engine_with_another_policy(trained, mo
         ({"vllm_enable_sleep_mode": True}, "--vllm_enable_sleep_mode"),
     ],
 )
-def test_what_an_engine_of_arms_does_not_know_is_refused_in_a_line(changes, message):
+def test_what_an_engine_of_trials_does_not_know_is_refused_in_a_line(changes, message):
     with pytest.raises(UserError, match=message):
         side_by_side(ARMS, **changes)
 
